@@ -1,0 +1,38 @@
+# make demo | make test | make docs | make lab      (each sets up .venv first; nothing else is needed)
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test docs lab notebooks clean
+.DELETE_ON_ERROR:
+
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else f"ctvlm needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.11")'
+	@echo "Setting up $(VENV): a few minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/ctvlm demo -o runs/demo
+
+test: $(READY)
+	$(BIN)/python tools/check_export.py
+	cd nbs && $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --path .
+	$(BIN)/python -m pytest tests
+
+docs: $(READY)
+	$(BIN)/python tools/build_docs.py
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+# Run notebooks in place and keep their outputs: make notebooks NB="nbs/02_mining.ipynb"
+notebooks: $(READY)
+	$(BIN)/python tools/run_notebooks.py $(NB)
+
+clean:
+	rm -rf runs _docs _proc build dist
