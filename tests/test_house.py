@@ -1,0 +1,79 @@
+"The repository itself: layout, import order, light import, notebooks that carry their outputs."
+import ast, configparser, json, re, subprocess, sys, time
+from pathlib import Path
+
+import pytest, yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = CHAPTERS + [ROOT / "nbs" / "index.ipynb"] + sorted((ROOT / "nbs" / "tutorials").glob("[!_]*.ipynb"))
+NUMBER = {p.stem.split("_", 1)[1]: int(p.stem[:2]) for p in CHAPTERS}
+
+
+def imports_of(path):
+    "Names of the ctvlm modules that the module at `path` imports, anywhere in it."
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ctvlm."): yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import): yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("ctvlm."))
+
+
+def test_every_chapter_is_there():
+    assert [p.stem for p in CHAPTERS] == ["00_core", "01_phantoms", "02_mining", "03_findings", "04_preprocessing", "05_vision", "06_text",
+        "07_siglip", "08_localization", "09_disease", "10_model", "11_data", "12_training", "13_evaluation", "14_viewer", "15_cli"]
+
+
+@pytest.mark.parametrize("module", sorted(NUMBER))
+def test_modules_import_only_smaller_numbers(module):
+    later = [m for m in imports_of(ROOT / "ctvlm" / f"{module}.py") if NUMBER[m] >= NUMBER[module]]
+    assert not later, f"{module} imports {later}"
+
+
+def test_import_is_light():
+    code = "import time, sys; t = time.perf_counter(); import ctvlm; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    seconds, torch_loaded = min(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(3))
+    assert float(seconds) < 0.3 and torch_loaded == "False"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_carry_ids_outputs_and_no_errors(path):
+    nb = json.loads(path.read_text())
+    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    outputs = [o for c in code for o in c["outputs"]]
+    assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5) and all(c["id"] for c in nb["cells"])
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert outputs, "no cell has a stored output"
+    assert any("image/png" in o.get("data", {}) for o in outputs), "no picture"
+    assert "widgets" not in nb["metadata"]
+
+
+def test_notebook_stems_are_unique():
+    stems = [re.sub(r"^\d+_", "", p.stem) for p in NOTEBOOKS]
+    assert len(stems) == len(set(stems))
+
+
+def test_the_site_lists_every_notebook():
+    sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    listed = {p for e in sidebar for p in ([e] if isinstance(e, str) else e["contents"])}
+    assert listed == {str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS}
+
+
+def test_readme_is_generated_from_the_index():
+    before = (ROOT / "README.md").read_bytes()
+    subprocess.run([sys.executable, "tools/build_docs.py", "--readme"], cwd=ROOT, check=True, capture_output=True)
+    assert (ROOT / "README.md").read_bytes() == before
+
+
+def test_constraints_satisfy_the_requirements():
+    from packaging.requirements import Requirement
+    config = configparser.ConfigParser(delimiters=["="]); config.read(ROOT / "settings.ini")
+    pins = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    wanted = [Requirement(r) for r in (config["DEFAULT"]["requirements"] + " " + config["DEFAULT"]["dev_requirements"]).split()]
+    assert not {"timm", "torchvision"} & {r.name for r in wanted} and not {"timm", "torchvision"} & set(pins)
+    for r in wanted: assert r.specifier.contains(pins[r.name.lower()]), r
+
+
+def test_nothing_is_unpickled():
+    for path in (ROOT / "ctvlm").glob("*.py"):
+        source = path.read_text()
+        assert "import pickle" not in source and "allow_pickle=True" not in source and "weights_only=False" not in source, path
+        assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", source)), path
