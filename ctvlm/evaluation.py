@@ -603,7 +603,7 @@ def evaluate_classification(
     rule = f"a class with fewer than {min_positives} positives or negatives is named in left_out and not part of the mean"
     return out | {"items": items, "protocol": {"prompts": prompts, "label_version": label_version, "n": len(e.study), "operating_point": "Youden's J on the same studies", "rule": rule}}
 
-# %% ../nbs/13_evaluation.ipynb #cdc94bfe
+# %% ../nbs/13_evaluation.ipynb #5083a599
 def calibrate_depth(
     e:Embedded,         # held-out patients, neither trained on nor tested
     coverage:float=0.9, # what the interval promises
@@ -617,7 +617,7 @@ def calibrate_depth(
 def read_depths(
     e:Embedded,       # what the model said
     calibration=None, # `DepthCalibration`; temperature 0.1 and no interval if `None`
-):                    # DataFrame of the snippets with `pred_mm argmax_mm interval_low_mm interval_high_mm abstains`; posterior `(S, D)`
+):                    # DataFrame of the snippets with `pred_mm argmax_mm interval_low_mm interval_high_mm share_below abstains`; posterior `(S, D)`
     "Decode every snippet's posterior: median and argmax, interval, abstention."
     import torch
     from ctvlm.localization import DepthCalibration, decode_depth
@@ -626,7 +626,15 @@ def read_depths(
     posterior = read.posterior(torch.from_numpy(e.similarity).float().nan_to_num(), depths.isfinite())
     interval = read.interval_mm(posterior, depths).numpy() if read.patients else np.full((len(depths), 2), np.nan)
     columns = {"pred_mm": decode_depth(posterior, depths, "median"), "argmax_mm": decode_depth(posterior, depths, "argmax"), "abstains": read.abstains(posterior, depths.isfinite())}
-    return e.snippets.assign(**{k: v.numpy() for k, v in columns.items()}, interval_low_mm=interval[:, 0], interval_high_mm=interval[:, 1]), posterior.numpy()
+    below = _share_below(posterior.numpy(), e.bin_depths_mm, e.snippets.depth_mm.to_numpy(float))
+    found = e.snippets.assign(**{k: v.numpy() for k, v in columns.items()}, interval_low_mm=interval[:, 0], interval_high_mm=interval[:, 1], share_below=below)
+    return found, posterior.numpy()
+
+def _share_below(posterior, bin_depths_mm, depth_mm): # `(S, D)`, `(S, D)`, `(S,)` -> `(S,)` share of the posterior below the truth
+    x = (depth_mm - bin_depths_mm[:, 0]) / BIN_MM + 0.5                            # in bins from the lower end
+    k = np.clip(x.astype(int), 0, np.isfinite(bin_depths_mm).sum(1) - 1)[:, None]
+    inside = np.take_along_axis(posterior, k, 1)[:, 0]
+    return np.clip(np.take_along_axis(posterior.cumsum(1), k, 1)[:, 0] - inside * (1 - np.clip(x - k[:, 0], 0, 1)), 0, 1)
 
 # %% ../nbs/13_evaluation.ipynb #70860b13
 def ratio_ci(
