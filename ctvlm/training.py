@@ -10,8 +10,8 @@ __all__ = ['TrainingConfig', 'replayed', 'cached_backward', 'length_groups', 'un
            'peak_memory_mib', 'averaged_weights', 'TrainingStopped', 'asked_to_leave', 'Run', 'save_run', 'resume_run',
            'optimiser_step', 'evaluate_run', 'train']
 
-# %% ../nbs/12_training.ipynb #cde6c8bc
-import contextlib, csv, hashlib, itertools, json, math, os, random, re, shutil, signal, threading, time, warnings
+# %% ../nbs/12_training.ipynb #5371e548
+import contextlib, csv, hashlib, inspect, itertools, json, math, os, random, re, shutil, signal, threading, time, warnings
 from dataclasses import dataclass, asdict, fields, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
@@ -129,11 +129,11 @@ def unpadded(
     "Each text's own tokens."
     return [row[keep.bool()] for row, keep in zip(ids, mask)]
 
-# %% ../nbs/12_training.ipynb #68a1524f
+# %% ../nbs/12_training.ipynb #328db614
 def _scans(model, batch, slices): # ScanEmbeddings of a micro-batch, from windows or from cached features
-    kw = dict(patch_mask=batch.get("patch_mask"), slices=slices)
-    if "windows" in batch: return model.encode_scan(batch["windows"], batch["grid"], **kw)
-    return model.encode_features(batch["cls"], batch["depth_tokens"], batch["grid"], **kw)
+    encode, features = (model.encode_scan, ("windows",)) if "windows" in batch else (model.encode_features, ("cls", "depth_tokens"))
+    kw = dict(slices=slices) if "slices" in inspect.signature(encode).parameters else {}
+    return encode(*(batch[k] for k in features), batch["grid"], patch_mask=batch.get("patch_mask"), **kw)
 
 def scan_part(
     model, batch,
