@@ -637,7 +637,7 @@ def evaluate_run(
     set_random_state(state)
     if process_count() > 1: dist.barrier()
 
-# %% ../nbs/12_training.ipynb #631370e8
+# %% ../nbs/12_training.ipynb #d7a5d7ae
 def train(
     model,         # a CTVLMModel, or anything with its encoders and t, b
     data,          # micro-batches, see the top of the chapter
@@ -671,6 +671,6 @@ def train(
                 raise SystemExit(143)
     if main:
         with averaged_weights(run.trained, run.average): _save_model(model, run.folder/"model")
-    run.accelerator.end_training()
+    for tracker in run.accelerator.trackers: tracker.finish()
     model.eval()
     return pd.read_csv(run.folder/"log.csv") if main else None

@@ -1,0 +1,129 @@
+"Many processes equal one: in the loss, in every gradient, in a whole training run."
+import tempfile
+
+import pytest, torch, torch.distributed as dist
+from torch import nn
+
+import made_up
+from ctvlm.siglip import gather_rows, run_processes, siglip_loss, value_and_gradients
+from ctvlm.training import TrainingConfig, effective_batch_backward, train
+
+CUTS = {2: [[0, 6, 12], [0, 5, 12]], 4: [[0, 3, 6, 9, 12], [0, 5, 5, 11, 12]]}  # even; uneven, with a process that has nothing
+STAGES = {"start": (10., -10.), "late": (100., -16.)}
+
+
+def embeddings(stage):
+    "Correlated, and all in one cone, as chest CTs are."
+    g = torch.Generator().manual_seed(0)
+    noise = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)
+    common, shared = noise(12, 8), noise(1, 8)
+    scale, bias = STAGES[stage]
+    return common + shared + 0.5 * noise(12, 8), common + shared + 0.5 * noise(12, 8), torch.tensor(scale, dtype=torch.float64).log(), torch.tensor(bias, dtype=torch.float64)
+
+
+def towers():
+    torch.manual_seed(2)
+    return nn.ModuleDict({"image": nn.Linear(8, 6), "text": nn.Linear(8, 6), "t": nn.ParameterList([nn.Parameter(torch.tensor(4.)), nn.Parameter(torch.tensor(-9.))])}).double()
+
+
+class Both(nn.Module):
+    "What DistributedDataParallel can wrap."
+    def __init__(self): super().__init__(); self.towers = towers()
+    def forward(self, x, y): return siglip_loss(self.towers["image"](x), self.towers["text"](y), *self.towers["t"], averaged=True)
+
+
+def wrapped(rank, x, y):
+    "Gradients that DistributedDataParallel leaves on the towers."
+    model = nn.parallel.DistributedDataParallel(Both())
+    loss = model(x, y); loss.backward()
+    return [loss.detach(), *(p.grad for p in model.module.towers.parameters())]
+
+
+CONFIG = TrainingConfig(epochs=2, effective_batch=12, learning_rate=1e-2, warmup_epochs=0.5, localization=0.3, checkpoint_every=100, trackers=())
+
+
+def effective(batches):
+    "Log and gradients of an effective batch; in eval mode nothing is random."
+    model = made_up.model().eval()
+    log = effective_batch_backward(model, batches, made_up.prompts(), CONFIG, step=3, device=torch.device("cpu"))
+    return log, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def trained(rank, world, folder):
+    "Weights after two epochs; the rotary factor is switched off, since each process draws its own."
+    import ctvlm.vision
+    ctvlm.vision.random_factor = lambda: 1.
+    model = made_up.model(seed=rank)                                   # process 0's weights are meant to win
+    train(model, made_up.Data(n=8, rank=rank, world=world), CONFIG, folder)
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def everything(rank, world, folder):
+    "All that one process contributes to the comparisons."
+    out = {"siglip": {}, "gathered": {}}
+    for stage in STAGES:
+        z = embeddings(stage)
+        for i, cuts in enumerate(CUTS[world]):
+            mine = slice(cuts[rank], cuts[rank + 1])
+            out["siglip"][stage, i] = value_and_gradients(siglip_loss, z[0][mine], z[1][mine], *z[2:])
+    for i, cuts in enumerate(CUTS[world]):
+        rows, first = gather_rows(torch.arange(24.).view(12, 2)[cuts[rank]:cuts[rank + 1]])
+        out["gathered"][i] = rows, torch.tensor(first)
+    z, cuts = embeddings("late"), CUTS[world][1]
+    out["wrapped"] = wrapped(rank, z[0][cuts[rank]:cuts[rank + 1]], z[1][cuts[rank]:cuts[rank + 1]])
+    batches = [made_up.batch(n, seed=n, windows=n == 2) for n in (2, 3, 4)]
+    out["effective"] = effective(batches[rank::world])                  # with 4 processes, the last has no scan at all
+    out["trained"] = trained(rank, world, folder)
+    return out
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def processes(request):
+    with tempfile.TemporaryDirectory() as folder: return run_processes(request.param, everything, folder)
+
+
+def same(x, y, eps=1e-9): torch.testing.assert_close(x, y, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("uneven", [0, 1])
+def test_siglip(processes, stage, uneven):
+    loss, gimg, gtxt, gt, gb = value_and_gradients(siglip_loss, *embeddings(stage))
+    shares = [p["siglip"][stage, uneven] for p in processes]
+    for share in shares: same(share[0], loss); same(share[3], gt); same(share[4], gb)
+    same(torch.cat([s[1] for s in shares]), gimg); same(torch.cat([s[2] for s in shares]), gtxt)
+
+
+def test_gathered_rows(processes):
+    cuts = CUTS[len(processes)]
+    for i in (0, 1):
+        for rank, p in enumerate(processes):
+            rows, first = p["gathered"][i]
+            assert torch.equal(rows, torch.arange(24.).view(12, 2)) and int(first) == cuts[i][rank]
+
+
+def test_under_data_parallel(processes):
+    model = Both(); z = embeddings("late")
+    loss = model(z[0], z[1]); loss.backward()
+    for p in processes:
+        for x, y in zip(p["wrapped"], [loss.detach(), *(p.grad for p in model.towers.parameters())], strict=True): same(x, y)
+
+
+def test_effective_batch(processes):
+    world = len(processes)
+    batches = [made_up.batch(n, seed=n, windows=n == 2) for n in (2, 3, 4)]
+    log, gradients = effective([b for rank in range(world) for b in batches[rank::world]])
+    for p in processes:
+        found, g = p["effective"]
+        for name in log: assert found[name] == pytest.approx(log[name], rel=1e-5), name
+        assert g.keys() == gradients.keys()
+        for name in g: torch.testing.assert_close(g[name], gradients[name], rtol=1e-4, atol=1e-5 * max(1., float(gradients[name].abs().max())), msg=name)
+
+
+def test_training(processes, tmp_path, monkeypatch):
+    import ctvlm.vision
+    monkeypatch.setattr(ctvlm.vision, "random_factor", lambda: 1.)
+    one = trained(0, 1, tmp_path)
+    for p in processes[1:]:
+        for name in one: assert torch.equal(p["trained"][name], processes[0]["trained"][name]), name   # processes agree to the bit
+    for name in one: torch.testing.assert_close(processes[0]["trained"][name], one[name], rtol=1e-2, atol=1e-3, msg=name)
