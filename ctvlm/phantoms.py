@@ -9,16 +9,16 @@ __all__ = ['AIR', 'REGIONS', 'PHASES', 'BODY', 'WALL', 'CAVITY', 'BELLY', 'LUNG'
            'LUNG_FINDINGS', 'HEADINGS', 'INDICATIONS', 'REGION_WORDS', 'PHASE_WORDS', 'NOTATIONS', 'Solid', 'Ellipsoid',
            'Stack', 'Tube', 'Half', 'Both', 'Minus', 'Union', 'Pattern', 'Stroke', 'draw', 'Traits', 'draw_traits',
            'Organ', 'Anatomy', 'Dome', 'Planted', 'plants', 'covered', 'plant', 'Series', 'Scan', 'plan_scan', 'render',
-           'Reference', 'Report', 'write_report', 'PhantomStudy', 'PhantomCohort']
+           'Reference', 'Report', 'write_report', 'PhantomStudy', 'PhantomCohort', 'write_cohort']
 
-# %% ../nbs/01_phantoms.ipynb #98bcc303
+# %% ../nbs/01_phantoms.ipynb #51218bb2
 import datetime, json, math, re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import CTVolume, InputError, stable_rng, write_atomically
+from .core import CTVolume, HU_WINDOWS, InputError, progress, stable_rng, write_atomically
 
 # %% ../nbs/01_phantoms.ipynb #441c70bb
 def _fill(distance, blur):
@@ -255,7 +255,7 @@ COLON = [(100, -8, -168, 20), (108, -6, -110, 21), (104, 10, -56, 20), (74, 58, 
          (-106, -10, -168, 14), (-70, 16, -216, 13), (-20, 30, -232, 13), (-8, -14, -238, 13), (-8, -40, -225, 14)]
 LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 
-# %% ../nbs/01_phantoms.ipynb #ef7f6824
+# %% ../nbs/01_phantoms.ipynb #6a0416c8
 class Anatomy:
     "The solids of one healthy patient in the patient's own mm (z = 0 at the thoracolumbar junction)."
     def __init__(self, seed:int, i:int, traits:Traits):
@@ -323,9 +323,9 @@ class Anatomy:
         gas = colon.grown(-4)
         gas.points = gas.points + (0, 5, 0)
         self.add("colon gas", BELLY + .17, -850., Pattern(gas, lambda x, y, z: np.clip(.5 + 1.2 * np.sin(z * .06 + x * .05 + self.i), 0, 1)))
-        rows = [(sx * x, y, z) for j, z in enumerate(range(-70, -215, -27)) for y in (58, 22) for sx in (1 if j % 2 else -1,) for x in (-78, -26, 26, 78)]
-        rows = np.array(rows) + rng.normal(0, 6, (len(rows), 3))
-        self.bowel = Tube(np.c_[rows, rng.uniform(10, 14, len(rows))]).moved(self.scale, (0, 0, 0))
+        t, turn = np.arange(0, 30, .36), rng.uniform(0, 6.28, 3)   # loops: a curve that comes back everywhere
+        rows = np.stack([76 * np.sin(1.7 * t + turn[0]), 36 + 30 * np.sin(2.9 * t + turn[1]), -138 + 66 * np.sin(.83 * t + turn[2])], 1) + rng.normal(0, 3, (len(t), 3))
+        self.bowel = Tube(np.c_[rows, rng.uniform(9.5, 12.5, len(rows))]).moved(self.scale, (0, 0, 0))
         self.add("small bowel", BELLY + .05, self.hu((40, 65, 70)), self.bowel & self.hollow, organ=True)
         self.add("small bowel content", BELLY + .06, 18., self.bowel.grown(-3.5) & self.hollow)
         s = Ellipsoid(self.at(-62, 32, 28, breath=.7), np.array([34, 38, 47]) * self.scale, (20, 0, 0))
@@ -333,7 +333,7 @@ class Anatomy:
         self.add("stomach content", BELLY + .11, 15., s & self.hollow)
         self.add("stomach gas", BELLY + .12, -950., s & Half((0, 1, 0), level))
 
-# %% ../nbs/01_phantoms.ipynb #abf7cf2e
+# %% ../nbs/01_phantoms.ipynb #7cac6d7d
 class Dome(Solid):
     "Everything above the diaphragm: high in the middle of `outline`, falling to `back` behind and `front` before."
     def __init__(self, outline, top, back, front):
@@ -363,9 +363,17 @@ def _lungs(self:Anatomy):
     self.lobe = {"right upper lobe": self.lung["right"] & above(128) & Half((0, 0, 1), flat), "right middle lobe": self.lung["right"] & above(128) & Half((0, 0, -1), -flat),
                  "right lower lobe": self.lung["right"] & below(128), "left upper lobe": self.lung["left"] & above(124), "left lower lobe": self.lung["left"] & below(124)}
     for name in LOBES: self.solids[name] = self.lobe[name]
+    for name, side in (("liver", "right"), ("spleen", "left"), ("stomach", "left")):   # they end at the diaphragm
+        organ = self.solids[name] = self.solids[name] - Union(*self.lung.values())
+        organ.high = np.minimum(organ.high, (np.inf, np.inf, self.lung[side].b.top))
     for side, z in (("right", 128), ("left", 124)):
         self.add(f"{side} oblique fissure", LUNG + .1, -640., (self.lung[side] & above(z - 1)) & below(z + 1))
     self.add("horizontal fissure", LUNG + .1, -640., self.lung["right"] & above(128) & Half((0, 0, 1), flat - 1) & Half((0, 0, -1), -flat - 1))
+
+@patch
+def aerated(self:Anatomy, lobe): # the lobe without what the heart and the mediastinum cover
+    heart = self.strokes["heart"].solid
+    return self.lobe[lobe] - Union(Ellipsoid(heart.centre - (6, 0, 0), heart.radii * 1.2, heart.turn), self.strokes["mediastinal fat"].solid)
 
 @patch
 def _airways(self:Anatomy):
@@ -383,10 +391,17 @@ def _airways(self:Anatomy):
         tips = rng.uniform(lung.low, lung.high, (60, 3))
         tips = tips[lung.contains(tips)][:13]
         root = self.at(sign * 40, -10, 160)
+        tubes = []
         for tip in tips:
-            end = root + .85 * (tip - root)
+            end = root + .9 * (tip - root)
             middle = (root + end) / 2 + rng.normal(0, 6, 3)
-            self.add(f"vessel {sign} {len(self.strokes)}", INLUNG, blood - 60, Tube([root, middle, end], [4.5, 3., 1.5]) & lung)
+            twigs = [middle + .9 * (end - middle) + rng.normal(0, 16, 3) for _ in range(2)]
+            tubes += [Tube([root, middle, end], [4.5, 3., 1.4]), *[Tube([middle, t], [2.4, 1.2]) for t in twigs]]
+        self.add(f"pulmonary vessels {sign}", INLUNG, blood - 60, Union(*[t & lung for t in tubes]))
+    hilum, vein = self.at(26, 26, 4, breath=1), self.hu((42, 100, 170))
+    ends = [(100, -20, 20), (90, 35, 30), (60, -30, 50), (-10, 50, 42), (80, 10, -30)]
+    self.add("liver vessels", BELLY + .01, vein, Union(Tube([self.at(6, 22, -34, breath=.8), hilum], [7, 7]), *[Tube([hilum, (hilum + (e := self.at(*q, breath=1))) / 2 + rng.normal(0, 5, 3), e], [6, 4, 2]) for q in ends],
+             *[Tube([self.at(20, -4, 68, breath=1), self.at(*q, breath=1)], [6, 2]) for q in ((90, 10, 40), (50, 45, 48), (95, -40, 50))]) & Minus(self.strokes["liver"].solid, self.lung["right"]))
 
 # %% ../nbs/01_phantoms.ipynb #1282f8c2
 @patch
@@ -445,7 +460,7 @@ def _arms(self:Anatomy, rows):
             solid = arm.grown(mm) if mm > -20 else Tube(arm.points, 11. if mm == -26. else 6.)
             self.add(f"arm {name} {sign}", layer, hu, solid)
 
-# %% ../nbs/01_phantoms.ipynb #f230cf9c
+# %% ../nbs/01_phantoms.ipynb #32672523
 @dataclass(frozen=True)
 class Planted:
     finding:str           # name as in the catalogue of findings
@@ -475,11 +490,11 @@ def _spot(a, rng, solid, r):
     for axis in np.eye(3): p = p[solid.contains(p + r * axis)] if len(p) else p; p = p[solid.contains(p - r * axis)] if len(p) else p
     return p[0] if len(p) else None
 
-def _waves(rng, length, n=5):
-    "A smooth random texture in [-1, 1] with features of about `length` mm."
+def _waves(rng, length, n=8):
+    "A smooth random texture around 0 with features of about `length` mm."
     k = rng.normal(size=(n, 3)); k *= 2 * np.pi / (length * rng.uniform(.7, 1.5, (n, 1)) * np.linalg.norm(k, axis=1, keepdims=True))
     phases = rng.uniform(0, 2 * np.pi, n)
-    return lambda x, y, z: sum(np.cos(x * float(a) + y * float(b) + z * float(c) + float(p)) for (a, b, c), p in zip(k, phases)) / n * 1.6
+    return lambda x, y, z: sum(np.cos(x * float(a) + y * float(b) + z * float(c) + float(p)) for (a, b, c), p in zip(k, phases)) * float((2 / n)**.5)
 
 def _step(value): return np.clip(value * 3 + .5, 0, 1).astype(np.float32) # a soft threshold at 0
 
@@ -497,31 +512,31 @@ def _planted(finding, place, solid, strokes, size=None, depth=None, kind=""):
     low, high = float(solid.low[2]), float(solid.high[2])
     return Planted(finding, place, (low + high) / 2 if depth is None else float(depth), low, high, size, kind, strokes)
 
-# %% ../nbs/01_phantoms.ipynb #aadf1e57
-@plants("Lung nodule", .22, "lungs")
+# %% ../nbs/01_phantoms.ipynb #d6d3243e
+@plants("Lung nodule", .24, "lungs")
 def _nodule(a, rng):
     lobe, words = _lobe(rng)
     r = rng.uniform(6, 15)
-    p = _spot(a, rng, a.lobe[lobe], r * .8)
+    p = _spot(a, rng, a.aerated(lobe), r * .8)
     if p is None: return None
     ball = Ellipsoid(p, r * rng.uniform(.85, 1.1, 3))
     return _planted("Lung nodule", words, ball, {"": Stroke(INLUNG + .3, a.hu((35, 55, 60)), ball & a.lobe[lobe])}, 2 * r)
 
-@plants("Lung opacity", .16, "lungs")
+@plants("Lung opacity", .18, "lungs")
 def _opacity(a, rng):
     lobe, words = _lobe(rng)
     r = rng.uniform(24, 40)
-    p = _spot(a, rng, a.lobe[lobe], r * .4)
+    p = _spot(a, rng, a.aerated(lobe), r * .4)
     if p is None: return None
     wave = _waves(rng, 30)
     ball = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3)) & a.lobe[lobe]
     return _planted("Lung opacity", words, ball, {"": Stroke(INLUNG + .1, -480., Pattern(ball, lambda x, y, z: _step(wave(x, y, z) + .5)))}, 2 * r, p[2])
 
-@plants("Consolidation", .16, "lungs")
+@plants("Consolidation", .18, "lungs")
 def _consolidation(a, rng):
     lobe, words = _lobe(rng)
     r = rng.uniform(24, 42)
-    p = _spot(a, rng, a.lobe[lobe], r * .35)
+    p = _spot(a, rng, a.aerated(lobe), r * .35)
     if p is None: return None
     wave = _waves(rng, 45)
     solid = Ellipsoid(p, r * rng.uniform(.85, 1.15, 3)) & a.lobe[lobe]
@@ -529,7 +544,7 @@ def _consolidation(a, rng):
     strokes = {"": Stroke(INLUNG + .2, a.hu((32, 60, 70)), Pattern(solid, lambda x, y, z: _step(wave(x, y, z) + .7)))} | tree
     return _planted("Consolidation", words, solid, strokes, 2 * r, p[2])
 
-@plants("Atelectasis", .17, "lung bases")
+@plants("Atelectasis", .20, "lung bases")
 def _atelectasis(a, rng):
     side = str(rng.choice(["right", "left"])); sign = 1 if side == "right" else -1
     lung = a.lobe[f"{side} lower lobe"]
@@ -543,9 +558,9 @@ def _atelectasis(a, rng):
         kind, words = "collapse", (f"of the {side} lower lobe", f"des {'rechten' if side == 'right' else 'linken'} Unterlappens")
     return _planted("Atelectasis", words, solid, {"": Stroke(INLUNG + .15, a.hu((45, 85, 100)), solid)}, None, kind=kind)
 
-@plants("Emphysema", .16, "upper lobes")
+@plants("Emphysema", .20, "upper lobes")
 def _emphysema(a, rng):
-    wave, bullous = _waves(rng, 16, 6), rng.random() < .35
+    wave, bullous = _waves(rng, 18), rng.random() < .35
     lungs = Union(a.lung["right"], a.lung["left"])
     top = lungs.high[2]
     def holes(x, y, z): return _step(wave(x, y, z) - .05) * np.clip((z - 40) / 110, .15, 1)
@@ -554,28 +569,25 @@ def _emphysema(a, rng):
     zone = Half((0, 0, 1), 185 * a.scale[2]) & lungs
     return _planted("Emphysema", ("with upper lobe predominance", "mit Betonung der Oberlappen"), Both(lungs, zone), strokes, depth=rng.uniform(195, 245) * a.scale[2], kind="bullous" if bullous else "")
 
-@plants("Mosaic attenuation pattern", .14, "lungs")
+@plants("Mosaic attenuation pattern", .19, "lungs")
 def _mosaic(a, rng):
     wave, lungs = _waves(rng, 44), Union(a.lung["right"], a.lung["left"])
     strokes = {"": Stroke(INLUNG + .05, -700., Pattern(lungs, lambda x, y, z: .95 * _step(2 * wave(x, y, z))))}
     return _planted("Mosaic attenuation pattern", ("in both lungs", "in beiden Lungen"), lungs, strokes, depth=rng.uniform(90, 170) * a.scale[2])
 
-@plants("Interlobular septal thickening", .14, "lungs")
+@plants("Interlobular septal thickening", .19, "lungs")
 def _septa(a, rng):
     lungs, basal = Union(a.lung["right"], a.lung["left"]), rng.random() < .6
-    n, pitch = rng.normal(size=(4, 3)), rng.uniform(14, 19, 4)
-    n /= np.linalg.norm(n, axis=1, keepdims=True)
-    middle = 120 * a.scale[2]
-    def net(x, y, z):
-        lines = 0
-        for (i, j, k), p in zip(n, pitch): lines = np.maximum(lines, 1 - np.abs(((x * float(i) + y * float(j) + z * float(k)) / float(p)) % 1 - .5) * float(p) / 1.9)
+    waves, middle = [_waves(rng, 34), _waves(rng, 34)], 120 * a.scale[2]
+    def net(x, y, z): # the zero lines of two random textures: a net with meshes of a lobule's size
+        lines = np.maximum(*[1 - np.abs(w(x, y, z)) / .28 for w in waves])
         return np.clip(lines, 0, 1) * np.clip(.5 + (middle - z) / 60 * (1 if basal else -1), 0, 1)
     half = Half((0, 0, -1 if basal else 1), middle * (-1 if basal else 1))
     words = ("in the lower lobes", "in den Unterlappen") if basal else ("in the upper lobes", "in den Oberlappen")
     return _planted("Interlobular septal thickening", words, Both(lungs, half), {"": Stroke(INLUNG + .12, -330., Pattern(lungs, net))}, depth=middle + rng.uniform(25, 60) * (-1 if basal else 1))
 
-# %% ../nbs/01_phantoms.ipynb #8ab85dd7
-@plants("Pulmonary fibrotic sequela", .16, "upper lobes")
+# %% ../nbs/01_phantoms.ipynb #11df56ea
+@plants("Pulmonary fibrotic sequela", .20, "upper lobes")
 def _sequela(a, rng):
     side = str(rng.choice(["right", "left"])); sign = 1 if side == "right" else -1
     lung = a.lung[side]
@@ -587,7 +599,7 @@ def _sequela(a, rng):
     strokes = {"": Stroke(INLUNG + .15, 10., Union(*[Both(b, lung) for b in bands])), "cap": Stroke(INLUNG + .14, 20., Pattern(solid.solids[0] & lung, lambda x, y, z: _step(wave(x, y, z) + .3)))}
     return _planted("Pulmonary fibrotic sequela", (f"at the {side} apex", f"{SIDES[side][1]} apikal"), solid & lung, strokes, depth=top[2] - 12)
 
-@plants("Pleural effusion", .18, "lung bases")
+@plants("Pleural effusion", .20, "lung bases")
 def _effusion(a, rng):
     side = str(rng.choice(["right", "left"])); lung = a.lung[side]
     thick = rng.uniform(28, 62)
@@ -596,10 +608,9 @@ def _effusion(a, rng):
     level = n @ np.array([0, back + thick, base + 30]) / np.linalg.norm(n)
     fluid = lung & Half(n / np.linalg.norm(n), level)
     top = base + 30 + thick / .45 * .8
-    p = Planted("Pleural effusion", SIDES[side], base + 42, base, min(top, float(lung.high[2]) - 20), float(thick), "", {"": Stroke(INLUNG + .4, 8., fluid)})
-    return p
+    return Planted("Pleural effusion", SIDES[side], base + 56, base, min(top, float(lung.high[2]) - 20), float(thick), "", {"": Stroke(INLUNG + .4, 8., fluid)})
 
-@plants("Peribronchial thickening", .15, "central lungs")
+@plants("Peribronchial thickening", .19, "central lungs")
 def _peribronchial(a, rng):
     names = [n for n in a.bronchi if "lobe" in n or "lingula" in n]
     strokes = {n + " wall": Stroke(INLUNG + .3, 20., a.bronchi[n].grown(5.)) for n in names}
@@ -608,10 +619,10 @@ def _peribronchial(a, rng):
     solid = Union(*[a.bronchi[n] for n in names])
     return _planted("Peribronchial thickening", ("in both lungs, central", "beidseits zentral"), solid, strokes, depth=rng.uniform(125, 165) * a.scale[2])
 
-@plants("Bronchiectasis", .16, "lungs")
+@plants("Bronchiectasis", .20, "lungs")
 def _bronchiectasis(a, rng):
     lobe, words = _lobe(rng, ("right lower lobe", "left lower lobe", "right middle lobe", "right upper lobe", "left upper lobe"))
-    p = _spot(a, rng, a.lobe[lobe], 16)
+    p = _spot(a, rng, a.aerated(lobe), 13)
     if p is None: return None
     strokes, tubes = {}, []
     for j in range(9):
@@ -621,26 +632,26 @@ def _bronchiectasis(a, rng):
         strokes |= {f"wall {j}": Stroke(INLUNG + .3, 20., tubes[-1].grown(2.4) & a.lobe[lobe]), f"lumen {j}": Stroke(INLUNG + .32, -985., tubes[-1] & a.lobe[lobe])}
     return _planted("Bronchiectasis", words, Union(*tubes) & a.lobe[lobe], strokes, depth=p[2])
 
-# %% ../nbs/01_phantoms.ipynb #f3578af0
+# %% ../nbs/01_phantoms.ipynb #18c4ee3b
 def _heart(a, factor, shift):
     "The heart with its chambers, larger by `factor`."
     old = a.strokes["heart"].solid
     grow = lambda s: Ellipsoid(old.centre + (s.centre - old.centre) * factor + shift, s.radii * factor, s.turn)
     return {n: replace(a.strokes[n], solid=grow(a.strokes[n].solid)) for n in ("heart", "left ventricle", "right ventricle", "atria")}
 
-@plants("Cardiomegaly", .18, "heart")
+@plants("Cardiomegaly", .20, "heart")
 def _cardiomegaly(a, rng):
     strokes = _heart(a, rng.uniform(1.3, 1.45), np.array([-10., 0, 2]))
     solid = strokes["heart"].solid
     return _planted("Cardiomegaly", ("", ""), solid, strokes, 2 * float(solid.radii[0]) * 1.05)
 
-@plants("Pericardial effusion", .15, "heart")
+@plants("Pericardial effusion", .19, "heart")
 def _pericardial(a, rng):
     heart, mm = a.strokes["heart"].solid, rng.uniform(13, 22)
     solid = Ellipsoid(heart.centre + (0, -2, -6), heart.radii + mm, heart.turn)
     return _planted("Pericardial effusion", ("", ""), solid, {"": Stroke(CHEST - .1, 6., solid)}, mm, depth=heart.centre[2] - 6)
 
-@plants("Coronary artery wall calcification", .2, "heart")
+@plants("Coronary artery wall calcification", .22, "heart")
 def _coronary(a, rng):
     heart = a.strokes["heart"].solid
     def surface(theta, height): # a point on the front of the heart, in its own axes
@@ -664,7 +675,7 @@ def _calcified_aorta(a, rng):
     solid = Pattern(shell, lambda x, y, zz: _step(wave(x, y, zz) + .15))
     return Planted("Arterial wall calcification", words, z, z - half, z + half, None, name, {"": Stroke(OVER, 850., solid)})
 
-@plants("Hiatal hernia", .16, "lower mediastinum")
+@plants("Hiatal hernia", .19, "lower mediastinum")
 def _hernia(a, rng):
     r = rng.uniform(24, 36)
     c = a.at(-14, -2, 66, breath=.8) + (0, 0, r * .6)
@@ -688,7 +699,7 @@ def _nodes(a, rng):
     solid = Union(*balls)
     return _planted("Lymphadenopathy", words, solid, {"": Stroke(CHEST - .05 if p[2] > 0 else BELLY + .6, a.hu((45, 75, 90)), solid)}, 1.7 * big, depth=p[2])
 
-@plants("Medical material", .2, "any")
+@plants("Medical material", .20, "any")
 def _material(a, rng):
     front = lambda z: float(a.frame.at(z)[1] + a.frame.at(z)[3])
     heights = {"pacemaker": 212, "wires": 160, "port": 222, "hip": -280}
@@ -709,9 +720,10 @@ def _material(a, rng):
         side = str(rng.choice(["right", "left"])); s = 1 if side == "right" else -1
         solid = Ellipsoid(a.at(s * 97, 4, -272), 24)
         parts, words = {"": (3000., solid), "stem": (3000., Tube([a.at(s * 97, 4, -272), a.at(s * 132, -6, -302), a.at(s * 137, -2, -400)], 8.))}, SIDES[side]
-    return _planted("Medical material", words, solid, {n: Stroke(OVER + .5, hu, s) for n, (hu, s) in parts.items()}, kind=name)
+    depth = z + 5 * a.scale[2] if name == "wires" else None   # on a wire, not between two
+    return _planted("Medical material", words, solid, {n: Stroke(OVER + .5, hu, s) for n, (hu, s) in parts.items()}, depth=depth, kind=name)
 
-# %% ../nbs/01_phantoms.ipynb #01f5a3ed
+# %% ../nbs/01_phantoms.ipynb #1e454891
 def _segment(a, p):
     "How a report calls the place `p` in the liver."
     x, y, z = p / a.scale; z -= a.lift / a.scale[2]
@@ -720,13 +732,13 @@ def _segment(a, p):
     else: n = ("VIII" if y > 0 else "VII") if z > 12 else ("V" if y > 0 else "VI")
     return f"in segment {n} of the liver", f"in Lebersegment {n}"
 
-@plants("Hepatic steatosis", .2, "liver")
+@plants("Hepatic steatosis", .22, "liver")
 def _steatosis(a, rng):
     old = a.strokes["liver"]
-    hu = a.hu((-4, 12, 42)) + rng.normal(0, 6)
+    hu = a.hu((-18, 6, 38)) + rng.normal(0, 5)
     return _planted("Hepatic steatosis", ("", ""), old.solid, {"liver": replace(old, hu=hu)}, depth=a.at(0, 0, rng.uniform(-10, 40), breath=1)[2])
 
-@plants("Hepatic cyst", .2, "liver")
+@plants("Hepatic cyst", .22, "liver")
 def _liver_cyst(a, rng):
     r = rng.uniform(12, 28)
     p = _spot(a, rng, a.solids["liver"], r * .8)
@@ -734,7 +746,7 @@ def _liver_cyst(a, rng):
     ball = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3)) & a.hollow
     return _planted("Hepatic cyst", _segment(a, p), ball, {"": Stroke(BELLY + .02, 4., ball)}, 2 * r)
 
-@plants("Hepatic lesion", .2, "liver")
+@plants("Hepatic lesion", .22, "liver")
 def _liver_lesion(a, rng):
     r = rng.uniform(14, 28)
     p = _spot(a, rng, a.solids["liver"], r * .8)
@@ -743,14 +755,14 @@ def _liver_lesion(a, rng):
     strokes = {"": Stroke(BELLY + .03, a.hu((26, 150, 66)), ball & a.hollow), "core": Stroke(BELLY + .031, a.hu((18, 60, 38)), core & a.hollow)}
     return _planted("Hepatic lesion", _segment(a, p), ball, strokes, 2 * r, kind="hyper" if a.traits.phase == 1 else "hypo")
 
-@plants("Gallstones", .2, "gallbladder")
+@plants("Gallstones", .24, "gallbladder")
 def _gallstones(a, rng):
     bag = a.strokes["gallbladder"].solid.a
     stones = [Ellipsoid(bag.centre + (rng.normal(0, 3), -6 + rng.normal(0, 2), rng.uniform(-18, 14)), rng.uniform(5, 8.5)) for _ in range(rng.integers(2, 5))]
     solid = Union(*stones)
     return _planted("Gallstones", ("", ""), solid, {"": Stroke(BELLY + .35, 520., solid)}, 2 * max(float(s.radii[0]) for s in stones))
 
-@plants("Biliary dilatation", .17, "liver")
+@plants("Biliary dilatation", .22, "liver")
 def _ducts(a, rng):
     hilum = a.at(28, 30, 6, breath=1)
     liver = a.solids["liver"]
@@ -760,22 +772,22 @@ def _ducts(a, rng):
     main = Tube([hilum, a.at(26, 22, -20, breath=.8), a.at(22, 16, -50, breath=.6)], [9, 8.5, 6])
     return _planted("Biliary dilatation", ("", ""), main, {"": Stroke(BELLY + .04, 5., Union(*ducts)), "main": Stroke(BELLY + .56, 5., main)}, 17., depth=hilum[2])
 
-@plants("Splenomegaly", .18, "spleen")
+@plants("Splenomegaly", .22, "spleen")
 def _splenomegaly(a, rng):
     s = a.strokes["spleen"].solid.a
     factor = rng.uniform(1.4, 1.65)
     big = Ellipsoid(s.centre + np.array([10, 6, -16]), s.radii * factor, s.turn)
     return _planted("Splenomegaly", ("", ""), big, {"spleen": replace(a.strokes["spleen"], solid=big & a.hollow)}, float(2 * big.radii[2]))
 
-@plants("Pancreatic lesion", .18, "pancreas")
+@plants("Pancreatic lesion", .24, "pancreas")
 def _pancreas_lesion(a, rng):
     tube = a.strokes["pancreas"].solid.a
-    k = int(rng.choice([0, 2, 4])); r = rng.uniform(13, 24)
+    k = int(rng.choice([0, 2, 4])); r = rng.uniform(15, 26)
     words = {0: ("in the pancreatic head", "im Pankreaskopf"), 2: ("in the pancreatic body", "im Pankreaskorpus"), 4: ("in the pancreatic tail", "im Pankreasschwanz")}[k]
     ball = Ellipsoid(tube.points[k] + (0, 3, 0), r * rng.uniform(.9, 1.1, 3))
     return _planted("Pancreatic lesion", words, ball, {"": Stroke(BELLY + .55, 9., ball & a.hollow)}, 2 * r, kind="cystic")
 
-@plants("Ascites", .17, "upper abdomen")
+@plants("Ascites", .22, "upper abdomen")
 def _ascites(a, rng):
     low = a.low < a.at(0, 0, -230)[2]
     scale = a.scale
@@ -787,7 +799,7 @@ def _ascites(a, rng):
     z = a.at(0, 0, -250)[2] if low else a.at(0, 0, 10, breath=1)[2]
     return Planted("Ascites", words, z, z - 40, z + 40, None, "", {"": Stroke(CAVITY + .1, 7., solid)})
 
-# %% ../nbs/01_phantoms.ipynb #4f7553a7
+# %% ../nbs/01_phantoms.ipynb #bd81354b
 def _one_kidney(a, rng): # side, solid, words
     sides = [s for s in ("right", "left") if a.low + 10 < a.solids[f"{s} kidney"].low[2] + 35]
     if not sides: return None
@@ -800,7 +812,7 @@ def _pole(rng, side): # height along the kidney, words
     return (.6, 0., -.6)[k], ((f"at the upper pole of the {side} kidney", f"am Oberpol der {de} Niere"), (f"in the mid portion of the {side} kidney", f"im mittleren Drittel der {de} Niere"),
                              (f"at the lower pole of the {side} kidney", f"am Unterpol der {de} Niere"))[k]
 
-@plants("Renal cyst", .22, "kidneys")
+@plants("Renal cyst", .24, "kidneys")
 def _renal_cyst(a, rng):
     if (k := _one_kidney(a, rng)) is None: return None
     side, kidney, _ = k; sign = 1 if side == "right" else -1
@@ -810,7 +822,7 @@ def _renal_cyst(a, rng):
     ball = Ellipsoid(c, r * rng.uniform(.92, 1.08, 3))
     return _planted("Renal cyst", words, ball, {"": Stroke(BELLY + .44, 5., ball & a.hollow)}, 2 * r)
 
-@plants("Kidney stone", .2, "kidneys")
+@plants("Kidney stone", .23, "kidneys")
 def _kidney_stone(a, rng):
     if (k := _one_kidney(a, rng)) is None: return None
     side, kidney, _ = k
@@ -820,7 +832,7 @@ def _kidney_stone(a, rng):
     stone = Ellipsoid(c, (r, r, r * 1.3))
     return _planted("Kidney stone", words, stone, {"": Stroke(BELLY + .6, 1100., stone)}, 2 * r)
 
-@plants("Hydronephrosis", .18, "kidneys")
+@plants("Hydronephrosis", .22, "kidneys")
 def _hydronephrosis(a, rng):
     if (k := _one_kidney(a, rng)) is None: return None
     side, kidney, _ = k; sign = 1 if side == "right" else -1
@@ -830,15 +842,15 @@ def _hydronephrosis(a, rng):
     ureter = Tube([c, a.at(sign * 36, -18, -110), a.at(sign * 42, -12, -200), a.at(sign * 22, 6, -275)], 6.)
     return _planted("Hydronephrosis", SIDES[side], Union(pelvis, *calyces), {"": Stroke(BELLY + .47, 7., Union(pelvis, *calyces, ureter))})
 
-@plants("Adrenal nodule", .18, "adrenals")
+@plants("Adrenal nodule", .22, "adrenals")
 def _adrenal(a, rng):
     side = str(rng.choice(["right", "left"])); r = rng.uniform(12, 21)
     gland = a.solids[f"{side} adrenal gland"]
     ball = Ellipsoid((gland.low + gland.high) / 2 + (0, 2, 4), r * rng.uniform(.9, 1.1, 3))
     de = "rechten" if side == "right" else "linken"
-    return _planted("Adrenal nodule", (f"of the {side} adrenal gland", f"der {de} Nebenniere"), ball, {"": Stroke(BELLY + .6, a.hu((18, 55, 60)), ball)}, 2 * r)
+    return _planted("Adrenal nodule", (f"of the {side} adrenal gland", f"der {de} Nebenniere"), ball, {"": Stroke(BELLY + .6, a.hu((4, 55, 60)), ball)}, 2 * r)
 
-@plants("Abdominal aortic aneurysm", .16, "abdominal aorta")
+@plants("Abdominal aortic aneurysm", .28, "abdominal aorta")
 def _aneurysm(a, rng):
     r = rng.uniform(22, 36)
     c = a.at(-3, -4, -85) + (0, r * .35, 0)
@@ -847,7 +859,7 @@ def _aneurysm(a, rng):
     strokes = {"": Stroke(CHEST + .31, 38., sac), "lumen": Stroke(CHEST + .32, a.hu(ARTERY), lumen), "rim": Stroke(CHEST + .33, 600., rim)}
     return _planted("Abdominal aortic aneurysm", ("infrarenal", "infrarenal"), sac, strokes, 2 * r)
 
-@plants("Diverticulosis", .18, "pelvis")
+@plants("Diverticulosis", .33, "pelvis")
 def _diverticula(a, rng):
     colon = a.strokes["colon"].solid.a
     strokes, solids = {}, []
@@ -857,22 +869,23 @@ def _diverticula(a, rng):
         c = p + d * (float(colon.r[k]) + 3)
         solids.append(Ellipsoid(c, 4.5))
         strokes |= {f"sac {j}": Stroke(BELLY + .18, 60., Ellipsoid(c, 6.2)), f"gas {j}": Stroke(BELLY + .19, -900., solids[-1])}
-    return _planted("Diverticulosis", ("of the sigmoid colon", "des Sigmas"), Union(*solids), strokes)
+    depth = sorted(float(b.centre[2]) for b in solids)[len(solids) // 2]
+    return _planted("Diverticulosis", ("of the sigmoid colon", "des Sigmas"), Union(*solids), strokes, depth=depth)
 
-@plants("Bowel obstruction", .17, "small bowel")
+@plants("Bowel obstruction", .3, "small bowel")
 def _obstruction(a, rng):
-    wide = Tube(a.bowel.points, np.clip(a.bowel.r * 1.65, 16, 22))
+    wide = Tube(a.bowel.points, np.clip(a.bowel.r * 1.7, 16, 21))
     inner = wide.grown(-2.5)
     strokes = {"small bowel": Stroke(BELLY + .17, a.hu((42, 70, 75)), wide & a.hollow), "small bowel content": Stroke(BELLY + .171, 12., inner & a.hollow)}
-    up = Union(*[Tube(inner.points[k:k + 2] + (0, 6, 0), inner.r[k:k + 2] * .7) for k in range(0, len(inner.points) - 1, 2)])
+    up = Union(*[Tube(inner.points[k:k + 4] + (0, 6, 0), inner.r[k:k + 4] * .7) for k in range(0, len(inner.points) - 3, 6)])
     strokes |= {"": Stroke(BELLY + .172, -940., up & a.hollow)}
     return _planted("Bowel obstruction", ("", ""), wide, strokes, float(2 * wide.r.mean()))
 
-@plants("Umbilical hernia", .17, "umbilicus")
+@plants("Umbilical hernia", .28, "umbilicus")
 def _umbilical(a, rng):
     z = a.at(0, 0, -118)[2]
     front = float(a.frame.at(z)[1] + a.frame.at(z)[3]); r = rng.uniform(15, 24)
-    c = np.array([rng.normal(0, 4), front + r * .75, z])
+    c = np.array([rng.normal(0, 4), front + r * .45, z])
     sac, bulge = Ellipsoid(c, (r * 1.1, r * .85, r)), Ellipsoid(c, np.array([r * 1.1, r * .85, r]) + 6)
     loop = rng.random() < .6
     strokes = {"skin": Stroke(BODY + .1, -100., bulge), "": Stroke(WALL + .2, -95., sac), "neck": Stroke(WALL + .21, -95., Tube([c, c - (0, r + 14, 0)], r * .45))}
@@ -1246,7 +1259,7 @@ def write_report(
     text = "\n".join(f"{name}: {s}" if "\n" not in s else f"{name}:\n{s}" for name, s in zip(h, sections))
     return Report(text, body, impression, language, tuple(references))
 
-# %% ../nbs/01_phantoms.ipynb #f6a710b4
+# %% ../nbs/01_phantoms.ipynb #8b791e63
 class PhantomStudy:
     "One patient, one scan, one report, and the truth. Volumes are drawn when they are asked for."
     def __init__(self, seed:int, i:int, spacing:tuple|None=None, language:str="en"):
@@ -1259,7 +1272,7 @@ class PhantomStudy:
         z = self.scan.shift[2]
         a.low, a.high = self.scan.low - z, self.scan.high - z
         a.heights = _organ_heights(a)
-        self.planted = tuple(replace(p, depth_mm=p.depth_mm + z, low_mm=p.low_mm + z, high_mm=p.high_mm + z) for p in plant(a))
+        self.planted = tuple(replace(p, depth_mm=p.depth_mm + z, low_mm=p.low_mm + z, high_mm=p.high_mm + z, strokes={}) for p in plant(a))
         have = {p.finding for p in self.planted}
         have |= {parent for f in have for parent in PARENTS.get(f, ())}
         self.labels = {f: int(f in have) for f in PLANTERS}
@@ -1299,3 +1312,108 @@ class PhantomCohort:
         i %= self.n
         return PhantomStudy(self.seed, i, self.spacing, self.languages[int(stable_rng(self.seed, "language", i).integers(len(self.languages)))])
     def __iter__(self): return (self[i] for i in range(self.n))
+
+# %% ../nbs/01_phantoms.ipynb #08aa2d25
+@patch
+def write_nifti(self:PhantomStudy,
+    path:str|Path, # `....nii` or `....nii.gz`
+)->Path:
+    "Write the main axial series as NIfTI."
+    import gzip, nibabel as nib
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")): raise InputError(f"a NIfTI file ends in .nii or .nii.gz, this one is called {path.name}: rename it")
+    image = nib.Nifti1Image(self.volume.array.astype(np.int16), self.volume.affine)
+    image.set_qform(self.volume.affine, 1); image.set_sform(self.volume.affine, 1); image.header.set_xyzt_units("mm")
+    data = image.to_bytes()
+    with write_atomically(path) as t: t.write_bytes(gzip.compress(data, 3, mtime=0) if path.name.endswith(".gz") else data)
+    return path
+
+# %% ../nbs/01_phantoms.ipynb #f1955fc6
+@patch
+def _dicom_images(self:PhantomStudy, series):
+    "Pixel arrays `(rows, columns)` in HU with position, orientation and spacing in LPS, image 1 first."
+    if series.plane is None:   # the localizer: the body seen from the front
+        coarse = replace(series, plane="axial", first=self.scan.high, step=5., count=int((self.scan.high - self.scan.low) / 5) + 1)
+        hu, x, y, z = render(self.anatomy, self.scan, coarse, (5., 5., None))
+        yield np.rint(hu.mean(1).T[::-1, ::-1] * 2 + 1000), (-x[-1], 0., z[-1]), (1, 0, 0, 0, 0, -1), (5., 5.)
+        return
+    hu, x, y, z = render(self.anatomy, self.scan, series, self.spacing)
+    if series.plane == "coronal":
+        for k in range(len(y))[::-1]: yield hu[::-1, k, ::-1].T, (-x[-1], -y[k], z[-1]), (1, 0, 0, 0, 0, -1), (z[1] - z[0], x[1] - x[0])
+    else:
+        for k in range(len(z))[::-1]: yield hu[::-1, ::-1, k].T, (-x[-1], -y[-1], z[k]), (1, 0, 0, 0, 1, 0), (y[1] - y[0], x[1] - x[0])
+
+@patch
+def _dicom_header(self:PhantomStudy, series):
+    "What all images of a series share."
+    from pydicom.dataset import Dataset
+    t, scan, ds = self.traits, self.scan, Dataset()
+    ds.SOPClassUID, ds.Modality, ds.SpecificCharacterSet = "1.2.840.10008.5.1.4.1.1.2", "CT", "ISO_IR 192"
+    ds.PatientName, ds.PatientID, ds.PatientSex, ds.PatientAge = f"Phantom^{self.index:05d}", self.patient, t.sex, f"{t.age:03d}Y"
+    ds.PatientBirthDate, ds.PatientSize, ds.PatientWeight = "", f"{t.height_cm / 100:.2f}", f"{t.bmi * (t.height_cm / 100)**2:.0f}"
+    ds.StudyDate = ds.SeriesDate = ds.ContentDate = f"{scan.date:%Y%m%d}"
+    ds.StudyTime = ds.SeriesTime = ds.ContentTime = "120000"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = _uid(self.seed, "study", self.index), series.uid, scan.frame_of_reference
+    ds.StudyID, ds.AccessionNumber, ds.ReferringPhysicianName, ds.PositionReferenceIndicator = str(self.index), self.study, "", ""
+    ds.Manufacturer, ds.ManufacturerModelName = "ctvlm", "phantom"
+    ds.SeriesNumber, ds.AcquisitionNumber, ds.SeriesDescription, ds.StudyDescription = series.number, 1, series.description, f"CT {self.region}"
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"] if series.plane is None else ["DERIVED", "SECONDARY", "REFORMATTED"] if series.plane == "coronal" else ["ORIGINAL", "PRIMARY", "AXIAL"]
+    ds.PatientPosition, ds.KVP, ds.ConvolutionKernel, ds.SliceThickness = "HFS", "120", {"soft": "B30f", "lung": "B70f", "bone": "B60f"}[series.kernel], f"{series.step:g}"
+    if t.phase: ds.ContrastBolusAgent = "iodine"
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 1, "MONOCHROME2", 16, 12, 11, 0
+    ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "1", "-1024", "HU"
+    ds.WindowCenter, ds.WindowWidth = (str(v) for v in HU_WINDOWS["lung" if series.kernel == "lung" else "soft tissue"])
+    return ds
+
+@patch
+def write_dicom(self:PhantomStudy,
+    folder:str|Path, # one subfolder per series is written into it
+)->Path:
+    "Write localizer, both axial series and the coronal series as DICOM files."
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+    folder = Path(folder)
+    for series in self.scan.series:
+        ds = self._dicom_header(series)
+        with write_atomically(folder / f"series-{series.number:03d}") as t:
+            t.mkdir()
+            for k, (hu, position, orientation, spacing) in enumerate(self._dicom_images(series), 1):
+                ds.SOPInstanceUID, ds.InstanceNumber = _uid(self.seed, "image", self.index, series.number, k), k
+                ds.ImagePositionPatient, ds.ImageOrientationPatient = [f"{v:.4f}" for v in position], [str(v) for v in orientation]
+                ds.PixelSpacing, ds.SliceLocation = [f"{v:.6g}" for v in spacing], f"{position[1 if series.plane == 'coronal' else 2]:.4f}"
+                ds.Rows, ds.Columns = hu.shape
+                ds.PixelData = (np.clip(hu, -1024, 3071) + 1024).astype("<u2").tobytes()
+                ds.file_meta = FileMetaDataset()
+                ds.file_meta.TransferSyntaxUID, ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, ds.SOPClassUID, ds.SOPInstanceUID
+                ds.save_as(t / f"image-{k:04d}.dcm", enforce_file_format=True)
+    return folder
+
+# %% ../nbs/01_phantoms.ipynb #24d8a3d5
+def _truth(study):
+    "What is known about a study, ready for JSON."
+    plain = lambda v: vars(v) | {k: list(x) for k, x in vars(v).items() if isinstance(x, tuple)}
+    planted = [{k: v for k, v in plain(p).items() if k != "strokes"} for p in study.planted]
+    return dict(study=study.study, patient=study.patient, sex=study.sex, age=study.age, region=study.region, language=study.language, labels=study.labels,
+                planted=planted, organ_heights={k: list(v) for k, v in study.organ_heights.items()}, references=[vars(r) for r in study.report.references])
+
+def write_cohort(
+    cohort:PhantomCohort,
+    folder:str|Path,        # new or existing; files of the same names are replaced
+    format:str="nifti",     # "nifti" or "dicom"
+    quiet:bool=False,       # no progress bar
+)->Path:
+    "Write every study, `reports.csv`, the table of all images `series.csv`, and what is true in `truth.jsonl`."
+    import pandas as pd
+    if format not in ("nifti", "dicom"): raise InputError(f"phantoms were asked for as {format!r}, they can be written as 'nifti' or 'dicom': choose one")
+    folder, reports, tables, truth = Path(folder), [], [], []
+    for s in progress(cohort, "phantoms", total=len(cohort), quiet=quiet):
+        if format == "nifti": s.write_nifti(folder / "scans" / f"{s.study}.nii.gz")
+        else: s.write_dicom(folder / "scans" / s.study)
+        r = s.report
+        reports.append(dict(study=s.study, patient=s.patient, language=r.language, text=r.text, findings=r.findings, impression=r.impression))
+        tables.append(s.series_table)
+        truth.append(json.dumps(_truth(s), ensure_ascii=False))
+    with write_atomically(folder / "reports.csv") as t: pd.DataFrame(reports).to_csv(t, index=False)
+    with write_atomically(folder / "series.csv") as t: pd.concat(tables).to_csv(t, index=False)
+    with write_atomically(folder / "truth.jsonl") as t: t.write_text("\n".join(truth) + "\n")
+    return folder
