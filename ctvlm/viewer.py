@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['plot_recall', 'plot_roc', 'plot_auc', 'plot_depths', 'plot_baselines', 'plot_reliability', 'plot_errors',
-           'plot_training']
+           'plot_training', 'plot_posterior', 'localization_figure', 'draw_cases', 'write_report', 'Planes',
+           'report_sentences', 'widget_classes', 'Explorer', 'explore']
 
-# %% ../nbs/14_viewer.ipynb #f89c9644
+# %% ../nbs/14_viewer.ipynb #7f75ed5b
 import base64, html, io, re
+from functools import cache
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from .core import BLUE, GREEN, HU_WINDOWS, ORANGE, CTVolume, InputError, write_atomically
 from .evaluation import bootstrap_ci, organ_of, roc_curve
 
@@ -176,3 +179,463 @@ def plot_training(
         ax.plot(x, t[c].rolling(max(1, len(t) // 20), min_periods=1, center=True).mean(), color=colour)
         ax.set(title=c, xlabel="step")
     return fig
+
+# %% ../nbs/14_viewer.ipynb #71e279f3
+def _gray(image, window): # HU -> 0 ... 255
+    if window not in HU_WINDOWS: raise InputError(f"no window is called {window!r}: use one of {', '.join(HU_WINDOWS)}")
+    centre, width = HU_WINDOWS[window]
+    return np.clip((image - (centre - width / 2)) * (255 / width), 0, 255).astype(np.uint8)
+
+def _coronal(volume, window, ax): # draw the coronal slice through the middle of the body, height in scanner mm
+    array, (sx, _, sz), z = volume.array, volume.spacing, volume.depths_mm
+    extent = (0, array.shape[0] * sx, z[0] - sz / 2, z[-1] + sz / 2)
+    ax.imshow(_gray(array[:, array.shape[1] // 2].T[:, ::-1], window), cmap="gray", origin="lower", extent=extent, aspect="equal")
+    ax.grid(False)
+    ax.set(xlabel="mm (patient's right on the left)", ylabel="z in mm", ylim=extent[2:])
+
+def _marks(ax, depth_mm, reference_mm, label=True): # lines of prediction and reference
+    ax.axhline(depth_mm, color=GREEN, lw=1.6, label="predicted" if label else None)
+    if reference_mm is not None: ax.axhline(reference_mm, color=ORANGE, lw=1.6, ls="--", label="radiologist" if label else None)
+
+def plot_posterior(
+    answer,            # a `DepthAnswer`
+    ax=None,
+    reference_mm=None, # depth of the slice that the radiologist cited
+):                     # matplotlib axes
+    "Posterior over depth, height upwards, with interval, answer and reference."
+    ax = _axes(ax, (2.5, 4.5))
+    bins, p = np.asarray(answer.bin_depths_mm, dtype=float), np.asarray(answer.probabilities, dtype=float)
+    bins, p = bins[np.isfinite(bins)], p[np.isfinite(bins)]
+    ax.barh(bins, p, height=10, color=GREEN, alpha=0.6)
+    if answer.interval_mm is not None and np.isfinite(answer.interval_mm).all(): ax.axhspan(*answer.interval_mm, color=GREEN, alpha=0.15, lw=0)
+    _marks(ax, answer.depth_mm, reference_mm)
+    ax.set(xlabel="probability of a bin", xlim=(0, None))
+    return ax
+
+def localization_figure(
+    answer,                   # a `DepthAnswer`
+    volume:CTVolume,          # the scan that it speaks of
+    reference_mm=None,        # depth of the slice that the radiologist cited
+    window:str="soft tissue", # a name of `HU_WINDOWS`
+):                            # matplotlib figure
+    "The axial slice at the answer, the coronal slice, and the posterior beside it."
+    import matplotlib.pyplot as plt
+    fig, (axial, coronal, curve) = plt.subplots(1, 3, figsize=(10, 4), width_ratios=(5, 4, 2), layout="constrained")
+    k, (sx, sy, _) = volume.slice_at(answer.depth_mm), volume.spacing
+    axial.imshow(_gray(volume.array[:, :, k].T[:, ::-1], window), cmap="gray", origin="lower", extent=(0, volume.array.shape[0] * sx, 0, volume.array.shape[1] * sy))
+    axial.grid(False)
+    image = "" if answer.image_number is None else f", image {answer.image_number}"
+    axial.set(title=f"z = {volume.depths_mm[k]:.0f} mm{image}", xlabel="mm (patient's right on the left)", ylabel="mm to the front")
+    _coronal(volume, window, coronal)
+    _marks(coronal, answer.depth_mm, reference_mm)
+    coronal.set_title(f"coronal, {window} window")
+    plot_posterior(answer, curve, reference_mm).set(ylim=coronal.get_ylim(), yticklabels=[], title="posterior")
+    coronal.legend(fontsize="x-small", loc="lower left")
+    fig.suptitle(_short(answer.text, 90), fontsize="medium")
+    return fig
+
+def _short(text, n): # at most `n` characters
+    text = " ".join(str(text).split())
+    return text if len(text) <= n else text[:n - 1].rstrip() + "…"
+
+# %% ../nbs/14_viewer.ipynb #bf634180
+def draw_cases(
+    cases,                 # DataFrame with `study snippet depth_mm pred_mm`, at most about ten rows
+    load,                  # study -> `CTVolume`
+    window:str="soft tissue",
+):                         # matplotlib figure
+    "Coronal slices with true and predicted depth, one per case."
+    import matplotlib.pyplot as plt
+    columns = min(5, max(1, len(cases)))
+    fig, axes = plt.subplots(-(-len(cases) // columns), columns, figsize=(2.2 * columns, 2.9 * -(-len(cases) // columns)), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(cases):]: ax.set_axis_off()
+    for ax, case in zip(axes.flat, cases.to_dict("records")):
+        _coronal(load(case["study"]), window, ax)
+        _marks(ax, case["pred_mm"], case["depth_mm"])
+        ax.set(xlabel="", ylabel="", xticks=[])
+        ax.tick_params(labelsize="x-small")
+        ax.set_title("\n".join(_wrap(_short(case["snippet"], 60), 26)) + f"\noff by {abs(case['pred_mm'] - case['depth_mm']):.0f} mm", fontsize="x-small")
+    axes[0, 0].legend(fontsize="xx-small", loc="lower left")
+    return fig
+
+def _wrap(text, width): # lines of at most `width`
+    import textwrap
+    return textwrap.wrap(text, width) or [""]
+
+# %% ../nbs/14_viewer.ipynb #c4f4b9aa
+_STYLE = """:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d4d9de; --link: #0173b2 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --paper: #14181c; --soft: #1e242a; --line: #3a434c; --link: #6bb8e8 } }
+* { box-sizing: border-box } body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
+h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) } figure { margin: 1rem 0 } figcaption { font-size: .9rem }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 6px } a { color: var(--link) } .table { overflow-x: auto } .note { background: var(--soft); padding: .6rem .9rem; border-radius: 6px }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem } th, td { padding: .25rem .7rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: normal } th { font-weight: 600 }"""
+
+def _image(fig, text, caption=""): # figure -> HTML with the PNG inside
+    import matplotlib.pyplot as plt
+    fig, png = getattr(fig, "figure", fig), io.BytesIO()
+    fig.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    plt.close(fig)
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(text, quote=True)}">' + (f"<figcaption>{html.escape(caption)}</figcaption>" if caption else "") + "</figure>"
+
+def _table(head, rows): # -> HTML; cells are text
+    cells = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in row) + "</tr>"
+    return f'<div class="table"><table><thead>{cells(head, "th")}</thead><tbody>{"".join(cells(r, "td") for r in rows)}</tbody></table></div>'
+
+def _number(x): # for people
+    if x is None: return "none"
+    if isinstance(x, (bool, str)): return str(x)
+    return str(x) if isinstance(x, int) else f"{x:.3f}" if abs(x) < 1 else f"{x:.1f}"
+
+def _with_interval(section, key): # "12.3", "11.0 to 13.5"
+    ci = section.get(f"{key}_ci95")
+    return [_number(section.get(key)), f"{_number(ci[0])} to {_number(ci[1])}" if ci else ""]
+
+# %% ../nbs/14_viewer.ipynb #5691236a
+def _localization_part(m): # section -> HTML
+    names = {"random_mm": "random slice", "middle_mm": "middle slice", "organ_mm": "organ height", "text_prior_mm": "text-only prior", "argmax_mm": "model, best bin", "mae_mm": "model, median of the posterior"}
+    rows = [[n, *_with_interval(m, k)] for k, n in names.items() if k in m]
+    part = f"<p>{m.get('n_snippets', '?')} snippets of {m.get('n_patients', '?')} patients; mean absolute error in mm.</p>" + _table(["answer", "MAE, mm", "95 % interval"], rows)
+    if "items" not in m: return part
+    said = f"mean error {m['mae_mm']:.0f} mm, middle slice {m['middle_mm']:.0f} mm"
+    part += _image(plot_baselines(m), f"Mean error of the model and of the baselines: {said}.")
+    part += _image(plot_depths(m), f"Predicted against true depth of {m['n_snippets']} snippets by organ; {said}.")
+    if "share_below" in m["items"]: part += _image(plot_reliability(m), "Share of snippets inside the interval against the promised share.")
+    from ctvlm.evaluation import error_analysis
+    return part + _image(plot_errors(error_analysis(m)), "Mean error for each organ with its interval.")
+
+def _retrieval_part(m):
+    rows = [[d.replace("_", " "), f"R@{k}", *_with_interval(m[d], f"r{k}"), f"{min(1, k / m[d]['n']):.3f}"] for d in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    n = m["text_to_image"]["n"]
+    part = f"<p>Among {n} studies.</p>" + _table(["direction", "", "recall", "95 % interval", "chance"], rows)
+    return part + (_image(plot_recall(m), f"Recall at k among {n} studies in both directions; text to image R@10 {m['text_to_image']['r10']:.2f}.") if "r1_ci95" in m["text_to_image"] else "")
+
+def _classification_part(m):
+    auc, detail = m["per_class"], m.get("detail", {})
+    rows = [["mean", *_with_interval(m, "mean_auroc"), ""]] + [[c, _number(auc[c]), " to ".join(map(_number, m["per_class_ci95"][c])) if "per_class_ci95" in m else "", detail.get(f"{c}_n_positive", "")] for c in sorted(auc, key=auc.get, reverse=True)]
+    part = _table(["finding", "AUC", "95 % interval", "positives"], rows)
+    if m.get("left_out"): part += f"<p>Too few to judge, left out of the mean: {html.escape('; '.join(f'{c} ({why})' for c, why in m['left_out'].items()))}.</p>"
+    if "detail" in m and "per_class_ci95" in m: part += _image(plot_auc(m), f"AUC of {len(auc)} findings with intervals, mean {m['mean_auroc']:.2f}.")
+    return part + (_image(plot_roc(m), "ROC curves of the best and the worst findings with bands.") if "items" in m else "")
+
+def _other_part(m): # any section: its numbers
+    flat = lambda d, path="": [r for k, v in d.items() if k not in ("items", "protocol") and not k.endswith("_ci95") for r in (flat(v, f"{path}{k} ") if isinstance(v, dict) else [[path + k.replace("_", " "), *_with_interval(d, k)]] if isinstance(v, (int, float, str)) else [])]
+    return _table(["measure", "value", "95 % interval"], flat(m))
+
+# %% ../nbs/14_viewer.ipynb #2931224f
+_PARTS = {"localization": ("Where: depth of a snippet", _localization_part), "retrieval": ("Which scan fits this report", _retrieval_part), "classification": ("Is the finding there: zero-shot AUC", _classification_part)}
+
+def write_report(
+    path,             # the HTML file
+    metrics:dict,     # a result of `evaluate_model`, with any further sections
+    history=None,     # of `plot_training`
+    examples=(),      # dicts or tuples `answer`, `volume`, `reference_mm`: scans to show
+    title:str="ctvlm: results",
+    notes=(),         # sentences to stand first
+)->None:
+    "Write one self-contained HTML page: tables, curves, example scans with predicted and true depth."
+    parts = [f'<p class="note">{html.escape(n)}</p>' for n in notes]
+    for name, (heading, part) in _PARTS.items():
+        if name in metrics: parts.append(f"<h2>{heading}</h2>" + part(metrics[name]))
+    shown = []
+    for example in examples:
+        answer, volume, reference = (example[k] for k in ("answer", "volume", "reference_mm")) if isinstance(example, dict) else example
+        off = "" if reference is None else f", the radiologist cited {reference:.0f} mm, {abs(reference - answer.depth_mm):.0f} mm away"
+        said = f"“{_short(answer.text, 160)}”: predicted {answer.depth_mm:.0f} mm{off}"
+        shown.append(_image(localization_figure(answer, volume, reference), f"Axial slice at the predicted depth, coronal slice and posterior. {said}.", said + "."))
+    if shown: parts.append("<h2>Examples</h2>" + "".join(shown))
+    if history is not None and len(history): parts.append("<h2>Training</h2>" + _image(plot_training(history), "Loss curves over the optimiser steps."))
+    rest = {k: v for k, v in metrics.items() if k not in (*_PARTS, "format", "protocol")}
+    for k in [k for k, v in rest.items() if isinstance(v, dict)]: parts.append(f"<h2>{html.escape(k.replace('_', ' ').capitalize())}</h2>" + _other_part(rest.pop(k)))
+    if rest: parts.append("<h2>Further numbers</h2>" + _other_part(rest))
+    protocol = {k: v for m in (metrics, *(metrics.get(k, {}) for k in _PARTS)) for k, v in m.get("protocol", {}).items()}
+    if protocol: parts.append("<h2>Protocol</h2>" + _table(["", ""], [[k.replace("_", " "), v] for k, v in protocol.items()]))
+    page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>\n<style>\n{_STYLE}\n</style></head>\n<body><main><h1>{html.escape(title)}</h1>\n' + "\n".join(parts) + "\n</main></body></html>\n"
+    with write_atomically(path) as t: t.write_text(page, encoding="utf-8")
+
+# %% ../nbs/14_viewer.ipynb #006b7a35
+_COLOURS = {"green": GREEN, "orange": ORANGE, "white": "#ffffff", "band": "#0b4636", "dim": "#6f7780"} # palette entries after the grays
+_INDEX = {name: 250 + i for i, name in enumerate(_COLOURS)}
+
+class Planes:
+    "Draws axial, coronal and sagittal slices and a posterior of one volume as one PNG."
+    def __init__(self,
+        volume:CTVolume,
+        size:int=400,   # pixels of the longest edge of a plane
+        strip:int=110,  # pixels of the posterior's width
+    ):
+        self.volume, self.kept = volume, {}
+        (X, Y, Z), (sx, sy, sz) = volume.array.shape, volume.spacing
+        plane, upright = size / max(X * sx, Y * sy), size / max(X * sx, Y * sy, Z * sz)
+        pixels = lambda scale, *mm: tuple(max(1, round(scale * m)) for m in mm)
+        parts = {"axial": pixels(plane, X * sx, Y * sy), "coronal": pixels(upright, X * sx, Z * sz), "posterior": (strip, pixels(upright, Z * sz)[0]), "sagittal": pixels(upright, Y * sy, Z * sz)}
+        self.boxes, x = {}, 0 # name -> (left, top, width, height)
+        for name, (w, h) in parts.items(): self.boxes[name], x = (x, 0, w, h), x + w + 4
+        self.width, self.height = x - 4, max(h for _, h in parts.values())
+        self.palette = bytes([g * 255 // 249 for g in range(250) for _ in range(3)]) + bytes.fromhex("".join(c[1:] for c in _COLOURS.values()))
+
+    def _slice(self, name, index, window): # gray levels at display size
+        from PIL import Image
+        _, _, w, h = self.boxes[name]
+        a = self.volume.array
+        image = {"axial": lambda: a[::-1, ::-1, index].T, "coronal": lambda: a[::-1, index, ::-1].T, "sagittal": lambda: a[index, :, ::-1].T}[name]()
+        gray = Image.fromarray(np.minimum(_gray(image, window), 249)).resize((w, h), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        return np.asarray(gray)
+
+    def row(self, depth_mm): # depth -> pixel row in the upright planes
+        z, sz, h = self.volume.depths_mm, self.volume.spacing[2], self.boxes["coronal"][3]
+        return int(np.clip((z[-1] + sz / 2 - depth_mm) / (z[-1] - z[0] + sz) * h, 0, h - 1))
+
+    def draw(self,
+        i:int, j:int, k:int,      # sagittal, coronal and axial slice
+        window:str="soft tissue", # a name of `HU_WINDOWS`
+        answer=None,              # a `DepthAnswer`: posterior and interval
+        reference_mm=None,        # the radiologist's own reference
+    )->bytes:                     # PNG
+        "One picture of all planes."
+        from PIL import Image
+        canvas, (X, Y, _) = np.zeros((self.height, self.width), np.uint8), self.volume.array.shape
+        for name, index in (("axial", k), ("coronal", j), ("sagittal", i)):
+            x, y, w, h = self.boxes[name]
+            if name == "axial": image = self._slice(name, index, window)
+            else:
+                if self.kept.get(name, (None,))[0] != (index, window): self.kept[name] = (index, window), self._slice(name, index, window)
+                image = self.kept[name][1]
+            canvas[y:y + h, x:x + w] = image
+        self._posterior(canvas, answer)
+        level, marks = self.row(self.volume.depths_mm[k]), [] if reference_mm is None else [self.row(reference_mm)]
+        for name in ("coronal", "posterior", "sagittal"):
+            x, _, w, h = self.boxes[name]
+            canvas[level, x:x + w] = _INDEX["green"]
+            for m in marks: canvas[max(m - 1, 0):m + 1, x + np.flatnonzero(np.arange(w) % 10 < 5)] = _INDEX["orange"] # dashed
+        x, _, w, h = self.boxes["axial"]
+        column, row = x + int((1 - (i + 0.5) / X) * w), int((1 - (j + 0.5) / Y) * h)
+        canvas[row, x:x + w:6] = canvas[0:h:6, column] = _INDEX["dim"]                                  # where the other planes lie
+        image = Image.fromarray(canvas)                                                                  # (height, width), one byte a pixel
+        image = image.convert("P") if image.mode != "P" else image
+        image.putpalette(self.palette)
+        out = io.BytesIO()
+        image.save(out, "png", compress_level=1)
+        return out.getvalue()
+
+    def _posterior(self, canvas, answer): # bars to the right, height upwards, interval as a band
+        x, _, w, h = self.boxes["posterior"]
+        if answer is None: return
+        if answer.interval_mm is not None and np.isfinite(answer.interval_mm).all():
+            low, high = (self.row(mm) for mm in answer.interval_mm)
+            canvas[high:low + 1, x:x + w] = _INDEX["band"]
+        bins, p = np.asarray(answer.bin_depths_mm, dtype=float), np.asarray(answer.probabilities, dtype=float)
+        for mm, share in zip(bins[np.isfinite(bins)], p[np.isfinite(bins)] / max(np.nanmax(p), 1e-9)):
+            canvas[self.row(mm + 5):self.row(mm - 5) + 1, x:x + int(share * (w - 6))] = _INDEX["white"]
+
+    def at(self, x, y): # fractions of the picture -> name of the part, fractions inside it; or None
+        "What lies at a point of the picture."
+        px, py = x * self.width, y * self.height
+        for name, (left, top, w, h) in self.boxes.items():
+            if left <= px < left + w and top <= py < top + h: return name, (px - left) / w, (py - top) / h
+
+# %% ../nbs/14_viewer.ipynb #594c8bc8
+def _marked(text, spans): # text and `(start, end, kind)` -> `[piece, kind]` in order, kind "" between; earlier spans win where two overlap
+    kinds = [""] * len(text)
+    for a, b, kind in reversed(spans): kinds[a:b] = [kind] * (b - a)
+    cuts = [0, *(i for i in range(1, len(text)) if kinds[i] != kinds[i - 1]), len(text)]
+    return [[text[a:b], kinds[a]] for a, b in zip(cuts, cuts[1:]) if b > a]
+
+def report_sentences(
+    report:str,          # English or German
+    volume:CTVolume=None, # to find the depth of cited images
+    series:int|None=None, # the scan's series number, where known
+)->list:                 # dicts `text`, `pieces`, `query`, `reference_mm` in reading order; `query` is what to ask the model
+    "Cut a report into sentences with findings and references marked."
+    from ctvlm.findings import explain_report, sentences
+    from ctvlm.mining import mine_report
+    cited, found, out = mine_report(report), explain_report(report), []
+    marks = [(*r.span, "reference") for r in cited] + [(*d.span, "asserted" if d.value else "denied") for d in found.values() if d.value is not None]
+    starts = sorted({s.tokens[0].start for s in sentences(report) if s.tokens} | {m.end() for m in re.finditer(r"\n+", report)} | {0})
+    inside = lambda p, spans: any(a < p < b for a, b, _ in spans)
+    starts = [p for p in starts if not inside(p, marks)]
+    for a, b in zip(starts, [*starts[1:], len(report)]):
+        text, here = report[a:b], [r for r in cited if a <= r.span[0] < b]
+        query = next((getattr(r, "cleaned", None) or r.snippet for r in here), None) or re.sub(r"\s+", " ", re.sub(r"\([^)]*\)", "", text)).strip()
+        depths = [d for d in (_cited_depth(r, volume, series) for r in here) if d is not None]
+        pieces = _marked(text, [(max(s, a) - a, min(e, b) - a, kind) for s, e, kind in marks if s < b and e > a])
+        out.append({"text": text, "pieces": pieces, "query": query if re.search(r"\w", query) and not query.endswith(":") else "", "reference_mm": depths[0] if depths else None})
+    return out
+
+def _cited_depth(r, volume, series): # of one reference, in mm; None where this scan cannot tell
+    if volume is None or volume.image_numbers is None or r.prior or r.plane not in (None, "axial"): return None
+    if series is not None and r.series is not None and str(r.series) != str(series): return None
+    where = np.flatnonzero(np.asarray(volume.image_numbers) == r.image)
+    return float(volume.depths_mm[where[0]]) if len(where) else None
+
+# %% ../nbs/14_viewer.ipynb #a8ea35ea
+_IMAGE_JS = """
+function render({ model, el }) {
+  const img = document.createElement("img");
+  let busy = false, waiting = 0, url = null;
+  img.tabIndex = 0; img.style.cssText = "max-width:100%;height:auto;display:block;background:#000;cursor:crosshair";
+  const send = n => {
+    if (busy) { waiting += n; return; }
+    busy = true; model.set("steps", model.get("steps") + n); model.save_changes();
+    setTimeout(() => { busy = false; flush(); }, 1000);
+  };
+  const flush = () => { if (!busy && waiting) { const n = waiting; waiting = 0; send(n); } };
+  const draw = () => {
+    const old = url; url = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
+    img.src = url; img.alt = model.get("alt"); if (old) URL.revokeObjectURL(old);
+    busy = false; flush();
+  };
+  model.on("change:png", draw); draw();
+  img.addEventListener("wheel", e => { e.preventDefault(); if (e.deltaY) send(e.deltaY > 0 ? -1 : 1); }, { passive: false });
+  const keys = { ArrowUp: 1, ArrowDown: -1, PageUp: 10, PageDown: -10 };
+  img.addEventListener("keydown", e => { if (keys[e.key]) { e.preventDefault(); send(keys[e.key]); } });
+  img.addEventListener("click", e => {
+    const r = img.getBoundingClientRect();
+    model.set("clicked", [(e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height, Date.now()]); model.save_changes();
+  });
+  el.appendChild(img);
+  return () => { if (url) URL.revokeObjectURL(url); };
+}
+export default { render };
+"""
+
+_REPORT_JS = """
+function render({ model, el }) {
+  const box = document.createElement("div");
+  box.className = "ctvlm-report";
+  const draw = () => {
+    box.replaceChildren(...model.get("sentences").map((s, i) => {
+      const span = document.createElement("span");
+      for (const [text, kind] of s.pieces) { const p = document.createElement("span"); p.textContent = text; if (kind) { p.className = kind; p.title = kind; } span.appendChild(p); }
+      if (!s.query) return span;
+      const choose = () => { model.set("chosen", i); model.set("presses", model.get("presses") + 1); model.save_changes(); };
+      span.tabIndex = 0; span.className = "sentence"; span.setAttribute("role", "button"); span.setAttribute("aria-pressed", String(i === model.get("chosen")));
+      span.addEventListener("click", choose);
+      span.addEventListener("keydown", e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(); } });
+      return span;
+    }));
+  };
+  const mark = () => [...box.children].forEach((c, i) => c.hasAttribute("role") && c.setAttribute("aria-pressed", String(i === model.get("chosen"))));
+  model.on("change:sentences", draw); model.on("change:chosen", mark); draw();
+  el.appendChild(box);
+}
+export default { render };
+"""
+
+_REPORT_CSS = """.ctvlm-report { white-space: pre-wrap; line-height: 1.5; max-height: 60vh; overflow: auto; color: var(--jp-ui-font-color1, inherit) }
+.ctvlm-report .sentence { cursor: pointer; border-radius: 3px } .ctvlm-report .sentence:hover, .ctvlm-report .sentence:focus-visible { outline: 2px solid #029e73 }
+.ctvlm-report .sentence[aria-pressed=true] { box-shadow: inset 0 -3px 0 #029e73 } .ctvlm-report .reference { border-bottom: 2px dashed #de8f05 }
+.ctvlm-report .asserted { font-weight: 700 } .ctvlm-report .denied { font-style: italic; text-decoration: underline dotted }"""
+
+# %% ../nbs/14_viewer.ipynb #e3273762
+@cache
+def widget_classes():
+    "The two widgets; made on first use, since the libraries behind them are only needed on a screen."
+    try: import anywidget
+    except ImportError: raise InputError("the viewer draws with anywidget, which is not installed: pip install anywidget") from None
+    import traitlets as t
+    class PlanesWidget(anywidget.AnyWidget): # the picture
+        _esm = _IMAGE_JS
+        png, alt, steps, clicked = t.Bytes(b"").tag(sync=True), t.Unicode("").tag(sync=True), t.Int(0).tag(sync=True), t.List([]).tag(sync=True)
+    class ReportWidget(anywidget.AnyWidget): # the report
+        _esm, _css = _REPORT_JS, _REPORT_CSS
+        sentences, chosen, presses = t.List([]).tag(sync=True), t.Int(-1).tag(sync=True), t.Int(0).tag(sync=True)
+    return PlanesWidget, ReportWidget
+
+# %% ../nbs/14_viewer.ipynb #aa317a6a
+class Explorer:
+    "Scan and report side by side; see `explore`."
+    def __init__(self, volume:CTVolume, report, model, series=None, window:str="soft tissue"):
+        import ipywidgets as w
+        if not isinstance(volume, CTVolume):
+            from ctvlm.preprocessing import load_volume
+            volume = load_volume(volume)
+        if window not in HU_WINDOWS: raise InputError(f"no window is called {window!r}: use one of {', '.join(HU_WINDOWS)}")
+        report = getattr(report, "text", report)
+        self.volume, self.model, self.answers, self.answer, self.reference_mm = volume, model, {}, None, None
+        self.planes, self.position = Planes(volume), [n // 2 for n in volume.array.shape]
+        self.sentences = report_sentences(report, volume, series) if isinstance(report, str) else [{"text": s + "\n", "pieces": [[s + "\n", ""]], "query": s, "reference_mm": None} for s in report]
+        Picture, Report = widget_classes()
+        self.picture, self.report = Picture(), Report(sentences=[{"pieces": s["pieces"], "query": s["query"]} for s in self.sentences])
+        self.slider = w.IntSlider(value=self.position[2], min=0, max=volume.array.shape[2] - 1, description="slice", layout=w.Layout(width="98%"))
+        self.window = w.ToggleButtons(options=list(HU_WINDOWS), value=window, description="window", style={"button_width": "6em"})
+        self.free, self.status = w.Text(placeholder="a sentence of your own, then Enter", description="ask", continuous_update=False, layout=w.Layout(width="98%")), w.HTML()
+        self.picture.observe(lambda e: self.scroll(e["new"] - e["old"]), "steps")
+        self.picture.observe(lambda e: self.click(*e["new"][:2]), "clicked")
+        self.report.observe(lambda e: self.choose(self.report.chosen), "presses")
+        self.slider.observe(lambda e: self.jump(e["new"]), "value")
+        self.window.observe(lambda e: self.draw(), "value")
+        self.free.observe(lambda e: self.ask(e["new"]) if e["new"].strip() else None, "value")
+        side = w.VBox([self.report, self.free, self.status], layout=w.Layout(flex="1 1 20rem", min_width="16rem"))
+        self.widget = w.HBox([w.VBox([self.picture, self.slider, self.window], layout=w.Layout(flex="3 1 30rem", min_width="18rem")), side], layout=w.Layout(flex_flow="row wrap"))
+        self.draw()
+
+    def _ipython_display_(self):
+        from IPython.display import display
+        display(self.widget)
+
+    def jump(self, k): # to axial slice `k`
+        k = int(np.clip(k, 0, self.volume.array.shape[2] - 1))
+        if k != self.position[2]: self.position[2] = k; self.draw()
+        if self.slider.value != k: self.slider.value = k
+
+    def scroll(self, steps): self.jump(self.position[2] + steps) # up is towards the head
+
+    def click(self, x, y): # at a fraction of the picture: move all planes there
+        where = self.planes.at(x, y)
+        if where is None: return
+        (name, u, v), (X, Y, Z) = where, self.volume.array.shape
+        i, j, k = self.position
+        if name == "axial": i, j = int((1 - u) * X), int((1 - v) * Y)
+        else: k = int((1 - v) * Z)
+        if name == "coronal": i = int((1 - u) * X)
+        if name == "sagittal": j = int(u * Y)
+        self.position[:2] = i, j
+        if k == self.position[2]: self.draw()
+        else: self.jump(k)
+
+# %% ../nbs/14_viewer.ipynb #28347d9d
+@patch
+def draw(self:Explorer):
+    "Draw the state: one image, one line of text."
+    k, z = self.position[2], self.volume.depths_mm
+    number = "" if self.volume.image_numbers is None else f", image {self.volume.image_numbers[k]}"
+    self.picture.alt = f"Axial, coronal and sagittal slices at z = {z[k]:.0f} mm{number}, {self.window.value} window" + ("" if self.answer is None else f"; predicted depth {self.answer.depth_mm:.0f} mm")
+    self.picture.png = self.planes.draw(*self.position, self.window.value, self.answer, self.reference_mm)
+    self.status.value = f"<b>z = {z[k]:.0f} mm{number}</b>" + self._said()
+
+@patch
+def _said(self:Explorer): # the answer in words
+    a = self.answer
+    if a is None: return ""
+    interval = f", interval {a.interval_mm[0]:.0f} to {a.interval_mm[1]:.0f} mm" if a.interval_mm is not None and np.isfinite(a.interval_mm).all() else ""
+    reference = "" if self.reference_mm is None else f"<br>the radiologist cited {self.reference_mm:.0f} mm, {abs(self.reference_mm - a.depth_mm):.0f} mm away"
+    unsure = "<br>The posterior is flat: this may not be in the scan." if getattr(a, "abstains", False) else ""
+    trained = getattr(getattr(self.model, "config", None), "trained_on", "")
+    return f"<br>“{html.escape(_short(a.text, 120))}”<br>predicted {a.depth_mm:.0f} mm{interval}{reference}{unsure}<br><small>For research, not for diagnosis. {html.escape(trained)}</small>"
+
+@patch
+def ask(self:Explorer, text:str, reference_mm=None):
+    "Ask the model where `text` is, and go there."
+    text = " ".join(text.split())
+    if text not in self.answers: self.answers[text] = self.model.localize(self.volume, [text])[0]
+    self.answer, self.reference_mm = self.answers[text], reference_mm
+    k = self.volume.slice_at(self.answer.depth_mm)
+    if k == self.position[2]: self.draw()
+    else: self.jump(k)
+
+@patch
+def choose(self:Explorer, i:int):
+    "Sentence `i` of the report was pressed."
+    if 0 <= i < len(self.sentences) and self.sentences[i]["query"]: self.ask(self.sentences[i]["query"], self.sentences[i]["reference_mm"])
+
+# %% ../nbs/14_viewer.ipynb #af694f14
+def explore(
+    volume,                   # `CTVolume`, or a path that `load_volume` reads
+    report,                   # a report's text (or an object with `.text`), or a list of snippets
+    model,                    # anything with `localize(volume, texts)`
+    series:int|None=None,     # the scan's series number, where known: references to other series are no marks then
+    window:str="soft tissue", # a name of `HU_WINDOWS`
+)->Explorer:                  # shows itself in a notebook
+    "Read a scan and its report side by side: click a sentence, and the scan jumps to the predicted depth."
+    return Explorer(volume, report, model, series, window)
