@@ -300,7 +300,7 @@ def parameter_groups(
         groups.setdefault((scales[name], decays), []).append(p)
     return [dict(params=ps, scale=s, weight_decay=config.weight_decay if d else 0.) for (s, d), ps in sorted(groups.items(), key=lambda g: g[0])]
 
-# %% ../nbs/12_training.ipynb #e217d947
+# %% ../nbs/12_training.ipynb #72fe16f0
 def learning_rate_at(
     step:int,    # counted from 0
     total:int,   # steps of the run
@@ -309,7 +309,7 @@ def learning_rate_at(
 )->float:
     "Linear warm-up, then a cosine to the final value."
     if step < warmup: return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - 1 - warmup)
+    done = (step + 1 - warmup) / max(1, total - warmup)
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * min(1., done))) / 2
 
 # %% ../nbs/12_training.ipynb #f70e0c7a
@@ -370,7 +370,7 @@ def augment_report(
     if u[2] < shuffle: findings = shuffle_organs(findings, rng)
     return findings, impression
 
-# %% ../nbs/12_training.ipynb #ba1ac02c
+# %% ../nbs/12_training.ipynb #9f970f1c
 def random_state()->dict:
     "The state of every generator, as tensors and plain numbers."
     name, keys, *rest = np.random.get_state()
@@ -425,7 +425,7 @@ def load_checkpoint(
             for name, digest in about["sha256"].items():
                 if _sha256(path/name) != digest: raise ValueError(f"{name} has changed since it was written")
             return about["step"], load_file(path/"model.safetensors"), torch.load(path/"state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as e: say(f"checkpoint {path} is damaged ({e}): falling back to the one before")
+        except Exception as e: say(f"checkpoint {path} is damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__}): falling back to the one before")
     if found: raise InputError(f"none of the {len(found)} checkpoints in {folder} can be read: delete {folder.parent} to start again, or restore one")
 
 # %% ../nbs/12_training.ipynb #1265bf18

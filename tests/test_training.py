@@ -1,0 +1,362 @@
+"Training: gradients that do not depend on how a batch is cut, and runs that survive anything."
+import contextlib, errno, json, multiprocessing, os, signal, time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, torch
+from safetensors.torch import load_file
+
+import made_up
+from ctvlm.core import InputError, stable_rng
+from ctvlm.text import AdapterSizes
+from ctvlm.training import (TrainingConfig, TrainingStopped, augment_report, effective_batch_backward, learning_rate_at, length_groups,
+                            load_checkpoint, parameter_groups, save_checkpoint, shuffle_organs, train, without_comparisons)
+
+CPU = torch.device("cpu")
+CONFIG = TrainingConfig(epochs=3, effective_batch=6, learning_rate=1e-2, warmup_epochs=0.5, localization=0.3, checkpoint_every=2, trackers=())
+slow = pytest.mark.skipif("CTVLM_SLOW" not in os.environ, reason="takes minutes: CTVLM_SLOW=1 runs it")
+
+
+def score(model): return {"score": -float(model.b), "scale": float(model.t)}
+def weights(model): return {n: p.detach().clone() for n, p in model.named_parameters()}
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# Gradient caching
+
+@pytest.mark.parametrize("adapters", [None, {}], ids=["adapters with dropout", "whole text encoder"])
+def test_cached_gradients_are_the_plain_ones(adapters):
+    model = made_up.model(adapters=adapters).train()               # rotary augmentation is on, dropout where there are adapters
+    config = replace(CONFIG, text_tokens=64)                       # many groups of texts
+    batches = [made_up.batch(n, seed=n, windows=n == 2) for n in (4, 2, 3)]
+    def gradients(once, step=7):
+        model.zero_grad()
+        log = effective_batch_backward(model, batches, made_up.prompts(), config, step, CPU, once=once)
+        return log, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    (cached, g), (plain, h) = gradients(False), gradients(True)
+    assert g.keys() == h.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name in g: torch.testing.assert_close(g[name], h[name], rtol=1e-5, atol=1e-5 * max(1., float(h[name].abs().max())), msg=name)
+    for name in cached: assert cached[name] == pytest.approx(plain[name], rel=1e-5), name
+    other = gradients(False, step=8)[1]                            # chance is on: another step draws otherwise
+    assert max(float((g[n] - other[n]).abs().max()) for n in g if "scan_encoder" in n) > 1e-4
+
+
+def test_one_micro_batch_is_embedded_once(monkeypatch):
+    model, calls = made_up.model(), []
+    encode = type(model).encode_features
+    monkeypatch.setattr(type(model), "encode_features", lambda self, *a, **k: calls.append(torch.is_grad_enabled()) or encode(self, *a, **k))
+    effective_batch_backward(model, [made_up.batch(3, 0)], made_up.prompts(), CONFIG, 0, CPU)
+    assert calls == [True]
+    effective_batch_backward(model, [made_up.batch(3, 0), made_up.batch(3, 1)], made_up.prompts(), CONFIG, 0, CPU)
+    assert calls == [True, False, False, True, True]
+
+
+def test_prompts_are_embedded_once_per_step(monkeypatch):
+    model, texts = made_up.model(), []
+    encode = type(model).encode_text
+    monkeypatch.setattr(type(model), "encode_text", lambda self, ids, mask, head="report": texts.append((head, len(ids), torch.is_grad_enabled())) or encode(self, ids, mask, head))
+    effective_batch_backward(model, [made_up.batch(3, s) for s in range(5)], made_up.prompts(), replace(CONFIG, siglip=0.), 0, CPU)
+    for graph in (False, True): assert sum(n for head, n, g in texts if head == "report" and g is graph) == 2 * made_up.QUESTIONS
+
+
+def live_bytes(micro_batches):
+    "Most bytes that autograd holds at once during an effective batch."
+    model, now, most = made_up.model(), {}, [0]
+    class Held:
+        def __init__(self, x): self.x = x; now[id(self)] = x.numel() * x.element_size(); most[0] = max(most[0], sum(now.values()))
+        def __del__(self): now.pop(id(self), None)
+    batches = [made_up.batch(2, seed=1) for _ in range(micro_batches)]
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda h: h.x):
+        effective_batch_backward(model, batches, made_up.prompts(), replace(CONFIG, text_tokens=64), 0, CPU, once=False)
+    return most[0]
+
+
+def test_memory_does_not_depend_on_the_effective_batch():
+    few, many = live_bytes(2), live_bytes(12)
+    assert many < 1.2 * few, (few, many)
+
+
+def test_short_reports_are_left_out():
+    batch = made_up.batch(4, seed=0)
+    batch["report_mask"] = (torch.arange(24) < torch.tensor([[10], [11], [24], [5]])).long()
+    log = effective_batch_backward(made_up.model(), [batch], made_up.prompts(), CONFIG, 0, CPU)
+    assert (log["scans"], log["pairs"]) == (4, 2)
+
+
+def test_nothing_to_learn_from():
+    batch = made_up.batch(2, seed=0)
+    batch |= dict(labels=torch.full((2, 3), -1), report_mask=torch.zeros_like(batch["report_mask"]))
+    batch |= {k: batch[k][:0] for k in batch if k.startswith("snippet")}
+    model = made_up.model()
+    log = effective_batch_backward(model, [batch], made_up.prompts(), CONFIG, 0, CPU)
+    assert log["siglip"] == log["disease"] == log["localization"] == log["pairs"] == log["snippets"] == 0
+    assert all(p.grad is None or float(p.grad.abs().max()) == 0 for p in model.parameters())
+
+
+def test_length_groups_hold_every_text_once():
+    rows = [torch.arange(n) + 1 for n in np.random.default_rng(0).integers(1, 90, 200)]
+    groups = length_groups(rows, 256)
+    assert sorted(i for g, _, _ in groups for i in g) == list(range(200))
+    for g, ids, mask in groups:
+        assert ids.numel() <= 256
+        for i, row, m in zip(g, ids, mask): assert torch.equal(row[m.bool()], rows[i])
+    assert sum(ids.numel() for _, ids, _ in groups) < 1.12 * sum(map(len, rows))
+
+
+# Optimiser
+
+def test_groups_and_schedule():
+    model = made_up.model()
+    groups = parameter_groups(model, CONFIG)
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+    assert {p.squeeze().ndim > 1 for g in groups if g["weight_decay"] for p in g["params"]} == {True}
+    scale = {id(p): g["scale"] for g in groups for p in g["params"]}
+    encoder = model.window_encoder
+    assert [scale[id(p)] for p in (encoder.norm.weight, encoder.blocks[1].attn.q.weight, encoder.blocks[0].attn.q.weight, encoder.cls_token)] == pytest.approx([1, 0.9, 0.81, 0.729])
+    rates = [learning_rate_at(s, 100, 10, TrainingConfig()) for s in range(100)]
+    assert rates[9] == max(rates) == 2e-4 and rates[0] == pytest.approx(2e-5) and rates[-1] == pytest.approx(1e-6)
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[9:], rates[10:]))
+
+
+def test_frozen_parts_stay(tmp_path):
+    model = made_up.model(); before = weights(model)
+    train(model, made_up.Data(), replace(CONFIG, epochs=1, frozen=("window_encoder", "scan_encoder.blocks")), tmp_path)
+    for name, p in weights(model).items():
+        assert torch.equal(p, before[name]) == name.startswith(("window_encoder.", "scan_encoder.blocks.")), name
+
+
+def test_training_learns(tmp_path):
+    class Same(made_up.Data):
+        def __iter__(self):
+            for _ in super().__iter__(): yield made_up.batch(3, seed=1)
+    log = train(made_up.model(), Same(), replace(CONFIG, epochs=12, learning_rate=3e-3, effective_batch=3, localization=1., sigma=0.5), tmp_path)
+    for loss in ("siglip", "disease", "localization"): assert log[loss].iloc[-1] < 0.85 * log[loss].iloc[0], log[loss]
+    assert (log["scale"].iloc[-1], log["bias"].iloc[-1]) != (10, -10)
+
+
+def test_log_best_and_average(tmp_path):
+    seen = []
+    def evaluate(model): seen.append(weights(model)); return {"score": [1., 3., 2.][len(seen) - 1], "other": 5}
+    model = made_up.model()
+    log = train(model, made_up.Data(), replace(CONFIG, ema=0.9, trackers=("tensorboard",)), tmp_path, evaluate)
+    assert log["step"].tolist() == list(range(1, 10)) and log["epoch"].tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert {"siglip", "disease", "localization", "grad_siglip", "grad_disease", "grad_localization", "grad_norm", "scale", "bias", "learning_rate", "scans_per_second", "memory_mib"} <= set(log)
+    assert pd.read_csv(tmp_path/"evaluation.csv")["score"].tolist() == [1, 3, 2]
+    best = type(model).from_pretrained(tmp_path/"best")
+    assert equal({k: weights(best)[k] for k in seen[1]}, seen[1])                  # the best, with averaged weights
+    final = weights(type(model).from_pretrained(tmp_path/"model"))
+    assert equal(final, seen[2]) and not equal(final, weights(model))              # the model in hand has the last weights
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_bf16_trains(tmp_path):
+    log = train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1, precision="bf16"), tmp_path/"bf16")
+    exact = train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1), tmp_path/"no")
+    assert log["loss"].iloc[0] == pytest.approx(exact["loss"].iloc[0], rel=0.03) and log["loss"].iloc[0] != exact["loss"].iloc[0]
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    class Broken(made_up.Data):
+        def __iter__(self):
+            for b in super().__iter__():
+                if self.epoch == 1 and self.at == 4: b["cls"][:] = torch.nan
+                yield b
+    model = made_up.model()
+    with pytest.raises(TrainingStopped, match=r"step 5: loss nan .*step-00000004"): train(model, Broken(), CONFIG, tmp_path)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert load_checkpoint(tmp_path/"checkpoints")[0] == 4
+
+
+def test_divergence_stops(tmp_path):
+    with pytest.raises(TrainingStopped, match="lower the learning rate"):
+        train(made_up.model(), made_up.Data(), replace(CONFIG, learning_rate=30., warmup_epochs=0, clip=1e6, layer_decay=1.), tmp_path)
+
+
+# Nothing lost
+
+@contextlib.contextmanager
+def killed_at(event):
+    "Kill this process with SIGKILL at its n-th step, write, sync or rename; -1 counts them."
+    count, real = [0], {"fsync": os.fsync, "replace": os.replace, "save": torch.save, "step": torch.optim.AdamW.step}
+    def tick():
+        if count[0] == event: os.kill(os.getpid(), signal.SIGKILL)
+        count[0] += 1
+    def wrap(f):
+        def g(*args, **kw): tick(); out = f(*args, **kw); tick(); return out
+        return g
+    def half_save(state, path):
+        real["save"](state, path)
+        if count[0] == event: os.truncate(path, os.path.getsize(path) // 2)         # killed in the middle of writing
+        tick()
+    os.fsync, os.replace, torch.save, torch.optim.AdamW.step = wrap(real["fsync"]), wrap(real["replace"]), half_save, wrap(real["step"])
+    try: yield count
+    finally: os.fsync, os.replace, torch.save, torch.optim.AdamW.step = (real[k] for k in ("fsync", "replace", "save", "step"))
+
+
+def child(folder, event=-1, delay=None):
+    "One process of training; its final weights and events go to files."
+    torch.set_num_threads(1)
+    with open(f"{folder}.out", "a") as out, contextlib.redirect_stdout(out), killed_at(event) as count:
+        model = made_up.model(adapters=None)                                        # dropout and rotary augmentation are on
+        class Slow(made_up.Data):
+            def __iter__(self):
+                for b in super().__iter__(): time.sleep(delay or 0); yield b
+        train(model, Slow(), replace(CONFIG, ema=0.9), folder, score)
+        torch.save(weights(model), f"{folder}.pt"); Path(f"{folder}.events").write_text(str(count[0]))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    "Starts processes in a second, because the libraries are loaded already."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["made_up", "ctvlm.training", "accelerate", "pandas"])
+    def start(*args):
+        p = context.Process(target=child, args=args)
+        p.start(); return p
+    return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")/"run"
+    p = processes(str(folder)); p.join(); assert p.exitcode == 0
+    return load_run(folder) | {"events": int(Path(f"{folder}.events").read_text())}
+
+
+def load_run(folder):
+    "What a finished run leaves."
+    drop = ["seconds", "scans_per_second", "memory_mib"]
+    return {"weights": torch.load(f"{folder}.pt", weights_only=True), "model": load_file(Path(folder)/"model"/"model.safetensors"), "best": load_file(Path(folder)/"best"/"model.safetensors"),
+            "log": pd.read_csv(Path(folder)/"log.csv").drop(columns=drop), "evaluation": pd.read_csv(Path(folder)/"evaluation.csv")}
+
+
+def kill_and_resume(processes, folder, events, whole):
+    "Killed at each of `events` in turn, then left in peace: everything is as in the uninterrupted run."
+    for event in events:
+        p = processes(str(folder), event); p.join()
+        assert p.exitcode == -signal.SIGKILL, f"was not killed at event {event}"
+    p = processes(str(folder)); p.join(); assert p.exitcode == 0
+    run = load_run(folder)
+    for name in ("weights", "model", "best"): assert equal(run[name], whole[name]), (name, events)
+    for name in ("log", "evaluation"): pd.testing.assert_frame_equal(run[name], whole[name])
+
+
+def moments(events, n): return sorted(int(e) for e in stable_rng(0, "kill").choice(events, n, replace=False))
+
+
+def test_killed_at_three_moments(processes, uninterrupted, tmp_path):
+    a, b, c = moments(uninterrupted["events"], 3)
+    kill_and_resume(processes, tmp_path/"one", [a, b // 2], uninterrupted)           # twice in one run
+    kill_and_resume(processes, tmp_path/"other", [c], uninterrupted)
+
+
+@slow
+@pytest.mark.parametrize("i", range(10))
+def test_killed_at_ten_moments(processes, uninterrupted, tmp_path, i):
+    kill_and_resume(processes, tmp_path/"run", [moments(uninterrupted["events"], 10)[i]], uninterrupted)
+
+
+@slow
+@pytest.mark.parametrize("i", range(10))
+def test_killed_from_outside(processes, uninterrupted, tmp_path, i):
+    folder = tmp_path/"run"
+    p = processes(str(folder)); time.sleep(float(stable_rng(1, i).uniform(0.2, 3))); os.kill(p.pid, signal.SIGKILL); p.join()
+    kill_and_resume(processes, folder, [], uninterrupted)
+
+
+def test_sigterm_saves_and_leaves(processes, uninterrupted, tmp_path):
+    folder = tmp_path/"run"
+    p = processes(str(folder), -1, 0.15)
+    log = folder/"log.csv"
+    while not (log.exists() and log.read_text().count("\n") >= 3): time.sleep(0.05); assert p.is_alive()
+    os.kill(p.pid, signal.SIGTERM); p.join()
+    assert p.exitcode == 143
+    said = Path(f"{folder}.out").read_text()
+    assert "asked to leave: saved after step" in said
+    step = int(said.split("after step ")[1].split()[0])
+    assert load_checkpoint(folder/"checkpoints")[0] == step == pd.read_csv(log)["step"].max() < 9
+    kill_and_resume(processes, folder, [], uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    whole = made_up.model(); train(whole, made_up.Data(), CONFIG, tmp_path/"whole")
+    model = made_up.model(); train(model, made_up.Data(), CONFIG, tmp_path/"run")
+    newest, before = sorted((tmp_path/"run"/"checkpoints").glob("step-*"))[::-1]
+    with open(newest/"model.safetensors", "r+b") as f: f.seek(-5, 2); f.write(b"\0\1\2\3\4")
+    capsys.readouterr()
+    again = made_up.model(); train(again, made_up.Data(), CONFIG, tmp_path/"run")
+    said = capsys.readouterr().out
+    assert f"checkpoint {newest} is damaged (model.safetensors has changed" in said and f"continuing after step {int(before.name[5:])}" in said
+    assert equal(weights(again), weights(whole))
+
+
+@pytest.mark.parametrize("damage", ["empty", "missing", "no json", "code"])
+def test_every_kind_of_damage(tmp_path, damage):
+    for step in (1, 2): save_checkpoint(tmp_path, step, {"w": torch.ones(2)}, {"step": step})
+    newest = tmp_path/"step-00000002"
+    if damage == "empty": (newest/"state.pt").write_bytes(b"")
+    if damage == "missing": (newest/"model.safetensors").unlink()
+    if damage == "no json": (newest/"checkpoint.json").write_text("{")
+    if damage == "code":                                                             # sums are right, but it wants to run something
+        import hashlib
+        torch.save({"f": os.path.join}, newest/"state.pt")
+        about = json.loads((newest/"checkpoint.json").read_text())
+        about["sha256"]["state.pt"] = hashlib.sha256((newest/"state.pt").read_bytes()).hexdigest()
+        (newest/"checkpoint.json").write_text(json.dumps(about))
+    said = []
+    assert load_checkpoint(tmp_path, said.append)[0] == 1 and "falling back" in said[0]
+
+
+@pytest.mark.parametrize("where", ["model", "state", "sync"])
+def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, capsys, where):
+    import safetensors.torch
+    full = [False]
+    def or_full(f):
+        def g(*a, **k):
+            if full[0] and len(list((tmp_path/"run"/"checkpoints").glob(".step-00000004*"))): raise OSError(errno.ENOSPC, "No space left on device")
+            return f(*a, **k)
+        return g
+    for owner, name in {"model": [(safetensors.torch, "save_file")], "state": [(torch, "save")], "sync": [(os, "fsync")]}[where]: monkeypatch.setattr(owner, name, or_full(getattr(owner, name)))
+    full[0] = True
+    model = made_up.model(); train(model, made_up.Data(), CONFIG, tmp_path/"run")
+    said = capsys.readouterr().out
+    assert "could not write the checkpoint of step 4 (No space left on device)" in said and "last good one is step-00000003" in said
+    assert sorted(p.name for p in (tmp_path/"run"/"checkpoints").iterdir()) == ["step-00000008", "step-00000009"]     # nothing half-written is left
+    whole = made_up.model(); train(whole, made_up.Data(), CONFIG, tmp_path/"whole")
+    assert equal(weights(model), weights(whole))
+
+
+def test_other_settings_are_refused(tmp_path):
+    train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1), tmp_path)
+    with pytest.raises(InputError, match="epochs was 1, is 3; learning_rate was 0.01, is 0.02"): train(made_up.model(), made_up.Data(), replace(CONFIG, learning_rate=0.02), tmp_path)
+    with pytest.raises(InputError, match="steps_per_epoch was 3, is 4"): train(made_up.model(), made_up.Data(n=8), replace(CONFIG, epochs=1), tmp_path)
+    with pytest.raises(InputError, match="trained parameters"): train(made_up.model(projection_dim=8), made_up.Data(), replace(CONFIG, epochs=1), tmp_path)
+    assert len(train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1), tmp_path)) == 3       # the same again: done already
+
+
+def test_misuse(tmp_path):
+    with pytest.raises(InputError, match="no data"): train(made_up.model(), made_up.Data(n=0), CONFIG, tmp_path/"a")
+    with pytest.raises(InputError, match="'score'"): train(made_up.model(), made_up.Data(), CONFIG, tmp_path/"b", lambda m: {"auc": 1.})
+    with pytest.raises(InputError, match="no part of the model is called 'vision'"): train(made_up.model(), made_up.Data(), replace(CONFIG, frozen=("vision",)), tmp_path/"c")
+
+
+# Reports that vary
+
+@pytest.mark.parametrize("before, after", [
+    ("Compared with the previous examination from 12.03.2019, a nodule is seen in the right lung.", "A nodule is seen in the right lung."),
+    ("Stable calcified granuloma of the left lung.", "Calcified granuloma of the left lung."),
+    ("No significant interval change. The aorta is dilated.", "The aorta is dilated."),
+    ("Größenkonstante Raumforderung der linken Nebenniere seit 2019.", "Größenkonstante Raumforderung der linken Nebenniere seit 2019."),
+    ("The patient is in stable position.", "The patient is in position."),
+    ("Renal function is known.", "Renal function is."),
+    ("", "")])
+def test_without_comparisons(before, after):
+    if "Größenkonstante" in before: after = "Raumforderung der linken Nebenniere seit 2019."
+    assert without_comparisons(before) == after
+
+
+def test_augmentation_loses_nothing():
+    text = "The lungs are clear. The heart is normal. No free fluid. The liver is enlarged. A rib fracture."
+    for i in range(50): assert sorted(shuffle_organs(text, stable_rng(0, i)).split()) == sorted(text.split())
+    assert augment_report(text, "", stable_rng(0, 1), drop=1., rewrite=0., shuffle=0.) == (text, "")
+    assert augment_report(text, "x", stable_rng(0, 1), drop=1.)[0] == ""
