@@ -180,7 +180,7 @@ def plot_training(
         ax.set(title=c, xlabel="step")
     return fig
 
-# %% ../nbs/14_viewer.ipynb #71e279f3
+# %% ../nbs/14_viewer.ipynb #ee0cee61
 def _gray(image, window): # HU -> 0 ... 255
     if window not in HU_WINDOWS: raise InputError(f"no window is called {window!r}: use one of {', '.join(HU_WINDOWS)}")
     centre, width = HU_WINDOWS[window]
@@ -189,7 +189,7 @@ def _gray(image, window): # HU -> 0 ... 255
 def _coronal(volume, window, ax): # draw the coronal slice through the middle of the body, height in scanner mm
     array, (sx, _, sz), z = volume.array, volume.spacing, volume.depths_mm
     extent = (0, array.shape[0] * sx, z[0] - sz / 2, z[-1] + sz / 2)
-    ax.imshow(_gray(array[:, array.shape[1] // 2].T[:, ::-1], window), cmap="gray", origin="lower", extent=extent, aspect="equal")
+    ax.imshow(_gray(array[:, array.shape[1] // 2].T[:, ::-1], window), cmap="gray", vmin=0, vmax=255, origin="lower", extent=extent, aspect="equal")
     ax.grid(False)
     ax.set(xlabel="mm (patient's right on the left)", ylabel="z in mm", ylim=extent[2:])
 
@@ -222,7 +222,7 @@ def localization_figure(
     import matplotlib.pyplot as plt
     fig, (axial, coronal, curve) = plt.subplots(1, 3, figsize=(10, 4), width_ratios=(5, 4, 2), layout="constrained")
     k, (sx, sy, _) = volume.slice_at(answer.depth_mm), volume.spacing
-    axial.imshow(_gray(volume.array[:, :, k].T[:, ::-1], window), cmap="gray", origin="lower", extent=(0, volume.array.shape[0] * sx, 0, volume.array.shape[1] * sy))
+    axial.imshow(_gray(volume.array[:, :, k].T[:, ::-1], window), cmap="gray", vmin=0, vmax=255, origin="lower", extent=(0, volume.array.shape[0] * sx, 0, volume.array.shape[1] * sy))
     axial.grid(False)
     image = "" if answer.image_number is None else f", image {answer.image_number}"
     axial.set(title=f"z = {volume.depths_mm[k]:.0f} mm{image}", xlabel="mm (patient's right on the left)", ylabel="mm to the front")
@@ -468,7 +468,7 @@ def _cited_depth(r, volume, series): # of one reference, in mm; None where this 
     where = np.flatnonzero(np.asarray(volume.image_numbers) == r.image)
     return float(volume.depths_mm[where[0]]) if len(where) else None
 
-# %% ../nbs/14_viewer.ipynb #a8ea35ea
+# %% ../nbs/14_viewer.ipynb #68bcbd6b
 _IMAGE_JS = """
 function render({ model, el }) {
   const img = document.createElement("img");
@@ -477,7 +477,7 @@ function render({ model, el }) {
   const send = n => {
     if (busy) { waiting += n; return; }
     busy = true; model.set("steps", model.get("steps") + n); model.save_changes();
-    setTimeout(() => { busy = false; flush(); }, 1000);
+    setTimeout(() => { busy = false; flush(); }, 300);
   };
   const flush = () => { if (!busy && waiting) { const n = waiting; waiting = 0; send(n); } };
   const draw = () => {
