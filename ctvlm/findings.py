@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 from .core import InputError
 
-# %% ../nbs/03_findings.ipynb #ccd3d71f
+# %% ../nbs/03_findings.ipynb #a7a7d96d
 @dataclass(frozen=True)
 class Finding:
     "One row of the catalogue."
-    name:str; organ:str; region:str
-    said:str; sign:str; parents:tuple; signs:tuple; en:tuple; de:tuple
+    id:str; name:str; organ:str; region:str
+    article:str; sign:str; parents:tuple; signs:tuple; history:bool; en:tuple; de:tuple
     ct_rate:str; rad_chestct:str; merlin:str
 
 def _rows(name):
@@ -27,9 +27,11 @@ def _rows(name):
 def _list(s): return tuple(x.strip() for x in s.split(";") if x.strip())
 
 def _catalogue():
-    return {r["name"]: Finding(r["name"], r["organ"], r["region"], r["said"], r["sign"], _list(r["parents"]),
-                _combos(r["signs"]), _list(r["en"]), _list(r["de"]), r["ct_rate"], r["rad_chestct"], r["merlin"]) for r in _rows("findings.csv")}
-def _combos(s): return tuple(tuple(x.split("@")) for x in _list(s))
+    out = {}
+    for r in _rows("findings.csv"):
+        many = {k: _list(r[k]) for k in ("parents", "en", "de")}
+        out[r["name"]] = Finding(**{**r, **many, "signs": tuple(tuple(s.split("@")) for s in _list(r["signs"])), "history": r["history"] == "yes"})
+    return out
 FINDINGS = _catalogue()
 
 # %% ../nbs/03_findings.ipynb #1feb485e
@@ -94,7 +96,7 @@ def tokenize(text):
 
 _ABBREV = {fold(w) for w in "seg re li bds ca vs approx max min inkl ggf bzw evtl sog entspr diff path prox dist ant post sup inf lat med dr prof ser nr no im fig abb bes li re vgl rez susp insbes allg lt jew bds bilat mult st zust i v a proc lig art ventr dors kran kaud path ped max gg tbc ggü sek prim".split()}
 
-# %% ../nbs/03_findings.ipynb #11e68e3c
+# %% ../nbs/03_findings.ipynb #a7006241
 class _Phrases:
     def __init__(self):
         self.words, self.root = _Words(), ({}, [])
@@ -124,7 +126,7 @@ class _Phrases:
                 j += 1
         return out
 
-_WEAK = {"with", "or", "and", "fill", "of", "news", "state", "seen", "procedure", "or"}
+_WEAK = {"with", "or", "and", "fill", "of", "inside", "news", "place", "state", "seen", "procedure", "partly"}
 def _grammar():
     p, home, region = _Phrases(), {}, {}
     for r in _rows("words.csv"):
@@ -135,7 +137,7 @@ def _grammar():
         for x in _list(r["en"]) + _list(r["de"]): p.add(x, "weak" if name in _WEAK and kind == "cue" else kind, name, inflect)
     where = {}
     for f in FINDINGS.values():
-        for x in f.en: p.add(x, "finding", f.name, True)
+        for x in (f.name, *f.en): p.add(x, "finding", f.name, True)
         for x in f.de: p.add(x, "finding", f.name, True, compound=True)
         for s, at in f.signs: where.setdefault(s, {}).setdefault(at, []).append(f.name)
     return p, home, region, where
@@ -206,21 +208,30 @@ def sentences(text):
     close()
     return out
 
-# %% ../nbs/03_findings.ipynb #db195180
+# %% ../nbs/03_findings.ipynb #8053f099
 Match = namedtuple("Match", "start end name spec")
 Cue = namedtuple("Cue", "start end kinds")
 Decision = namedtuple("Decision", "value span rule cue")
 _ADJECTIVES = {"enlarged", "dilated", "thickened", "calcification", "fatty", "aneurysm", "consolidated"}
 _CARRY = {"lesion", "cyst", "stone", "calcification", "dilated", "enlarged", "thickened", "aneurysm", "fatty", "haemangioma", "cystic lesion", "fluid"}
 
-def _outer(ms):
-    "Drop matches that lie inside a longer one, or fit the same tokens less closely."
-    ms = sorted(ms, key=lambda m: (m.start, -m.end, -m.spec))
+_GENERIC = {"artery", "vein", "peritoneum", "bowel"}
+def _outer(ms, kin={}):
+    "Drop matches that lie inside a longer one, or fit the same tokens less closely, except parents of the longer."
+    ms = sorted((m._replace(spec=0) if m.name in _GENERIC else m for m in ms), key=lambda m: (m.start, -m.end, -m.spec))
     out = []
     for m in ms:
-        if any(o.start <= m.start and m.end <= o.end and ((o.start, o.end) != (m.start, m.end) or o.spec > m.spec) for o in out[-6:]): continue
+        if any(o.start <= m.start and m.end <= o.end and (o[:3] == m[:3] or ((o.start, o.end) != (m.start, m.end) or o.spec > m.spec) and m.name not in kin.get(o.name, ())) for o in out[-6:]): continue
         out.append(m)
     return out
+
+def _kin(name):
+    "All parents of `name`."
+    out = set()
+    for p in FINDINGS[name].parents: out |= {p} | _kin(p)
+    return out
+_KIN = {name: _kin(name) for name in FINDINGS}
+_REACH = {s: {f for at in sites.values() for f in at} for s, sites in _WHERE.items()}
 
 class _View:
     "A sentence with everything that was recognised in it."
@@ -232,9 +243,9 @@ class _View:
         self.sites = _outer(kinds["site"])
         nothing = kinds["nothing"]
         def keep(ms): return [m for m in ms if not any(o.start <= m.start and m.end <= o.end for o in nothing)] if nothing else ms
-        self.named = _outer(keep(kinds["finding"]))
+        self.named = _outer(keep(kinds["finding"]), _KIN)
         signs = _outer(keep([m._replace(name=(m.name, 1)) for m in kinds["sign"]] + [m._replace(name=(m.name, 0)) for m in kinds["opposite"]]))
-        self.signs = [s for s in signs if not any(f.start <= s.start and s.end <= f.end and s.name[1] and not any(f.name in at for at in _WHERE.get(s.name[0], {}).values()) and self._shadows(f, s) for f in self.named)]
+        self.signs = [s for s in signs if not any(f.start <= s.start and s.end <= f.end and s.name[1] and _REACH.get(s.name[0], set()).isdisjoint({f.name, *_KIN[f.name]}) and self._shadows(f, s) for f in self.named)]
         self.weak = [set() for _ in range(n)]
         for m in kinds["weak"]:
             for i in range(m.start, m.end): self.weak[i].add(m.name)
@@ -361,6 +372,8 @@ def _scopes(v, question):
             if fold(v.tokens[c.start].text) == "non": out.append((c.end, c.end + 1, 0, "denied", c))
             elif right and not (seen and left and not any(s[0] < c.end + 4 for s in right)): out.append((c.end, _right(v, c, True), 0, "denied", c))
             elif seen or "nomore" in k: out.append((_post(v, c, left), c.start, 0, "denied after", c))
+        if "gone" in k and fold(v.tokens[c.start].text) == "none" and right and not left: out.append((c.end, _right(v, c, True), 0, "denied", c)); continue
+        if k & {"gone", "fade"} and any(v.has(i, "partly") for i in range(max(a, c.start - 2), c.start)): continue
         if "fade" in k and (not left or right and right[0][0] - c.end < 3 and not any(v.has(i, "state") for i in range(max(a, c.start - 2), c.start))) and right:
             out.append((c.end, _right(v, c, True), 0, "resolved", c))
         elif "gone" in k or "fade" in k and left: out.append((_post(v, c, left), c.start, 0, "denied after", c))
@@ -382,7 +395,7 @@ def _post(v, c, left):
     if a < v.n and (a - 1 in v.but or a in v.but) and False: return c.start
     return a
 
-# %% ../nbs/03_findings.ipynb #74a3bdf5
+# %% ../nbs/03_findings.ipynb #9d3a841d
 def _cost(v, sign, site):
     "How far `site` stands from `sign`, in words that matter; None where it cannot belong to it."
     if site.start < sign.end and sign.start < site.end: return 0.0
@@ -390,6 +403,7 @@ def _cost(v, sign, site):
     a, b = (sign.end, site.start) if after else (site.end, sign.start)
     cost = 0.6 if after else 0.0
     prep = False
+    mine = {i for x in v.sites for i in range(x.start, x.end)}
     for i in range(a, b):
         if v.tokens[i].kind == "mark":
             if after: return None
@@ -398,7 +412,7 @@ def _cost(v, sign, site):
             if after: return None
             cost += 2
         elif v.has(i, "of"): prep = True; cost += 0.1
-        elif v.has(i, "fill", "place"): cost += 0.1
+        elif i in mine or v.has(i, "fill", "place"): cost += 0.1
         else: cost += 1
     cost += 3 * sum(1 for s in v.signs if a <= s.start and s.end <= b and s.name[1])
     if after:
@@ -422,6 +436,10 @@ def _coordinated(v, k, step):
         k += step; group.append(v.sites[k])
     return group
 
+def _within(v, sign, site):
+    "Whether `site` follows `sign` behind in, of, der, des, im."
+    return any(v.has(i, "inside") for i in range(sign.end, site.start)) and not any(s.start >= sign.end and s.end <= site.start for s in v.signs)
+
 def _sites_of(v, sign, header, topic):
     "The sites that `sign` belongs to, names."
     name = sign.name[0]; known = _WHERE.get(name, {})
@@ -433,16 +451,21 @@ def _sites_of(v, sign, header, topic):
         if c is None: continue
         if best_any is None or c < best_any[0]: best_any = (c, k)
         if site.name in known and (best is None or c < best[0]): best = (c, k)
-    if best_any and best_any[0] < 0.95 and v.sites[best_any[1]].name not in known and (best is None or best[0] > best_any[0] + 0.3):
+    if best_any and v.sites[best_any[1]].name not in known and (best_any[0] < 0.95 or best and _within(v, sign, v.sites[best_any[1]])) and (best is None or best[0] > best_any[0] + 0.5):
         group = _coordinated(v, best_any[1], -1 if v.sites[best_any[1]].start < sign.start else 1)
         return [s.name for s in group if s.name in known]
     if best:
         k = best[1]
         group = _coordinated(v, k, -1 if v.sites[k].start <= sign.start else 1)
-        return [s.name for s in group if s.name in known]
+        if v.sites[k].start <= sign.start:                         # "vascular sclerosis of the aorta": what follows says more
+            for m in range(k + 1, len(v.sites)):
+                if v.sites[m].start >= sign.end and v.sites[m].name in known and v.part[v.sites[m].start] == p and _cost(v, sign, v.sites[m]) is not None and _cost(v, sign, v.sites[m]) < 1.2 and _within(v, sign, v.sites[m]):
+                    group += _coordinated(v, m, 1); break
+        return list(dict.fromkeys(s.name for s in group if s.name in known))
     home = _HOME.get(name)
-    if sign.name[1]:
-        if home and header not in known: return [home]
+    if sign.name[1] and home and header not in known:
+        named = {s.name for s in v.sites if s.name in known}
+        if not (name in ("nodule", "effusion") and len(named) == 1 and home not in named and v.sites[0].end <= sign.start and not any(v.has(i, "place") for i in range(*_bounds(v, p)))): return [home]
     for k in range(len(v.sites) - 1, -1, -1):
         if v.sites[k].end <= sign.start and v.sites[k].name in known:
             return [s.name for s in _coordinated(v, k, -1) if s.name in known]
@@ -450,7 +473,15 @@ def _sites_of(v, sign, header, topic):
     if topic in known and name in _CARRY: return [topic]
     return [home] if home and sign.name[1] else []
 
-def _judge(v, scopes, a, b, positive=True):
+_EXPLAINED = {"lesion": {"cyst"}, "opacity": {"scar", "collapse", "Atelectasis"}}
+def _drop_explained(v):
+    "A lesion that is likely a cyst, an opacity that is likely a scar: only the explanation counts."
+    for c in v.cues:
+        if "likely" not in c.kinds: continue
+        after = {m.name[0] if isinstance(m.name, tuple) else m.name for m in v.signs + v.named if m.start >= c.end}
+        v.signs = [s for s in v.signs if not (s.end <= c.start and _EXPLAINED.get(s.name[0], set()) & after)]
+
+def _judge(v, scopes, a, b, positive=True, history=False):
     "Value and rule for what stands at tokens a..b."
     hit = [s for s in scopes if s[0] < b and a < s[1]]
     for s in hit:
@@ -460,7 +491,7 @@ def _judge(v, scopes, a, b, positive=True):
             if positive: return 0, s[3], s[4]
             if s[3] == "denied": return 1, "not normal", s[4]
     for s in hit:
-        if s[2] is None: return None, s[3], s[4]
+        if s[2] is None and not history: return None, s[3], s[4]
     return (1, "asserted", None) if positive else (0, "normal", None)
 
 _AORTA = {"aorta"}
@@ -485,11 +516,12 @@ def explain_report(text, language=None):
             if not v.n: continue
             v.sites.extend(Match(f.start, f.end, FINDINGS[f.name].organ, 0) for f in v.named if not any(x.start < f.end and f.start < x.end for x in v.sites))
             v.sites.sort()
-            for x in v.sites:
-                if _REGION.get(x.name): region = _REGION[x.name]
-            if region == "abdomen": v.sites = [x._replace(name="abdominal aorta") if x.name == "aorta" and _AORTA and not any(_REGION.get(y.name) == "chest" and y.name != "aorta" for y in v.sites) else x for x in v.sites]
+            here = [_REGION[x.name] for x in v.sites if _REGION.get(x.name) and x.name != "aorta"]
+            if here: region = "chest" if "chest" in here and here[-1] == "chest" else here[-1]
+            if region == "abdomen" and "chest" not in here: v.sites = [x._replace(name="abdominal aorta") if x.name == "aorta" else x for x in v.sites]
             if len(v.sites) and (h := v.sites[0]).end < v.n and v.tokens[h.end].text == ":" and h.name not in ("peritoneum",): header = h.name
             scopes = _scopes(v, s.question)
+            _drop_explained(v)
             mentions = []
             for f in v.named:
                 mentions.append((f.name, f.start, f.end, f.start, True))
@@ -500,7 +532,7 @@ def explain_report(text, language=None):
             for name, a, b, _, positive in mentions:
                 if positive == "big" or positive == "small":
                     value, rule, cue = (1 if positive == "big" else 0), "size", None
-                else: value, rule, cue = _judge(v, scopes, a, b, positive)
+                else: value, rule, cue = _judge(v, scopes, a, b, positive, FINDINGS[name].history)
                 old = found.get(name)
                 rank = {1: 3, 0: 2, None: 1}
                 if old is None or rank[value] > rank[old.value]:
@@ -561,7 +593,13 @@ CT_RATE_CLASSES = ("Medical material", "Arterial wall calcification", "Cardiomeg
     "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
     "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis", "Interlobular septal thickening") # the published order
 
-# %% ../nbs/03_findings.ipynb #d993cd74
+# %% ../nbs/03_findings.ipynb #7039feff
+_NORMAL = {r["organ"]: r["normal"] for r in _rows("organs.csv")}
+_PROPER = ("Bochdalek", "Morgagni", "Meckel", "Budd", "Crohn", "T-shaped")
+
+def _bare(f): return f.name if f.name.startswith(_PROPER) else f.name[0].lower() + f.name[1:]
+def _sentence(s): return s[0].upper() + s[1:] + "."
+
 @dataclass(frozen=True)
 class Prompts:
     "Sentences that assert a finding and sentences that deny it."
@@ -571,9 +609,12 @@ class Prompts:
 def prompts_for(finding, style="single"):
     "Sentences that assert and deny `finding`."
     if finding not in FINDINGS: raise InputError(f"no finding is called {finding!r}: use a name of FINDINGS, for example {CT_RATE_CLASSES[0]!r}")
-    x = FINDINGS[finding].said; bare = re.sub(r"^(a|an) ", "", x); X = bare[0].upper() + bare[1:]
-    if style == "single": return Prompts((f"There is {x}.",), (f"There is no {bare}.",))
-    if style == "templates": return Prompts((f"There is {x}.", f"{X} is present.", f"{X} is seen.", f"Findings consistent with {bare}.", f"The scan shows {x}.", f"Evidence of {bare}.", f"{X}."),
-        (f"There is no {bare}.", f"{X} is not present.", f"{X} is not seen.", f"No findings consistent with {bare}.", f"The scan shows no {bare}.", f"No evidence of {bare}.", f"No {bare}."))
-    if style == "ensemble": return Prompts((f"{X}.", f"There is {x}.", f"The scan shows {x}."), (f"No {bare}.", f"There is no {bare}.", f"No evidence of {bare} is seen."))
+    f = FINDINGS[finding]; x = _bare(f); a = f"{f.article} {x}".strip()
+    if style == "single": return Prompts((f"There is {x}.",), (f"There is no {x}.",))
+    if style == "templates":
+        return Prompts(tuple(_sentence(s) for s in (f"there is {x}", f"the scan shows {a}", f"CT demonstrates {a}", f"findings consistent with {x}", f"evidence of {x}", f"{x} can be seen", x)),
+                       tuple(_sentence(s) for s in (f"there is no {x}", f"the scan shows no {x}", f"CT demonstrates no {x}", f"no findings consistent with {x}", f"no evidence of {x}", f"no {x} can be seen", f"no {x}")))
+    if style == "ensemble":
+        return Prompts(tuple(_sentence(s) for s in (x, f"the scan shows {a}", f"{f.sign}, in keeping with {x}")),
+                       tuple(_sentence(s) for s in (f"no {x}", f"there is no evidence of {x}", f"{_NORMAL[f.organ]}, no {x} is seen")))
     raise InputError(f"no prompt style is called {style!r}: use single, templates or ensemble")
