@@ -66,7 +66,7 @@ def gather_rows(
     dist.all_gather(parts, padded.contiguous())
     return torch.cat([p[:n] for p, n in zip(parts, counts)]), sum(counts[:dist.get_rank()])
 
-# %% ../nbs/07_siglip.ipynb #43a7e9b9
+# %% ../nbs/07_siglip.ipynb #5c886748
 class _SigLIP(torch.autograd.Function):
     "Loss of unit vectors with its gradients in closed form, over all processes."
     @staticmethod
@@ -81,7 +81,7 @@ class _SigLIP(torch.autograd.Function):
                 if part is not None: dist.all_reduce(part)
         if gradients:
             home = process_count() if many and averaged else 1                  # DistributedDataParallel divides by this
-            ctx.save_for_backward(gx * (home / N), gy[first:first + len(y)] * (home / N), (gt / N).to(t.dtype).view_as(t), (gb / N).to(b.dtype).view_as(b))
+            ctx.save_for_backward(gx.mul_(home / N), gy[first:first + len(y)].mul_(home / N), (gt / N).to(t.dtype).view_as(t), (gb / N).to(b.dtype).view_as(b))
         return loss / N
 
     @staticmethod

@@ -10,8 +10,8 @@ __all__ = ['TrainingConfig', 'replayed', 'cached_backward', 'length_groups', 'un
            'peak_memory_mib', 'averaged_weights', 'TrainingStopped', 'asked_to_leave', 'Run', 'save_run', 'resume_run',
            'optimiser_step', 'evaluate_run', 'train']
 
-# %% ../nbs/12_training.ipynb #5371e548
-import contextlib, csv, hashlib, inspect, itertools, json, math, os, random, re, shutil, signal, threading, time, warnings
+# %% ../nbs/12_training.ipynb #cde6c8bc
+import contextlib, csv, hashlib, itertools, json, math, os, random, re, shutil, signal, threading, time, warnings
 from dataclasses import dataclass, asdict, fields, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
@@ -68,39 +68,39 @@ def replayed(
         torch.manual_seed(seed)
         yield
 
-# %% ../nbs/12_training.ipynb #f25454a4
+# %% ../nbs/12_training.ipynb #ba8afb66
 def cached_backward(
-    parts:list,          # functions `(last) -> ({name: (n, E)}, own loss or None)`; own losses are wanted when `last`
+    parts:list,          # functions `(graph) -> ({name: (n, E)}, own loss or None)`; own losses are wanted with `graph`
     losses,              # `({name: (N, E)}) -> {loss: (weight, value)}`
     shared:list,         # parameters that `losses` uses itself, such as t and b
     seed:int,            # of all random draws
     device:torch.device,
-    once:bool=False,     # keep the graphs of the first pass instead of a second one
+    keep:int=1,          # how many parts, the last ones, keep the graph of the first pass and have no second
     autocast=contextlib.nullcontext, # context of the encoders' precision
 )->tuple:                # {loss: value}, {loss: norm of its gradient on the embeddings}
     "Add the gradient of all losses to `.grad` of every parameter, embedding one part at a time."
-    def run(i, last):
-        with replayed(seed + i, device), autocast(): return parts[i](last)
-    with torch.set_grad_enabled(once): kept = [run(i, once) for i in range(len(parts))]
-    found = [{name: len(x) for name, x in embedded.items()} for embedded, _ in kept]
-    leaves = {name: torch.cat([e[name].detach().float() for e, _ in kept if name in e]).requires_grad_() for name in dict.fromkeys(n for f in found for n in f)}
-    if not once: kept = None
-    names, tensors = list(leaves), [*leaves.values(), *shared]
-    total, values, norms = [torch.zeros_like(x) for x in tensors], {}, {}
+    def embed(i, graph):
+        with replayed(seed + i, device), autocast(), torch.set_grad_enabled(graph): return parts[i](graph)
+    first = [embed(i, i >= len(parts) - keep) for i in range(len(parts))]
+    rows, leaves = [{name: len(x) for name, x in embedded.items()} for embedded, _ in first], {}
+    for name in dict.fromkeys(name for r in rows for name in r):
+        leaves[name] = torch.cat([embedded[name].detach().float() for embedded, _ in first if name in embedded]).requires_grad_()
+    tensors, values, norms = [*leaves.values(), *shared], {}, {}
+    total = [torch.zeros_like(x) for x in tensors]
     for name, (weight, value) in losses(leaves).items():
-        gradients = torch.autograd.grad(value * weight, tensors, allow_unused=True, retain_graph=True)
-        values[name], norms[name] = value.detach(), sum((g**2).sum() for g in gradients[:len(names)] if g is not None)**0.5
+        gradients = torch.autograd.grad(value * weight, tensors, allow_unused=True)
+        values[name], norms[name] = value.detach(), sum((g**2).sum() for g in gradients[:len(leaves)] if g is not None)**0.5
         for x, g in zip(total, gradients):
             if g is not None: x += g
-    for p, g in zip(shared, total[len(names):]): p.grad = g if p.grad is None else p.grad + g
-    at = dict.fromkeys(names, 0)
-    for i, sizes in enumerate(found):
-        embedded, own = kept[i] if once else run(i, True)
-        pushed = torch.zeros((), device=device) if own is None else own
-        for name, n in sizes.items():
-            pushed = pushed + (embedded[name].float() * total[names.index(name)][at[name]:at[name] + n]).sum()   # <e, g>
-            at[name] += n
+    for p, g in zip(shared, total[len(leaves):]): p.grad = g if p.grad is None else p.grad + g
+    upstream = {name: g.split([r[name] for r in rows if name in r]) for name, g in zip(leaves, total)}       # dL/de, cut into parts
+    upstream = {name: iter(pieces) for name, pieces in upstream.items()}
+    upstream = [{name: next(upstream[name]) for name in r} for r in rows]
+    for i in reversed(range(len(parts))):
+        embedded, own = first.pop() if i >= len(parts) - keep else embed(i, True)
+        pushed = sum([(embedded[name].float() * g).sum() for name, g in upstream[i].items()], torch.zeros((), device=device) if own is None else own)  # <e, g>
         if pushed.requires_grad: pushed.backward()
+        del embedded, own, pushed                                                # the graph goes before the next one comes
     return values, norms
 
 # %% ../nbs/12_training.ipynb #5a12aa5e
@@ -129,11 +129,10 @@ def unpadded(
     "Each text's own tokens."
     return [row[keep.bool()] for row, keep in zip(ids, mask)]
 
-# %% ../nbs/12_training.ipynb #328db614
+# %% ../nbs/12_training.ipynb #fb250890
 def _scans(model, batch, slices): # ScanEmbeddings of a micro-batch, from windows or from cached features
     encode, features = (model.encode_scan, ("windows",)) if "windows" in batch else (model.encode_features, ("cls", "depth_tokens"))
-    kw = dict(slices=slices) if "slices" in inspect.signature(encode).parameters else {}
-    return encode(*(batch[k] for k in features), batch["grid"], patch_mask=batch.get("patch_mask"), **kw)
+    return encode(*(batch[k] for k in features), batch["grid"], patch_mask=batch.get("patch_mask"), slices=slices)
 
 def scan_part(
     model, batch,
@@ -142,11 +141,11 @@ def scan_part(
     seen:dict,     # collects the localization loss and the gradients on slices and snippets
     device:torch.device,
 ):                 # a part for `cached_backward`
-    "Scans of one micro-batch; in the last pass with their snippets."
-    def part(last):
+    "Scans of one micro-batch; with a graph, also slices and snippets."
+    def part(graph):
         here = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         which = here.get("snippet_scan")
-        local = last and which is not None and len(which) > 0 and config.localization > 0
+        local = graph and which is not None and len(which) > 0 and config.localization > 0
         out = _scans(model, here, local)
         own = None
         if local:
@@ -168,7 +167,7 @@ def text_parts(
 )->tuple:        # parts for `cached_backward`, and where row i is found among their rows
     "Texts in groups of similar length, through the first head."
     groups = length_groups(rows, tokens)
-    def part(ids, mask): return lambda last: ({name: model.encode_text(ids.to(device), mask.to(device), head="report")}, None)
+    def part(ids, mask): return lambda graph: ({name: model.encode_text(ids.to(device), mask.to(device), head="report")}, None)
     where = torch.empty(len(rows), dtype=torch.long)
     where[[i for g, _, _ in groups for i in g]] = torch.arange(len(rows))
     return [part(ids, mask) for _, ids, mask in groups], where.to(device)
@@ -211,7 +210,7 @@ def add_gradients(
         dist.all_reduce(flat)
         for p, g in zip(bucket, flat.split([p.numel() for p in bucket])): p.grad = g.view_as(p)
 
-# %% ../nbs/12_training.ipynb #ce2f685b
+# %% ../nbs/12_training.ipynb #e8916c14
 def _questions(prompts, config, step): # this process's share of the questions in one phrasing: token rows, positive and negative in turn
     generator = torch.Generator().manual_seed(int(stable_rng(config.seed, "phrasing", step).integers(2**62)))  # the same on every process
     drawn = draw_phrasings(torch.stack([torch.as_tensor(prompts[k]) for k in ("ids", "mask")], -1), generator)  # (Q, 2, L, 2)
@@ -226,20 +225,21 @@ def effective_batch_backward(
     step:int,              # for the random draws
     device:torch.device,
     autocast=contextlib.nullcontext,
-    once:bool|None=None,   # keep graphs instead of a second pass; `None`: when there is one micro-batch
+    keep:int|None=None,    # parts that are embedded once; `None`: all if there is one micro-batch, else one
 )->dict:                   # what the log shows
     "Leave the gradient of one effective batch, over all processes, in `.grad`; return losses, their gradients' norms, counts."
     rank = dist.get_rank() if process_count() > 1 else 0
     seed = int(stable_rng(config.seed, "step", step, rank).integers(2**62))
     snippets = int(over_processes(sum(len(b.get("snippet_scan", ())) for b in batches), device=device))
     seen, where = {}, {}
-    parts = [scan_part(model, b, config, snippets, seen, device) for b in batches]
+    parts = []
     reports = [r for b in batches for r in unpadded(b["report_ids"], b["report_mask"])]
     long = torch.tensor([len(r) >= config.shortest_report and config.siglip > 0 for r in reports], dtype=torch.bool, device=device)
     asked = _questions(prompts, config, step) if prompts and config.disease > 0 else []
     for name, rows in (("text", [r for r, k in zip(reports, long.tolist()) if k]), ("prompt", asked)):
         more, where[name] = text_parts(model, rows, config.text_tokens, name, device)
         parts += more
+    parts += [scan_part(model, b, config, snippets, seen, device) for b in batches]                  # the dearest last, see `keep`
     labels = torch.cat([b["labels"].to(device) for b in batches]) if prompts and batches else torch.zeros(0, len(prompts["ids"]) if prompts else 0, dtype=torch.long, device=device)
 
     def losses(e):
@@ -254,7 +254,7 @@ def effective_batch_backward(
         return out
 
     shared = [model.t, model.b]
-    values, norms = cached_backward(parts, losses, shared, seed, device, len(batches) == 1 if once is None else once, autocast)
+    values, norms = cached_backward(parts, losses, shared, seed, device, (len(parts) if len(batches) == 1 else 1) if keep is None else keep, autocast)
     add_gradients([p for p in model.parameters() if p.requires_grad and not any(p is q for q in shared)])
     values["localization"] = over_processes(seen.get("loss", 0.), device=device)
     norms = {k: over_processes(v**2, device=device)**0.5 for k, v in norms.items()} | {"localization": over_processes(seen.get("squares", 0.), device=device)**0.5}
