@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['AIR', 'REGIONS', 'PHASES', 'BODY', 'WALL', 'CAVITY', 'BELLY', 'LUNG', 'INLUNG', 'CHEST', 'BONE', 'OVER', 'ARTERY',
-           'VEIN', 'TRUNK', 'HOLLOW', 'CAGE', 'LUNGS', 'SPINE', 'ORGANS', 'BONES', 'BRONCHI', 'COLON', 'LOBES',
-           'PLANTERS', 'SIDES', 'LOBE_WORDS', 'NODES', 'PARENTS', 'PHRASES_EN', 'PHRASES_DE', 'PHRASES', 'PARAGRAPHS',
-           'LUNG_FINDINGS', 'HEADINGS', 'INDICATIONS', 'REGION_WORDS', 'PHASE_WORDS', 'NOTATIONS', 'Solid', 'Ellipsoid',
-           'Stack', 'Tube', 'Half', 'Both', 'Minus', 'Union', 'Pattern', 'Stroke', 'draw', 'Traits', 'draw_traits',
-           'Organ', 'Anatomy', 'Dome', 'Planted', 'plants', 'covered', 'plant', 'Series', 'Scan', 'plan_scan', 'render',
+           'VEIN', 'ORGANS', 'TRUNK', 'HOLLOW', 'CAGE', 'LUNGS', 'MEDIASTINUM', 'SPINE', 'COLON', 'BRONCHI', 'BONES',
+           'ARMS', 'LOBES', 'PLANTERS', 'SIDES', 'LOBE_WORDS', 'NODES', 'PARENTS', 'PHRASES', 'PARAGRAPHS', 'HEADINGS',
+           'INDICATIONS', 'TECHNIQUE', 'NOTATIONS', 'CHANGES', 'Solid', 'Ellipsoid', 'Stack', 'Tube', 'Half', 'Both',
+           'Minus', 'Union', 'Pattern', 'Stroke', 'draw', 'Traits', 'draw_traits', 'Organ', 'Anatomy', 'Dome',
+           'Planted', 'plants', 'organ_heights', 'covered', 'plant', 'Series', 'Scan', 'plan_scan', 'render',
            'Reference', 'Report', 'write_report', 'PhantomStudy', 'PhantomCohort', 'write_cohort']
 
 # %% ../nbs/01_phantoms.ipynb #51218bb2
@@ -196,153 +196,177 @@ def draw_traits(
     return Traits(sex, age, float(np.clip(height, 148, 198)), float(np.clip(rng.normal(26.5, 4.5), 18, 40)), region,
                   int(rng.choice(3, p=PHASES[region])), bool(rng.random() < 0.75), float(np.clip(rng.normal(4, 10), -14, 32)))
 
-# %% ../nbs/01_phantoms.ipynb #947917dd
+# %% ../nbs/01_phantoms.ipynb #502716a0
 BODY, WALL, CAVITY, BELLY, LUNG, INLUNG, CHEST, BONE, OVER = range(9)  # layers, back to front
 ARTERY, VEIN = (42, 340, 165), (40, 95, 155)
 
 @dataclass(frozen=True)
 class Organ:
-    layer:float; hu:tuple; solid:Solid
-    breath:float=0.
-    pair:tuple|None=None # shift in mm of the mirrored left one
-
-TRUNK = [(-380, 0, 0, 150, 88), (-300, 0, 0, 165, 100), (-230, 0, 0, 160, 98), (-170, 0, 0, 140, 93), (-60, 0, 0, 136, 93), (40, 0, 0, 141, 98),
-         (130, 0, 0, 152, 104), (200, 0, -4, 156, 98), (240, 0, -8, 146, 80), (272, 0, -10, 90, 62), (305, 0, -8, 58, 54), (345, 0, 2, 58, 62), (430, 0, 8, 74, 88)]
-HOLLOW = [(-325, 0, -4, 92, 66), (-250, 0, 0, 108, 76), (-170, 0, 8, 122, 76), (-60, 0, 9, 122, 78), (40, 0, 6, 128, 84), (95, 0, 4, 128, 84)]
-CAGE = [(-35, 0, 0, 134, 91), (60, 0, 0, 144, 96), (130, 0, 0, 144, 95), (200, 0, -2, 128, 84), (250, 0, -10, 99, 64), (285, 0, -14, 71, 41), (302, 0, -16, 48, 26)]
-LUNGS = [(-5, 74, 0, 58, 80), (60, 74, 0, 64, 87), (130, 73, 0, 65, 86), (200, 66, -4, 57, 74), (250, 54, -10, 40, 53), (280, 44, -14, 25, 31), (302, 40, -16, 6, 7)]
-SPINE = [(-180, -44), (-100, -32), (0, -44), (100, -60), (200, -54), (290, -32), (345, -22), (430, -14)]  # z, y of the vertebral centres
+    layer:float
+    hu:tuple              # without contrast, arterial, venous
+    solid:Solid           # in mm of the tables
+    breath:float=0.       # share of the diaphragm's movement
+    pair:tuple|None=None  # shift in mm of the mirrored left one, where there are two
 
 ORGANS = {
     "liver": Organ(BELLY, (56, 72, 112), Union(Ellipsoid((72, 2, 10), (68, 80, 84)), Ellipsoid((8, 42, 36), (76, 42, 36), (0, 12, 0))), 1.),
     "gallbladder": Organ(BELLY + .3, (10, 10, 12), Ellipsoid((48, 52, -42), (15, 17, 33), (-20, 0, 0)), .9),
-    "spleen": Organ(BELLY, (50, 110, 118), Ellipsoid((-100, -38, 28), (27, 43, 50), (20, 8, 0)), .9),
-    "stomach": Organ(BELLY + .1, (35, 42, 45), Union(Ellipsoid((-62, 32, 28), (38, 42, 52), (20, 0, 0)), Tube([(-45, 48, -10, 26), (-10, 58, -38, 20), (22, 42, -36, 13)])), .7),
+    "spleen": Organ(BELLY, (50, 110, 118), Ellipsoid((-98, -36, 32), (28, 44, 50), (20, 8, 0)), .9),
+    "stomach": Organ(BELLY + .1, (35, 42, 45), Union(Ellipsoid((-62, 28, 34), (40, 46, 52), (20, 0, 0)),
+                     Tube([(-45, 48, -10, 26), (-10, 58, -38, 20), (22, 42, -36, 13)])), .7),
     "pancreas": Organ(BELLY + .4, (40, 105, 92), Tube([(30, 14, -52, 15), (18, 24, -34, 15), (-8, 26, -20, 12), (-40, 10, -8, 12), (-78, -12, 6, 11)]), .6),
     "kidney": Organ(BELLY + .4, (32, 150, 165), Ellipsoid((62, -40, -52), (27, 26, 55), (12, -10, 20)), .5, (0, 0, 14)),
     "adrenal gland": Organ(BELLY + .5, (25, 50, 60), Tube([(32, -24, 20, 4), (38, -32, 8, 4), (50, -42, -4, 3)]), .5, (-2, 2, 4)),
     "bladder": Organ(BELLY + .5, (6, 6, 8), Ellipsoid((0, 26, -282), (40, 32, 30))),
+    "uterus or prostate": Organ(BELLY + .45, (42, 70, 85), Ellipsoid((0, -14, -296), (24, 18, 22))),
     "rectum": Organ(BELLY + .4, (35, 45, 55), Tube([(0, -46, -325, 14), (0, -52, -270, 20), (-8, -40, -225, 17)])),
     "psoas": Organ(BELLY + .2, (55, 60, 65), Tube([(36, -42, -20, 10), (46, -40, -90, 19), (58, -22, -190, 22), (88, 26, -290, 15)]), 0., (0, 0, 0)),
     "heart": Organ(CHEST, (42, 60, 100), Ellipsoid((-22, 26, 108), (60, 46, 50), (0, 28, -32))),
-    "aorta": Organ(CHEST + .3, ARTERY, Tube([(-6, 20, 120, 14), (14, 28, 165, 15.5), (10, 24, 196, 14.5), (-4, 6, 213, 13.5), (-20, -22, 205, 13), (-25, -34, 175, 12.5), (-24, -36, 100, 12), (-12, -24, 40, 11.5), (-6, -16, 0, 10.5), (-3, -4, -70, 9.5), (-2, -6, -135, 9)])),
+    "aorta": Organ(CHEST + .3, ARTERY, Tube([(-6, 20, 120, 14), (14, 28, 165, 15.5), (10, 24, 196, 14.5), (-4, 6, 213, 13.5), (-20, -22, 205, 13),
+                   (-25, -34, 175, 12.5), (-24, -36, 100, 12), (-12, -24, 40, 11.5), (-6, -16, 0, 10.5), (-3, -4, -70, 9.5), (-2, -6, -135, 9)])),
     "iliac artery": Organ(BELLY + .7, ARTERY, Tube([(2, -6, -135, 6.5), (32, -16, -200, 6), (66, 22, -268, 5.5), (82, 48, -340, 5)]), 0., (0, 0, 0)),
     "vena cava": Organ(CHEST + .1, VEIN, Tube([(22, -12, -150, 10), (26, -8, -60, 11), (28, -2, 30, 12), (22, 6, 80, 12)])),
     "superior vena cava": Organ(CHEST + .2, (40, 260, 155), Tube([(30, 4, 115, 9.5), (30, 10, 200, 9), (26, 18, 232, 8)])),
-    "pulmonary artery": Organ(CHEST + .15, (40, 230, 160), Union(Tube([(-12, 44, 128, 15), (-18, 28, 160, 14)]), Tube([(-18, 22, 162, 12), (18, -2, 164, 11), (50, -14, 158, 8)]), Tube([(-18, 24, 164, 11), (-50, -18, 170, 8)]))),
+    "pulmonary artery": Organ(CHEST + .15, (40, 230, 160), Union(Tube([(-12, 44, 128, 15), (-18, 28, 160, 14)]),
+                              Tube([(-18, 22, 162, 12), (18, -2, 164, 11), (50, -14, 158, 8)]), Tube([(-18, 24, 164, 11), (-50, -18, 170, 8)]))),
     "oesophagus": Organ(CHEST + .25, (38, 42, 48), Tube([(-3, -22, 330, 7), (-4, -24, 200, 7), (-6, -30, 130, 8), (-18, -14, 66, 8), (-34, 10, 48, 9)])),
     "thyroid": Organ(CHEST + .2, (95, 150, 140), Ellipsoid((19, 8, 292), (9, 11, 22), (0, 0, 10)), 0., (0, 0, 0)),
 }
 
-# %% ../nbs/01_phantoms.ipynb #86b98666
+# %% ../nbs/01_phantoms.ipynb #31f4e1c0
+TRUNK = [(-380, 0, 0, 150, 88), (-300, 0, 0, 165, 100), (-230, 0, 0, 160, 98), (-170, 0, 0, 140, 93), (-60, 0, 0, 136, 93), (40, 0, 0, 141, 98), (130, 0, 0, 152, 104),
+         (200, 0, -4, 156, 98), (240, 0, -8, 146, 80), (272, 0, -10, 90, 62), (305, 0, -8, 58, 54), (345, 0, 2, 58, 62), (430, 0, 8, 74, 88)]  # muscles
+HOLLOW = [(-325, 0, -4, 92, 66), (-250, 0, 0, 108, 76), (-170, 0, 8, 122, 76), (-60, 0, 9, 122, 78), (40, 0, 6, 128, 84), (95, 0, 4, 128, 84)]  # abdominal cavity
+CAGE = [(-35, 0, 0, 134, 91), (60, 0, 0, 144, 96), (130, 0, 0, 144, 95), (200, 0, -2, 128, 84), (250, 0, -10, 99, 64), (285, 0, -14, 71, 41), (302, 0, -16, 48, 26)]
+LUNGS = [(-5, 74, 0, 58, 80), (60, 74, 0, 64, 87), (130, 73, 0, 65, 86), (200, 66, -4, 57, 74), (250, 54, -10, 40, 53), (280, 44, -14, 25, 31), (302, 40, -16, 6, 7)]
+MEDIASTINUM = [(62, 0, 18, 34, 68), (120, 0, 12, 34, 78), (190, 0, 6, 29, 70), (250, 0, -2, 28, 50), (285, 0, -8, 32, 30)]
+SPINE = [(-180, -44), (-100, -32), (0, -44), (100, -60), (200, -54), (290, -32), (345, -22), (430, -14)]  # z, y of the vertebral centres
+COLON = [(100, -8, -168, 20), (108, -6, -110, 21), (104, 10, -56, 20), (74, 58, -62, 18), (0, 68, -92, 17), (-74, 56, -52, 17), (-112, -8, -8, 16),
+         (-114, -24, -90, 15), (-106, -10, -168, 14), (-70, 16, -216, 13), (-20, 30, -232, 13), (-8, -14, -238, 13), (-8, -40, -225, 14)]
+BRONCHI = {
+    "trachea": [(0, 2, 340, 9), (0, -4, 260, 8.5), (3, -12, 186, 8.5)],
+    "right main bronchus": [(3, -12, 186, 7.5), (32, -16, 164, 6.5)],
+    "left main bronchus": [(3, -12, 186, 7), (-38, -20, 162, 6)],
+    "right upper lobe bronchus": [(28, -16, 168, 5), (52, -8, 186, 4), (66, 0, 216, 2.5)],
+    "left upper lobe bronchus": [(-36, -18, 164, 5), (-54, 4, 180, 4), (-66, 10, 212, 2.5)],
+    "middle lobe bronchus": [(34, -14, 158, 4.5), (60, 24, 132, 3), (76, 44, 112, 2)],
+    "lingula bronchus": [(-44, -10, 160, 4), (-70, 30, 134, 2.5), (-86, 44, 118, 2)],
+    "right lower lobe bronchus": [(32, -16, 164, 6), (48, -28, 130, 4.5), (62, -38, 88, 3), (72, -50, 62, 2)],
+    "left lower lobe bronchus": [(-38, -20, 162, 5.5), (-52, -32, 128, 4.5), (-66, -42, 90, 3), (-76, -52, 64, 2)],
+}
 BONES = {
-    "clavicle": Tube([(14, 62, 248, 7), (70, 58, 252, 6), (128, 16, 262, 6.5)]),
-    "scapula": Union(Ellipsoid((112, -72, 190), (32, 5, 62), (-8, 10, 24)), Ellipsoid((148, -30, 240), (15, 13, 17))),
+    "clavicle": Tube([(14, 62, 248, 7), (70, 58, 252, 6), (128, 16, 254, 6.5)]),
+    "scapula": Union(Ellipsoid((112, -72, 190), (32, 5, 62), (-8, 10, 24)), Ellipsoid((148, -30, 236), (15, 13, 17))),
     "iliac wing": Ellipsoid((92, -18, -192), (60, 8, 58), (0, 24, 52)),
     "acetabulum": Ellipsoid((88, 2, -268), (26, 28, 30)),
     "femur": Union(Ellipsoid((97, 4, -272), 23), Tube([(97, 4, -272, 15), (136, -6, -304, 17), (138, -2, -400, 14)])),
     "pubis": Tube([(80, 20, -272, 10), (42, 46, -290, 9), (9, 50, -308, 10)]),
     "ischium": Tube([(84, -20, -272, 13), (70, -38, -318, 14), (40, 0, -335, 8), (10, 40, -318, 8)]),
 }
-BRONCHI = {  # lumen of the airways: `(x, y, z, radius)`
-    "trachea": [(0, 2, 340, 9), (0, -4, 260, 8.5), (3, -12, 186, 8.5)],
-    "right main bronchus": [(3, -12, 186, 7.5), (32, -16, 164, 6.5)], "left main bronchus": [(3, -12, 186, 7), (-38, -20, 162, 6)],
-    "right upper lobe bronchus": [(28, -16, 168, 5), (52, -8, 186, 4), (66, 0, 216, 2.5)], "left upper lobe bronchus": [(-36, -18, 164, 5), (-54, 4, 180, 4), (-66, 10, 212, 2.5)],
-    "middle lobe bronchus": [(34, -14, 158, 4.5), (60, 24, 132, 3), (76, 44, 112, 2)], "lingula bronchus": [(-44, -10, 160, 4), (-70, 30, 134, 2.5), (-86, 44, 118, 2)],
-    "right lower lobe bronchus": [(32, -16, 164, 6), (48, -28, 130, 4.5), (62, -38, 88, 3), (72, -50, 62, 2)], "left lower lobe bronchus": [(-38, -20, 162, 5.5), (-52, -32, 128, 4.5), (-66, -42, 90, 3), (-76, -52, 64, 2)],
-}
-COLON = [(100, -8, -168, 20), (108, -6, -110, 21), (104, 10, -56, 20), (74, 58, -62, 18), (0, 68, -92, 17), (-74, 56, -52, 17), (-112, -8, -8, 16), (-114, -24, -90, 15),
-         (-106, -10, -168, 14), (-70, 16, -216, 13), (-20, 30, -232, 13), (-8, -14, -238, 13), (-8, -40, -225, 14)]
+ARMS = {True: [(152, -14, 236, 40), (158, 2, 330, 38), (146, 20, 450, 36)],  # raised, as for most scans
+        False: [(112, -10, 252, 27), (160, -12, 226, 40), (186, -14, 100, 34), (196, -10, -20, 30), (196, 24, -140, 27), (186, 46, -270, 22)]}
 LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 
-# %% ../nbs/01_phantoms.ipynb #6a0416c8
+# %% ../nbs/01_phantoms.ipynb #b5087d79
 class Anatomy:
-    "The solids of one healthy patient in the patient's own mm (z = 0 at the thoracolumbar junction)."
+    "The strokes of one healthy patient, in the patient's own mm (z = 0 at the thoracolumbar junction)."
     def __init__(self, seed:int, i:int, traits:Traits):
         self.seed, self.i, self.traits = seed, i, traits
         t, rng = traits, stable_rng(seed, "frame", i)
-        tall, wide = t.height_cm / 172, 0.90 + 0.10 * t.bmi / 25
-        sex = 1.0 if t.sex == "M" else 0.96
+        tall, wide, sex = t.height_cm / 172, .90 + .10 * t.bmi / 25, 1. if t.sex == "M" else .96
         self.scale = np.array([tall**.5 * wide * sex * rng.normal(1, .02), tall**.5 * wide * sex * rng.normal(1, .03), tall * rng.normal(1, .015)])
-        self.fat = float(np.clip((t.bmi - 17) * 1.7 + (5 if t.sex == "F" else 0) + rng.normal(0, 3), 6, 46))
+        self.fat = float(np.clip((t.bmi - 17) * 1.7 + (5 if t.sex == "F" else 0) + rng.normal(0, 3), 6, 46)) # mm under the skin
         self.lift = t.breath_mm
+        self.low, self.high = -np.inf, np.inf   # the scanned part, set by the scan
         self.strokes, self.solids = {}, {}
-        for build in (self._body, self._organs, self._gut, self._lungs, self._airways, self._spine, self._bones): build()
-        if t.arms_up: self._arms([(152, -14, 236, 40), (158, 2, 330, 38), (146, 20, 450, 36)])
-        else: self._arms([(158, -10, 222, 38), (186, -14, 100, 34), (196, -10, -20, 30), (196, 24, -140, 27), (186, 46, -270, 22)])
+        for build in (self._body, self._organs, self._gut, self._lungs, self._airways, self._vessels, self._spine, self._ribs, self._bones, self._arms): build()
 
     def at(self, *p, breath=0.): # point of the tables -> point of this patient
         return np.array(p, float) * self.scale + (0, 0, breath * self.lift)
+    def fit(self, solid, sign=1): # solid of the tables -> solid of this patient, mirrored if `sign` is -1
+        return solid.moved(self.scale * (sign, 1, 1), (0, 0, 0))
     def hu(self, values): # density in this patient's contrast phase
         return float(values[self.traits.phase])
-    def add(self, name, layer, hu, solid, organ=False):
+    def add(self, name, layer, hu, solid, organ=False): # organs are also remembered as places
         self.strokes[name] = Stroke(layer, hu, solid)
         if organ: self.solids[name] = solid
 
-    def _body(self):
-        frame = Stack(TRUNK, 2.4).moved(self.scale, (0, 0, 0))
-        skin = frame.rows.copy()
-        thick = np.interp(skin[:, 0], self.scale[2] * np.array([-380, -200, -60, 130, 240, 300]), self.fat * np.array([1, 1, .9, .5, .35, .15])) + 2
-        front = thick * np.interp(skin[:, 0], [-200, -100, 100], [.8, 1.15, .9])   # the belly
-        skin[:, 3] += thick; skin[:, 4] += (thick + front) / 2; skin[:, 2] += (front - thick) / 2
-        self.frame, self.skin = frame, Stack(skin, 2.3)
-        self.hollow = Stack(HOLLOW, 2.3).moved(self.scale, (0, 0, 0))
-        body = [self.skin]
-        if self.traits.sex == "F": body += [Ellipsoid(self.at(s * 72, 96, 128), np.array([52, 26 + self.fat / 2, 46]) * self.scale) for s in (1, -1)]
-        self.back = float(self.skin.low[1])
-        self.add("body", BODY, -102., Union(*body))
-        self.add("muscle", WALL, self.hu((52, 58, 64)), frame)
-        self.add("abdominal fat", CAVITY, -98., self.hollow)
+@patch
+def _body(self:Anatomy):
+    "Skin and fat around muscles around the fat of the belly."
+    self.frame, self.hollow = self.fit(Stack(TRUNK, 2.4)), self.fit(Stack(HOLLOW, 2.3))
+    rows = self.frame.rows.copy()
+    thick = np.interp(rows[:, 0], self.scale[2] * np.array([-380, -200, -60, 130, 240, 300]), self.fat * np.array([1, 1, .9, .5, .35, .15])) + 2
+    front = thick * np.interp(rows[:, 0], [-200, -100, 100], [.8, 1.15, .9])   # the belly
+    rows[:, 3] += thick; rows[:, 4] += (thick + front) / 2; rows[:, 2] += (front - thick) / 2
+    self.skin = Stack(rows, 2.3)
+    breasts = [Ellipsoid(self.at(s * 72, 96, 128), np.array([52, 26 + self.fat / 2, 46]) * self.scale) for s in (1, -1)] if self.traits.sex == "F" else []
+    self.add("body", BODY, -102., Union(self.skin, *breasts))
+    self.add("muscle", WALL, self.hu((52, 58, 64)), self.frame)
+    self.add("abdominal fat", CAVITY, -98., self.hollow)
 
-    def _organs(self):
-        for name, o in ORGANS.items():
-            for side, sign in ((("right ", 1), ("left ", -1)) if o.pair is not None else (("", 1),)):
-                rng = stable_rng(self.seed, "organ", self.i, side + name)
-                jitter, size = rng.normal(0, 2.5, 3), 1 + rng.normal(0, .05)
-                if o.layer >= CHEST: jitter, size = jitter * .4, 1 + (size - 1) * .6
-                centre = (o.solid.low + o.solid.high) / 2
-                shift = centre * (1 - size) + (np.array(o.pair) * (-1, 1, 1) if sign < 0 else 0) + jitter
-                solid = o.solid.moved((size,) * 3, shift * (1, 1, 1) if sign > 0 else shift * (-1, 1, 1))
-                solid = solid.moved(self.scale * (sign, 1, 1), (0, 0, o.breath * self.lift))
-                if name == "aorta": solid = solid.grown((self.traits.age - 60) * .04)
-                if o.layer < CHEST and name not in ("psoas", "iliac artery"): solid = solid & self.hollow
-                self.add(side + name, o.layer, self.hu(o.hu), solid, organ=True)
-        for side, sign in (("right", 1), ("left", -1)):
-            k = self.solids[f"{side} kidney"]
-            self.add(f"{side} renal sinus", BELLY + .45, self.hu((-40, -10, 20)), Ellipsoid((k.low + k.high) / 2 - (sign * 9, -5, 0), np.array([10, 9, 26]) * self.scale))
-        lv = self.strokes["heart"].solid
-        for name, offset, radii, hu in (("left ventricle", (-20, -2, -8), (27, 20, 30), ARTERY), ("right ventricle", (4, 18, -8), (30, 15, 30), (42, 200, 150)),
-                                        ("atria", (12, -22, 16), (40, 14, 22), (42, 290, 155))):
-            self.add(name, CHEST + .05, self.hu(hu), Ellipsoid(lv.centre + np.array(offset) * self.scale, np.array(radii) * self.scale, lv.turn))
+@patch
+def _arms(self:Anatomy):
+    for sign in (1, -1):
+        arm = Tube(ARMS[self.traits.arms_up]).moved(self.scale * (sign, 1, 1), (sign * self.fat * .5 * self.traits.arms_up, 0, 0))
+        self.add(f"arm skin {sign}", BODY, -100., arm.grown(self.fat * .25))
+        self.add(f"arm muscle {sign}", WALL, 55., arm.grown(-3))
+        self.add(f"humerus {sign}", BONE, 700., Tube(arm.points, 11.))
+        self.add(f"humerus marrow {sign}", BONE + .1, 60., Tube(arm.points, 6.))
 
-    def _gut(self):
-        rng = stable_rng(self.seed, "gut", self.i)
-        colon = Tube([(x, y, z + .5 * self.lift * (z > -100), r * f) for (x, y, z, r), f in zip(COLON, rng.uniform(.85, 1.25, len(COLON)))]).moved(self.scale, (0, 0, 0))
-        self.add("colon", BELLY + .15, 45., colon & self.hollow, organ=True)
-        self.add("colon content", BELLY + .16, lambda x, y, z: 20 + 60 * np.sin(x * .5) * np.sin(y * .6) * np.sin(z * .45), colon.grown(-3))
-        gas = colon.grown(-4)
-        gas.points = gas.points + (0, 5, 0)
-        self.add("colon gas", BELLY + .17, -850., Pattern(gas, lambda x, y, z: np.clip(.5 + 1.2 * np.sin(z * .06 + x * .05 + self.i), 0, 1)))
-        t, turn = np.arange(0, 30, .36), rng.uniform(0, 6.28, 3)   # loops: a curve that comes back everywhere
-        rows = np.stack([76 * np.sin(1.7 * t + turn[0]), 36 + 30 * np.sin(2.9 * t + turn[1]), -138 + 66 * np.sin(.83 * t + turn[2])], 1) + rng.normal(0, 3, (len(t), 3))
-        self.bowel = Tube(np.c_[rows, rng.uniform(9.5, 12.5, len(rows))]).moved(self.scale, (0, 0, 0))
-        self.add("small bowel", BELLY + .05, self.hu((40, 65, 70)), self.bowel & self.hollow, organ=True)
-        self.add("small bowel content", BELLY + .06, 18., self.bowel.grown(-3.5) & self.hollow)
-        s = Ellipsoid(self.at(-62, 32, 28, breath=.7), np.array([34, 38, 47]) * self.scale, (20, 0, 0))
-        level = s.centre[1] + rng.uniform(-5, 22) * self.scale[1]
-        self.add("stomach content", BELLY + .11, 15., s & self.hollow)
-        self.add("stomach gas", BELLY + .12, -950., s & Half((0, 1, 0), level))
+# %% ../nbs/01_phantoms.ipynb #7034657b
+@patch
+def _organs(self:Anatomy):
+    "The organs of the table, each with a small shift and size of its own."
+    for name, o in ORGANS.items():
+        for side, sign in (("", 1),) if o.pair is None else (("right ", 1), ("left ", -1)):
+            rng = stable_rng(self.seed, "organ", self.i, side + name)
+            calm = .4 if o.layer >= CHEST else 1.   # what hangs together in the chest moves less
+            shift, size = calm * rng.normal(0, 2.5, 3), 1 + calm * rng.normal(0, .05)
+            shift = shift + (o.solid.low + o.solid.high) / 2 * (1 - size)
+            if sign < 0: shift = shift * (-1, 1, 1) + np.array(o.pair)
+            solid = o.solid.moved((sign * size, size, size), shift * (sign, 1, 1) if sign > 0 else shift).moved(self.scale, (0, 0, o.breath * self.lift))
+            if name == "aorta": solid = solid.grown((self.traits.age - 60) * .04)
+            if o.layer < CHEST and name not in ("psoas", "iliac artery"): solid = solid & self.hollow
+            self.add(side + name, o.layer, self.hu(o.hu), solid, organ=True)
+    for side, sign in (("right", 1), ("left", -1)):
+        kidney = self.solids[f"{side} kidney"].a
+        self.add(f"{side} renal sinus", BELLY + .45, self.hu((-40, -10, 20)), Ellipsoid(kidney.centre - (sign * 9, -5, 0), np.array([10, 9, 26]) * self.scale))
+    heart = self.solids["heart"]
+    for name, offset, radii, hu in (("left ventricle", (-20, -2, -8), (27, 20, 30), ARTERY), ("right ventricle", (4, 18, -8), (30, 15, 30), (42, 200, 150)),
+                                    ("atria", (12, -22, 16), (40, 14, 22), (42, 290, 155))):
+        self.add(name, CHEST + .05, self.hu(hu), Ellipsoid(heart.centre + np.array(offset) * self.scale, np.array(radii) * self.scale, heart.turn))
 
-# %% ../nbs/01_phantoms.ipynb #7cac6d7d
+@patch
+def _gut(self:Anatomy):
+    "Stomach, small and large bowel with what is in them."
+    rng = stable_rng(self.seed, "gut", self.i)
+    colon = self.fit(Tube([(x, y, z + .5 * self.lift * (z > -100), r * f) for (x, y, z, r), f in zip(COLON, rng.uniform(.85, 1.25, len(COLON)))]))
+    gas = colon.grown(-4); gas.points = gas.points + (0, 5, 0)
+    self.add("colon", BELLY + .15, 45., colon & self.hollow, organ=True)
+    self.add("colon content", BELLY + .16, lambda x, y, z: 20 + 60 * np.sin(x * .5) * np.sin(y * .6) * np.sin(z * .45), colon.grown(-3))
+    self.add("colon gas", BELLY + .17, -850., Pattern(gas, lambda x, y, z: np.clip(.5 + 1.2 * np.sin(z * .06 + x * .05 + self.i), 0, 1)))
+    t, turn = np.arange(0, 44, .4), rng.uniform(0, 6.28, 3)   # the small bowel is a curve that comes back everywhere
+    loops = np.stack([84 * np.sin(1.7 * t + turn[0]), 38 + 34 * np.sin(2.9 * t + turn[1]), -136 + 74 * np.sin(.83 * t + turn[2]), rng.uniform(10.5, 13.5, len(t))], 1)
+    loops[:, :3] += rng.normal(0, 3, (len(t), 3))
+    self.bowel = self.fit(Tube(loops))
+    self.add("small bowel", BELLY + .05, self.hu((40, 65, 70)), self.bowel & self.hollow, organ=True)
+    self.add("small bowel content", BELLY + .06, 18., self.bowel.grown(-3.5) & self.hollow)
+    stomach = Ellipsoid(self.at(-62, 28, 34, breath=.7), np.array([36, 42, 47]) * self.scale, (20, 0, 0))
+    level = stomach.centre[1] + rng.uniform(-5, 22) * self.scale[1]
+    self.add("stomach content", BELLY + .11, 15., stomach & self.hollow)
+    self.add("stomach gas", BELLY + .12, -950., stomach & Half((0, 1, 0), level) & self.hollow)
+
+# %% ../nbs/01_phantoms.ipynb #1fd52147
 class Dome(Solid):
-    "Everything above the diaphragm: high in the middle of `outline`, falling to `back` behind and `front` before."
+    "Everything above the diaphragm: `top` in the middle of `outline`, falling to `back` behind and `front` before."
     def __init__(self, outline, top, back, front):
         self.outline, self.top, self.back, self.front = outline, float(top), float(back), float(front)
         self.low, self.high = np.array([-np.inf, -np.inf, back]), np.full(3, np.inf)
     def height(self, x, y): # z of the diaphragm
-        _, cx, cy, rx, ry = self.outline.rows[1]
-        v = (y - float(cy)) / float(ry)
-        q = np.clip(((x - float(cx)) / float(rx))**2 + v * v, 0, 1)
+        _, cx, cy, rx, ry = map(float, self.outline.rows[1])
+        u, v = (x - cx) / rx, (y - cy) / ry
+        q = np.clip(u * u + v * v, 0, 1)
         edge = self.back + (self.front - self.back) * np.clip(.5 + .5 * v, 0, 1)**1.5
         return self.top + (edge - self.top) * q * q
     def __call__(self, x, y, z, blur): return _fill(self.height(x, y) - z, blur)
@@ -352,23 +376,23 @@ def _lungs(self:Anatomy):
     "Lungs with lobes and fissures, standing on the domes of the diaphragm."
     s, self.lung, self.lobe = self.scale, {}, {}
     for side, sign, top in (("right", 1, 78), ("left", -1, 66)):
-        outline = Stack(LUNGS, 2.3).moved(s * (sign, 1, 1), (0, 0, 0))
-        dome = Dome(outline, top * s[2] + self.lift, 2 * s[2] + .5 * self.lift, 50 * s[2] + .7 * self.lift)
-        self.lung[side] = outline & dome
-        self.add(f"{side} lung", LUNG, -862. + 3 * self.lift, self.lung[side], organ=True)
-    tilt = (0, 1.2, s[2] / s[1])   # the oblique fissures run from behind above to before below
+        outline = self.fit(Stack(LUNGS, 2.3), sign)
+        self.lung[side] = outline & Dome(outline, top * s[2] + self.lift, 2 * s[2] + .5 * self.lift, 50 * s[2] + .7 * self.lift)
+        self.add(f"{side} lung", LUNG, -862. + 3 * self.lift, self.lung[side], organ=True)   # a deep breath makes lungs darker
+    tilt = np.array([0, 1.2, s[2] / s[1]])   # the oblique fissures run from behind above to before below
     above = lambda z: Half(tilt, z * s[2] * tilt[2])
-    below = lambda z: Half((0, -tilt[1], -tilt[2]), -z * s[2] * tilt[2])
-    flat = 142 * s[2]
-    self.lobe = {"right upper lobe": self.lung["right"] & above(128) & Half((0, 0, 1), flat), "right middle lobe": self.lung["right"] & above(128) & Half((0, 0, -1), -flat),
-                 "right lower lobe": self.lung["right"] & below(128), "left upper lobe": self.lung["left"] & above(124), "left lower lobe": self.lung["left"] & below(124)}
-    for name in LOBES: self.solids[name] = self.lobe[name]
+    below = lambda z: Half(-tilt, -z * s[2] * tilt[2])
+    up, down = lambda z: Half((0, 0, 1), z), lambda z: Half((0, 0, -1), -z)
+    flat, (right, left) = 142 * s[2], self.lung.values()
+    parts = right & above(128) & up(flat), right & above(128) & down(flat), right & below(128), left & above(124), left & below(124)
+    self.lobe = dict(zip(LOBES, parts))
+    self.solids |= self.lobe
+    for name, lung, z in (("right oblique fissure", right, 128), ("left oblique fissure", left, 124)):
+        self.add(name, LUNG + .1, -640., lung & above(z - 1) & below(z + 1))
+    self.add("horizontal fissure", LUNG + .1, -640., right & above(128) & up(flat - 1) & down(flat + 1))
     for name, side in (("liver", "right"), ("spleen", "left"), ("stomach", "left")):   # they end at the diaphragm
-        organ = self.solids[name] = self.solids[name] - Union(*self.lung.values())
+        organ = self.solids[name] = self.solids[name] - Union(right, left)
         organ.high = np.minimum(organ.high, (np.inf, np.inf, self.lung[side].b.top))
-    for side, z in (("right", 128), ("left", 124)):
-        self.add(f"{side} oblique fissure", LUNG + .1, -640., (self.lung[side] & above(z - 1)) & below(z + 1))
-    self.add("horizontal fissure", LUNG + .1, -640., self.lung["right"] & above(128) & Half((0, 0, 1), flat - 1) & Half((0, 0, -1), -flat - 1))
 
 @patch
 def aerated(self:Anatomy, lobe): # the lobe without what the heart and the mediastinum cover
@@ -377,74 +401,65 @@ def aerated(self:Anatomy, lobe): # the lobe without what the heart and the media
 
 @patch
 def _airways(self:Anatomy):
-    "Trachea and bronchi, pulmonary vessels, mediastinal fat."
-    rng = stable_rng(self.seed, "vessels", self.i)
-    self.bronchi = {name: Tube(rows).moved(self.scale, (0, 0, 0)) for name, rows in BRONCHI.items()}
+    "Trachea and bronchi with their walls, and the fat of the mediastinum."
+    self.bronchi = {name: self.fit(Tube(rows)) for name, rows in BRONCHI.items()}
     for name, tube in self.bronchi.items():
         self.add(name, CHEST + .4, -985., tube, organ=name == "trachea")
         self.add(name + " wall", CHEST + .35, 10., tube.grown(1.3))
-    fat = Stack([(62, 0, 18, 34, 68), (120, 0, 12, 36, 78), (190, 0, 6, 34, 70), (250, 0, -2, 34, 50), (285, 0, -8, 36, 30)], 2.5).moved(self.scale, (0, 0, 0))
-    self.add("mediastinal fat", INLUNG + .5, -85., fat)
-    blood = self.hu((40, 200, 140))
-    for sign in (1, -1):
-        lung = self.lung["right" if sign > 0 else "left"]
+    self.add("mediastinal fat", INLUNG + .5, -85., self.fit(Stack(MEDIASTINUM, 2.5)))
+
+@patch
+def _vessels(self:Anatomy):
+    "Vessels that branch into the lungs and the liver."
+    rng = stable_rng(self.seed, "vessels", self.i)
+    for sign, lung in zip((1, -1), self.lung.values()):
+        root, tubes = self.at(sign * 40, -10, 160), []
         tips = rng.uniform(lung.low, lung.high, (60, 3))
-        tips = tips[lung.contains(tips)][:13]
-        root = self.at(sign * 40, -10, 160)
-        tubes = []
-        for tip in tips:
+        for tip in tips[lung.contains(tips)][:13]:
             end = root + .9 * (tip - root)
             middle = (root + end) / 2 + rng.normal(0, 6, 3)
             twigs = [middle + .9 * (end - middle) + rng.normal(0, 16, 3) for _ in range(2)]
-            tubes += [Tube([root, middle, end], [4.5, 3., 1.4]), *[Tube([middle, t], [2.4, 1.2]) for t in twigs]]
-        self.add(f"pulmonary vessels {sign}", INLUNG, blood - 60, Union(*[t & lung for t in tubes]))
-    hilum, vein = self.at(26, 26, 4, breath=1), self.hu((42, 100, 170))
-    ends = [(100, -20, 20), (90, 35, 30), (60, -30, 50), (-10, 50, 42), (80, 10, -30)]
-    self.add("liver vessels", BELLY + .01, vein, Union(Tube([self.at(6, 22, -34, breath=.8), hilum], [7, 7]), *[Tube([hilum, (hilum + (e := self.at(*q, breath=1))) / 2 + rng.normal(0, 5, 3), e], [6, 4, 2]) for q in ends],
-             *[Tube([self.at(20, -4, 68, breath=1), self.at(*q, breath=1)], [6, 2]) for q in ((90, 10, 40), (50, 45, 48), (95, -40, 50))]) & Minus(self.strokes["liver"].solid, self.lung["right"]))
+            tubes += [Tube([root, middle, end], [4.5, 3., 1.4]), *[Tube([middle, twig], [2.4, 1.2]) for twig in twigs]]
+        self.add(f"pulmonary vessels {sign}", INLUNG, self.hu((-20, 140, 80)), Union(*tubes) & lung)
+    p = lambda *q: self.at(*q, breath=1)
+    hilum, cava = p(26, 26, 4), p(20, -4, 68)
+    tubes = [Tube([self.at(6, 22, -34, breath=.8), hilum], 7.)]
+    tubes += [Tube([hilum, (hilum + p(*q)) / 2 + rng.normal(0, 5, 3), p(*q)], [6, 4, 2]) for q in ((100, -20, 20), (90, 35, 30), (60, -30, 50), (-10, 50, 42), (80, 10, -30))]
+    tubes += [Tube([cava, p(*q)], [6, 2]) for q in ((90, 10, 40), (50, 45, 48), (95, -40, 50))]
+    self.add("liver vessels", BELLY + .01, self.hu((42, 100, 170)), Union(*tubes) & self.strokes["liver"].solid)
 
-# %% ../nbs/01_phantoms.ipynb #1282f8c2
+# %% ../nbs/01_phantoms.ipynb #fdb2cf96
 @patch
 def _spine(self:Anatomy):
-    "Vertebral column with discs, canal and processes; ribs as slanting bands on the cage."
-    s, age = self.scale, self.traits.age
-    y = lambda z: np.interp(z, *zip(*SPINE))
-    r = lambda z: np.interp(z, [-180, 0, 288, 430], [24, 20, 14, 11])
-    zs = np.array([-180, -100, -40, 0, 50, 100, 150, 200, 250, 290, 345, 430])
-    def stack(dx, dy, rx, ry): return Stack([(z, dx, y(z) + dy * r(z), rx * r(z), ry * r(z)) for z in zs], 2.4).moved(s, (0, 0, 0))
-    levels = np.array([[-180, 0, 288, 430], [-5., 0, 12, 18.5]])
-    self.level_at = lambda z: np.interp(z / s[2], *levels)   # 0 between T12 and L1, 1 per vertebra
-    marrow = float(np.clip(300 - 2.2 * age, 90, 260))
-    def body_hu(x, y, z):
-        f = np.mod(self.level_at(z), 1).astype(np.float32)
-        return np.where(f < .2, 85, np.where((f < .28) | (f > .93), marrow + 200, marrow)).astype(np.float32)
-    def arch(x, y, z): return ((np.mod(self.level_at(z), 1) > .25) & (np.mod(self.level_at(z), 1) < .85)).astype(np.float32)
-    self.add("vertebrae", BONE, body_hu, stack(0, 0, 1.1, .9), organ=True)
-    self.add("vertebral arches", BONE + .05, marrow + 220, Pattern(stack(0, -1.55, 1.1, .75), arch))
-    self.add("spinous processes", BONE + .05, marrow + 180, Pattern(stack(0, -2.6, .28, .7), arch))
-    self.add("spinal canal", BONE + .1, 28., stack(0, -1.5, .55, .45))
-    self.add("sacrum", BONE, marrow + 60, Stack([(-300, 0, -78, 12, 8), (-240, 0, -72, 38, 14), (-182, 0, -54, 50, 24)], 2.4).moved(s, (0, 0, 0)))
-    cage = Stack(CAGE, 2.3).moved(s, (0, 0, 0))
-    inner = Stack(CAGE - np.array([0, 0, 0, 7.5, 7.5]), 2.3).moved(s, (0, 0, 0))
-    def ribs(x, y, z):
-        back = (cage.high[1] - y) / (cage.high[1] - cage.low[1])       # 1 behind, 0 in front
-        rib = ((z + 74 * s[2] * (1 - back)) / (24.5 * s[2])) % 1
-        arch = np.where(z < (70 - 90 * back) * s[2], 0, 1)               # no ribs before the belly
-        return (np.clip(3 - np.abs(rib - .5) * 13, 0, 1) * arch).astype(np.float32)
-    self.add("ribs", BONE, marrow + 200, Pattern(cage - inner, ribs), organ=True)
-    front = lambda z: float(self.frame.at(z * s[2])[1] + self.frame.at(z * s[2])[3]) / s[1] - 9
-    self.add("sternum", BONE + .1, marrow + 60, Stack([(z, 0, front(z), w, 6) for z, w in ((88, 8), (110, 16), (200, 15), (212, 26), (244, 30))], 3).moved(s, (0, 0, 0)), organ=True)
+    "Vertebral column with discs, arches, processes, canal and sacrum."
+    s = self.scale
+    y, r = lambda z: np.interp(z, *zip(*SPINE)), lambda z: np.interp(z, [-180, 0, 288, 430], [24, 20, 14, 11])
+    level = lambda z: np.mod(np.interp(z / s[2], [-180, 0, 288, 430], [-5., 0, 12, 18.5]), 1)   # 0 to 1 from one disc to the next
+    heights = (-180, -100, -40, 0, 50, 100, 150, 200, 250, 290, 345, 430)
+    stack = lambda dy, rx, ry: self.fit(Stack([(z, 0, y(z) + dy * r(z), rx * r(z), ry * r(z)) for z in heights], 2.4))
+    self.marrow = marrow = float(np.clip(300 - 2.2 * self.traits.age, 90, 260))   # bone fades with age
+    def density(x, y, z):
+        f = level(z)
+        return np.select([f < .2, (f < .28) | (f > .93)], [85, marrow + 200], marrow).astype(np.float32)
+    arches = lambda x, y, z: ((level(z) > .25) & (level(z) < .85)).astype(np.float32)
+    self.add("vertebrae", BONE, density, stack(0, 1.1, .9), organ=True)
+    self.add("vertebral arches", BONE + .05, marrow + 220, Pattern(stack(-1.55, 1.1, .75), arches))
+    self.add("spinous processes", BONE + .05, marrow + 180, Pattern(stack(-2.6, .28, .7), arches))
+    self.add("spinal canal", BONE + .1, 28., stack(-1.5, .55, .45))
+    self.add("sacrum", BONE, marrow + 60, self.fit(Stack([(-300, 0, -78, 12, 8), (-240, 0, -72, 38, 14), (-182, 0, -54, 50, 24)], 2.4)))
 
 @patch
-def _bones(self:Anatomy):
-    "Shoulder girdle and pelvis: cortex, then marrow."
-    marrow = float(np.clip(260 - 2.2 * self.traits.age, 40, 220))
-    for name, solid in BONES.items():
-        for side, sign in (("right ", 1), ("left ", -1)):
-            bone = solid.moved(self.scale * (sign, 1, 1), (0, 0, 0))
-            self.add(side + name, BONE, marrow + 330, bone, organ=True)
-            if name not in ("scapula",): self.add(f"{side}{name} marrow", BONE + .02, marrow, _shrunk(bone, 3.))
-    self.solids["pelvis"] = Union(*[self.solids[f"{s} {n}"] for s in ("right", "left") for n in ("iliac wing", "acetabulum", "pubis", "ischium")])
+def _ribs(self:Anatomy):
+    "Ribs that fall from back to front, and the sternum."
+    s, cage, inner = self.scale, self.fit(Stack(CAGE, 2.3)), self.fit(Stack(np.array(CAGE) - (0, 0, 0, 8, 8), 2.3))
+    def ribs(x, y, z):
+        back = (cage.high[1] - y) / (cage.high[1] - cage.low[1])         # 1 behind, 0 in front
+        rib = ((z + 74 * s[2] * (1 - back)) / (24.5 * s[2])) % 1
+        return (np.clip(3 - np.abs(rib - .5) * 13, 0, 1) * (z > (70 - 90 * back) * s[2])).astype(np.float32)   # none before the belly
+    self.add("ribs", BONE, self.marrow + 200, Pattern(cage - inner, ribs), organ=True)
+    front = lambda z: (self.frame.at(z * s[2])[1] + self.frame.at(z * s[2])[3]) / s[1] - 9
+    plate = Stack([(z, 0, front(z), w, 6) for z, w in ((88, 8), (110, 16), (200, 15), (212, 26), (244, 30))], 3)
+    self.add("sternum", BONE + .1, self.marrow + 60, self.fit(plate), organ=True)
 
 def _shrunk(solid, mm):
     "`solid` without its outer `mm`."
@@ -452,24 +467,24 @@ def _shrunk(solid, mm):
     return solid.grown(-mm) if isinstance(solid, Tube) else Ellipsoid(solid.centre, np.maximum(solid.radii - mm, 1.), solid.turn)
 
 @patch
-def _arms(self:Anatomy, rows):
-    fat = self.fat * .25
-    for sign in (1, -1):
-        arm = Tube(rows).moved(self.scale * (sign, 1, 1), (sign * self.fat * .5, 0, 0))
-        for name, layer, hu, mm in (("skin", BODY, -100., fat), ("muscle", WALL, 55., -3.), ("bone", BONE, 700., -26.), ("marrow", BONE + .1, 60., -30.)):
-            solid = arm.grown(mm) if mm > -20 else Tube(arm.points, 11. if mm == -26. else 6.)
-            self.add(f"arm {name} {sign}", layer, hu, solid)
+def _bones(self:Anatomy):
+    "Shoulder girdle and pelvis: cortex, then marrow."
+    for name, solid in BONES.items():
+        for side, sign in (("right ", 1), ("left ", -1)):
+            bone = self.fit(solid, sign)
+            self.add(side + name, BONE, self.marrow + 280, bone, organ=True)
+            if name != "scapula": self.add(f"{side}{name} marrow", BONE + .02, self.marrow - 40, _shrunk(bone, 3.))
 
-# %% ../nbs/01_phantoms.ipynb #32672523
+# %% ../nbs/01_phantoms.ipynb #71c1910f
 @dataclass(frozen=True)
 class Planted:
-    finding:str           # name as in the catalogue of findings
-    place:tuple           # the place in words: English, German
+    finding:str           # name in the catalogue of findings
+    place:tuple           # where, in words: English, German
     depth_mm:float        # where it is seen best; scanner z in a study, the patient's own z while planting
     low_mm:float          # its lower end
     high_mm:float         # its upper end
     size_mm:float|None=None
-    kind:str=""           # a variant that the report words differently
+    kind:str=""           # a variant that reports word differently
     strokes:dict=field(default_factory=dict, repr=False)
 
 PLANTERS = {} # finding -> (how often where the organ is scanned, organ, function)
@@ -481,252 +496,234 @@ def plants(finding, share, organ):
         return function
     return register
 
+def _planted(place, solid, strokes, size=None, depth=None, kind=""):
+    "A finding as large as `solid`, best seen in its middle or at `depth`."
+    low, high = float(solid.low[2]), float(solid.high[2])
+    return Planted("", place, (low + high) / 2 if depth is None else float(depth), low, high, size, kind, strokes if isinstance(strokes, dict) else {"": strokes})
+
 def _spot(a, rng, solid, r):
-    "A point such that a ball of radius `r` around it lies in `solid` and in the scanned part, `None` if there is none."
+    "A point such that a ball of radius `r` around it lies in `solid` and in the scanned part; `None` if there is none."
     low, high = solid.low.copy(), solid.high.copy()
     low[2], high[2] = max(low[2], a.low + 4), min(high[2], a.high - 4)
     if (low >= high).any(): return None
     p = rng.uniform(low, high, (600, 3))
-    for axis in np.eye(3): p = p[solid.contains(p + r * axis)] if len(p) else p; p = p[solid.contains(p - r * axis)] if len(p) else p
+    for step in (*np.eye(3), *-np.eye(3)):
+        if len(p): p = p[solid.contains(p + r * step)]
     return p[0] if len(p) else None
 
 def _waves(rng, length, n=8):
     "A smooth random texture around 0 with features of about `length` mm."
-    k = rng.normal(size=(n, 3)); k *= 2 * np.pi / (length * rng.uniform(.7, 1.5, (n, 1)) * np.linalg.norm(k, axis=1, keepdims=True))
-    phases = rng.uniform(0, 2 * np.pi, n)
-    return lambda x, y, z: sum(np.cos(x * float(a) + y * float(b) + z * float(c) + float(p)) for (a, b, c), p in zip(k, phases)) * float((2 / n)**.5)
+    k = rng.normal(size=(n, 3))
+    k *= 2 * np.pi / (length * rng.uniform(.7, 1.5, (n, 1)) * np.linalg.norm(k, axis=1, keepdims=True))
+    rows = np.c_[k, rng.uniform(0, 2 * np.pi, n)].tolist()
+    return lambda x, y, z: sum(np.cos(x * kx + y * ky + z * kz + p) for kx, ky, kz, p in rows) * float((2 / n)**.5)
 
 def _step(value): return np.clip(value * 3 + .5, 0, 1).astype(np.float32) # a soft threshold at 0
 
+# %% ../nbs/01_phantoms.ipynb #a57d7c75
 SIDES = {"right": ("on the right", "rechts"), "left": ("on the left", "links")}
-LOBE_WORDS = {"right upper lobe": ("in the right upper lobe", "im rechten Oberlappen"), "right middle lobe": ("in the middle lobe", "im Mittellappen"),
-    "right lower lobe": ("in the right lower lobe", "im rechten Unterlappen"), "left upper lobe": ("in the left upper lobe", "im linken Oberlappen"),
-    "left lower lobe": ("in the left lower lobe", "im linken Unterlappen")}
+LOBE_WORDS = dict(zip(LOBES, (("in the right upper lobe", "im rechten Oberlappen"), ("in the middle lobe", "im Mittellappen"), ("in the right lower lobe", "im rechten Unterlappen"),
+                              ("in the left upper lobe", "im linken Oberlappen"), ("in the left lower lobe", "im linken Unterlappen"))))
 
-def _lobe(rng, names=LOBES): # a lobe, and how the report calls the place
-    name = str(rng.choice(names)); side = name.split()[0]
-    words = LOBE_WORDS[name] if rng.random() < .75 else (f"in the {side} lung", f"in der {'rechten' if side == 'right' else 'linken'} Lunge")
-    return name, words
+def _side(rng): # a side, 1 for the patient's right and -1 for the left, and the German adjective
+    side = str(rng.choice(["right", "left"]))
+    return side, *((1, "rechten") if side == "right" else (-1, "linken"))
 
-def _planted(finding, place, solid, strokes, size=None, depth=None, kind=""):
-    low, high = float(solid.low[2]), float(solid.high[2])
-    return Planted(finding, place, (low + high) / 2 if depth is None else float(depth), low, high, size, kind, strokes)
+def _lobe(rng): # a lobe and how the report calls the place
+    name = str(rng.choice(LOBES)); side = name.split()[0]
+    return name, LOBE_WORDS[name] if rng.random() < .75 else (f"in the {side} lung", f"in der {'rechten' if side == 'right' else 'linken'} Lunge")
 
-# %% ../nbs/01_phantoms.ipynb #d6d3243e
 @plants("Lung nodule", .24, "lungs")
 def _nodule(a, rng):
-    lobe, words = _lobe(rng)
-    r = rng.uniform(6, 15)
-    p = _spot(a, rng, a.aerated(lobe), r * .8)
-    if p is None: return None
+    (lobe, words), r = _lobe(rng), rng.uniform(6, 15)
+    if (p := _spot(a, rng, a.aerated(lobe), r * .8)) is None: return None
     ball = Ellipsoid(p, r * rng.uniform(.85, 1.1, 3))
-    return _planted("Lung nodule", words, ball, {"": Stroke(INLUNG + .3, a.hu((35, 55, 60)), ball & a.lobe[lobe])}, 2 * r)
+    return _planted(words, ball, Stroke(INLUNG + .3, a.hu((35, 55, 60)), ball & a.lobe[lobe]), 2 * r)
 
 @plants("Lung opacity", .18, "lungs")
 def _opacity(a, rng):
-    lobe, words = _lobe(rng)
-    r = rng.uniform(24, 40)
-    p = _spot(a, rng, a.aerated(lobe), r * .4)
-    if p is None: return None
-    wave = _waves(rng, 30)
-    ball = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3)) & a.lobe[lobe]
-    return _planted("Lung opacity", words, ball, {"": Stroke(INLUNG + .1, -480., Pattern(ball, lambda x, y, z: _step(wave(x, y, z) + .5)))}, 2 * r, p[2])
+    (lobe, words), r, wave = _lobe(rng), rng.uniform(24, 40), _waves(rng, 30)
+    if (p := _spot(a, rng, a.aerated(lobe), r * .4)) is None: return None
+    cloud = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3)) & a.lobe[lobe]
+    return _planted(words, cloud, Stroke(INLUNG + .1, -480., Pattern(cloud, lambda *p: _step(wave(*p) + .5))), 2 * r, p[2])
 
 @plants("Consolidation", .18, "lungs")
 def _consolidation(a, rng):
-    lobe, words = _lobe(rng)
-    r = rng.uniform(24, 42)
-    p = _spot(a, rng, a.aerated(lobe), r * .35)
-    if p is None: return None
-    wave = _waves(rng, 45)
+    (lobe, words), r, wave = _lobe(rng), rng.uniform(24, 42), _waves(rng, 45)
+    if (p := _spot(a, rng, a.aerated(lobe), r * .35)) is None: return None
     solid = Ellipsoid(p, r * rng.uniform(.85, 1.15, 3)) & a.lobe[lobe]
-    tree = {f"bronchogram {j}": Stroke(INLUNG + .25, -900., Tube([p + rng.normal(0, 4, 3), p + rng.normal(0, r * .55, 3)], [2.6, 1.6]) & a.lobe[lobe]) for j in range(4)}
-    strokes = {"": Stroke(INLUNG + .2, a.hu((32, 60, 70)), Pattern(solid, lambda x, y, z: _step(wave(x, y, z) + .7)))} | tree
-    return _planted("Consolidation", words, solid, strokes, 2 * r, p[2])
+    airways = Union(*[Tube([p + rng.normal(0, 4, 3), p + rng.normal(0, r * .55, 3)], [2.6, 1.6]) for _ in range(4)])
+    strokes = {"": Stroke(INLUNG + .2, a.hu((32, 60, 70)), Pattern(solid, lambda *p: _step(wave(*p) + .7))),
+               "bronchograms": Stroke(INLUNG + .25, -900., airways & a.lobe[lobe])}
+    return _planted(words, solid, strokes, 2 * r, p[2])
 
-@plants("Atelectasis", .20, "lung bases")
+@plants("Atelectasis", .2, "lung bases")
 def _atelectasis(a, rng):
-    side = str(rng.choice(["right", "left"])); sign = 1 if side == "right" else -1
-    lung = a.lobe[f"{side} lower lobe"]
+    side, sign, de = _side(rng)
     top = a.lung[side].b.top
     if rng.random() < .5:   # plates above the diaphragm
         centre = np.array([sign * 72 * a.scale[0], rng.uniform(-35, 0), top + rng.uniform(4, 14)])
-        plates = Union(*[Ellipsoid(centre + (0, -14 * j, 13 * j), (rng.uniform(34, 46), rng.uniform(24, 34), 4.), (rng.uniform(-25, 5), sign * rng.uniform(-15, 15), 0)) for j in range(3)])
-        solid, kind, words = plates & a.lung[side], "plate", (f"at the {side} base", f"{SIDES[side][1]} basal")
-    else:                   # the collapsed posterior lower lobe, beside the spine
-        solid = Ellipsoid((sign * 44 * a.scale[0], -58 * a.scale[1], top - 8), (36, 34, 40)) & lung
-        kind, words = "collapse", (f"of the {side} lower lobe", f"des {'rechten' if side == 'right' else 'linken'} Unterlappens")
-    return _planted("Atelectasis", words, solid, {"": Stroke(INLUNG + .15, a.hu((45, 85, 100)), solid)}, None, kind=kind)
+        plate = lambda j: Ellipsoid(centre + (0, -14 * j, 13 * j), (rng.uniform(34, 46), rng.uniform(24, 34), 4.), (rng.uniform(-25, 5), sign * rng.uniform(-15, 15), 0))
+        solid, kind, words = Union(*map(plate, range(3))) & a.lung[side], "plate", (f"at the {side} base", f"{SIDES[side][1]} basal")
+    else:                   # the collapsed posterior lower lobe beside the spine
+        solid = Ellipsoid((sign * 44 * a.scale[0], -58 * a.scale[1], top - 8), (36, 34, 40)) & a.lobe[f"{side} lower lobe"]
+        kind, words = "collapse", (f"of the {side} lower lobe", f"des {de} Unterlappens")
+    return _planted(words, solid, Stroke(INLUNG + .15, a.hu((45, 85, 100)), solid), kind=kind)
 
-@plants("Emphysema", .20, "upper lobes")
+@plants("Bronchiectasis", .2, "lungs")
+def _bronchiectasis(a, rng):
+    lobe, words = _lobe(rng)
+    if (p := _spot(a, rng, a.aerated(lobe), 13)) is None: return None
+    tubes = []
+    for _ in range(9):
+        q, d, r = p + rng.normal(0, (13, 13, 5)), rng.normal(0, (7, 7, 4)) + (0, 0, 20), rng.uniform(4.5, 6.5)
+        tubes.append(Tube([q - d, q, q + d], [r * .8, r, r * .8]))
+    walls, lumina = Union(*[t.grown(2.4) for t in tubes]) & a.lobe[lobe], Union(*tubes) & a.lobe[lobe]
+    return _planted(words, lumina, {"walls": Stroke(INLUNG + .3, 20., walls), "": Stroke(INLUNG + .32, -985., lumina)}, depth=p[2])
+
+# %% ../nbs/01_phantoms.ipynb #8c10f40a
+@plants("Emphysema", .2, "upper lobes")
 def _emphysema(a, rng):
-    wave, bullous = _waves(rng, 18), rng.random() < .35
-    lungs = Union(a.lung["right"], a.lung["left"])
-    top = lungs.high[2]
-    def holes(x, y, z): return _step(wave(x, y, z) - .05) * np.clip((z - 40) / 110, .15, 1)
-    strokes = {f"{side} lung": Stroke(LUNG, -925., a.lung[side]) for side in a.lung} | {"": Stroke(INLUNG + .05, -992., Pattern(lungs, holes))}
-    if bullous: strokes |= {f"bulla {s}": Stroke(INLUNG + .06, -1000., Ellipsoid((s * 48 * a.scale[0], 8, top - 38), (20, 22, 24)) & lungs) for s in (1, -1)}
-    zone = Half((0, 0, 1), 185 * a.scale[2]) & lungs
-    return _planted("Emphysema", ("with upper lobe predominance", "mit Betonung der Oberlappen"), Both(lungs, zone), strokes, depth=rng.uniform(195, 245) * a.scale[2], kind="bullous" if bullous else "")
+    wave, bullous, lungs = _waves(rng, 18), rng.random() < .35, Union(*a.lung.values())
+    holes = Pattern(lungs, lambda x, y, z: _step(wave(x, y, z) - .05) * np.clip((z - 40) / 110, .15, 1))
+    strokes = {f"{side} lung": Stroke(LUNG, -925., lung) for side, lung in a.lung.items()} | {"": Stroke(INLUNG + .05, -992., holes)}
+    if bullous:
+        bullae = Union(*[Ellipsoid((s * 48 * a.scale[0], 8, lungs.high[2] - 38), (20, 22, 24)) for s in (1, -1)])
+        strokes["bullae"] = Stroke(INLUNG + .06, -1000., bullae & lungs)
+    words = ("with upper lobe predominance", "mit Betonung der Oberlappen")
+    p = _planted(words, lungs, strokes, depth=rng.uniform(195, 245) * a.scale[2], kind="bullous" if bullous else "")
+    return replace(p, low_mm=185 * a.scale[2])
 
 @plants("Mosaic attenuation pattern", .19, "lungs")
 def _mosaic(a, rng):
-    wave, lungs = _waves(rng, 44), Union(a.lung["right"], a.lung["left"])
-    strokes = {"": Stroke(INLUNG + .05, -700., Pattern(lungs, lambda x, y, z: .95 * _step(2 * wave(x, y, z))))}
-    return _planted("Mosaic attenuation pattern", ("in both lungs", "in beiden Lungen"), lungs, strokes, depth=rng.uniform(90, 170) * a.scale[2])
+    wave, lungs = _waves(rng, 44), Union(*a.lung.values())
+    patches = Pattern(lungs, lambda *p: .95 * _step(2 * wave(*p)))
+    return _planted(("in both lungs", "in beiden Lungen"), lungs, Stroke(INLUNG + .05, -700., patches), depth=rng.uniform(90, 170) * a.scale[2])
 
 @plants("Interlobular septal thickening", .19, "lungs")
 def _septa(a, rng):
-    lungs, basal = Union(a.lung["right"], a.lung["left"]), rng.random() < .6
-    waves, middle = [_waves(rng, 34), _waves(rng, 34)], 120 * a.scale[2]
-    def net(x, y, z): # the zero lines of two random textures: a net with meshes of a lobule's size
+    waves, lungs, middle = [_waves(rng, 34), _waves(rng, 34)], Union(*a.lung.values()), 120 * a.scale[2]
+    sign = -1 if rng.random() < .6 else 1   # below or above the middle
+    def net(x, y, z):
         lines = np.maximum(*[1 - np.abs(w(x, y, z)) / .28 for w in waves])
-        return np.clip(lines, 0, 1) * np.clip(.5 + (middle - z) / 60 * (1 if basal else -1), 0, 1)
-    half = Half((0, 0, -1 if basal else 1), middle * (-1 if basal else 1))
-    words = ("in the lower lobes", "in den Unterlappen") if basal else ("in the upper lobes", "in den Oberlappen")
-    return _planted("Interlobular septal thickening", words, Both(lungs, half), {"": Stroke(INLUNG + .12, -330., Pattern(lungs, net))}, depth=middle + rng.uniform(25, 60) * (-1 if basal else 1))
+        return np.clip(lines, 0, 1) * np.clip(.5 + sign * (z - middle) / 60, 0, 1)
+    words = ("in the lower lobes", "in den Unterlappen") if sign < 0 else ("in the upper lobes", "in den Oberlappen")
+    p = _planted(words, lungs, Stroke(INLUNG + .12, -330., Pattern(lungs, net)), depth=middle + sign * rng.uniform(25, 60))
+    return replace(p, high_mm=middle) if sign < 0 else replace(p, low_mm=middle)
 
-# %% ../nbs/01_phantoms.ipynb #11df56ea
-@plants("Pulmonary fibrotic sequela", .20, "upper lobes")
+@plants("Pulmonary fibrotic sequela", .2, "upper lobes")
 def _sequela(a, rng):
-    side = str(rng.choice(["right", "left"])); sign = 1 if side == "right" else -1
+    (side, sign, _), wave = _side(rng), _waves(rng, 14)
     lung = a.lung[side]
     top = np.array([sign * 46 * a.scale[0], rng.uniform(-25, 5), lung.high[2] - 14])
-    root = top - (0, 0, 45)
-    bands = [Tube([top + rng.normal(0, 12, 3), root + rng.normal(0, 14, 3)], [5.5, 2.]) for _ in range(5)]
-    solid = Union(Ellipsoid(top, (24, 24, 15)), *bands)
-    wave = _waves(rng, 14)
-    strokes = {"": Stroke(INLUNG + .15, 10., Union(*[Both(b, lung) for b in bands])), "cap": Stroke(INLUNG + .14, 20., Pattern(solid.solids[0] & lung, lambda x, y, z: _step(wave(x, y, z) + .3)))}
-    return _planted("Pulmonary fibrotic sequela", (f"at the {side} apex", f"{SIDES[side][1]} apikal"), solid & lung, strokes, depth=top[2] - 12)
+    bands = Union(*[Tube([top + rng.normal(0, 12, 3), top + rng.normal(0, 14, 3) - (0, 0, 45)], [5.5, 2.]) for _ in range(5)])
+    cap = Ellipsoid(top, (24, 24, 15)) & lung
+    strokes = {"": Stroke(INLUNG + .15, 10., bands & lung), "cap": Stroke(INLUNG + .14, 20., Pattern(cap, lambda *p: _step(wave(*p) + .3)))}
+    return _planted((f"at the {side} apex", f"{SIDES[side][1]} apikal"), Union(cap, bands) & lung, strokes, depth=top[2] - 12)
 
-@plants("Pleural effusion", .20, "lung bases")
+@plants("Pleural effusion", .2, "lung bases")
 def _effusion(a, rng):
-    side = str(rng.choice(["right", "left"])); lung = a.lung[side]
-    thick = rng.uniform(28, 62)
+    side, _, _ = _side(rng)
+    lung, thick = a.lung[side], rng.uniform(28, 62)
     back, base = float(lung.low[1]), float(lung.b.back)
-    n = np.array([0, -1., -.45])   # thick behind and below, thin above: the meniscus
-    level = n @ np.array([0, back + thick, base + 30]) / np.linalg.norm(n)
-    fluid = lung & Half(n / np.linalg.norm(n), level)
-    top = base + 30 + thick / .45 * .8
-    return Planted("Pleural effusion", SIDES[side], base + 56, base, min(top, float(lung.high[2]) - 20), float(thick), "", {"": Stroke(INLUNG + .4, 8., fluid)})
+    normal = np.array([0, -1., -.45])   # thick behind and below, thin above
+    fluid = lung & Half(normal, normal @ (0, back + thick, base + 30))
+    top = min(base + 30 + 1.8 * thick, float(lung.high[2]) - 20)
+    return Planted("", SIDES[side], base + 56, base, top, float(thick), "", {"": Stroke(INLUNG + .4, 8., fluid)})
 
 @plants("Peribronchial thickening", .19, "central lungs")
 def _peribronchial(a, rng):
-    names = [n for n in a.bronchi if "lobe" in n or "lingula" in n]
-    strokes = {n + " wall": Stroke(INLUNG + .3, 20., a.bronchi[n].grown(5.)) for n in names}
-    strokes |= {f"branch {n} {j}": Stroke(INLUNG + .29, 0., Tube([a.bronchi[n].points[-1], a.bronchi[n].points[-1] + rng.normal(0, 18, 3)], [6.5, 4.]) & Union(*a.lung.values())) for n in names for j in range(2)}
-    strokes |= {f"branch lumen {n} {j}": Stroke(INLUNG + .31, -950., Tube([a.bronchi[n].points[-1], a.bronchi[n].points[-1] + .8 * (strokes[f"branch {n} {j}"].solid.a.points[1] - a.bronchi[n].points[-1])], [2.4, 1.5])) for n in names for j in range(2)}
-    solid = Union(*[a.bronchi[n] for n in names])
-    return _planted("Peribronchial thickening", ("in both lungs, central", "beidseits zentral"), solid, strokes, depth=rng.uniform(125, 165) * a.scale[2])
+    tubes = {n: t for n, t in a.bronchi.items() if "lobe" in n or "lingula" in n}
+    branches = [Tube([t.points[-1], t.points[-1] + rng.normal(0, 18, 3)], [6.5, 4.]) for t in tubes.values() for _ in range(2)]
+    strokes = {n + " wall": Stroke(INLUNG + .3, 20., t.grown(5.)) for n, t in tubes.items()}
+    strokes |= {"": Stroke(INLUNG + .29, 0., Union(*branches) & Union(*a.lung.values())), "lumina": Stroke(INLUNG + .31, -950., Union(*[b.grown(-3.5) for b in branches]))}
+    return _planted(("in both lungs, central", "beidseits zentral"), Union(*tubes.values()), strokes, depth=rng.uniform(125, 165) * a.scale[2])
 
-@plants("Bronchiectasis", .20, "lungs")
-def _bronchiectasis(a, rng):
-    lobe, words = _lobe(rng, ("right lower lobe", "left lower lobe", "right middle lobe", "right upper lobe", "left upper lobe"))
-    p = _spot(a, rng, a.aerated(lobe), 13)
-    if p is None: return None
-    strokes, tubes = {}, []
-    for j in range(9):
-        q = p + rng.normal(0, (13, 13, 5)); d = rng.normal(0, (7, 7, 4)) + (0, 0, 20)
-        r = rng.uniform(4.5, 6.5)
-        tubes.append(Tube([q - d, q, q + d], [r * .8, r, r * .8]))
-        strokes |= {f"wall {j}": Stroke(INLUNG + .3, 20., tubes[-1].grown(2.4) & a.lobe[lobe]), f"lumen {j}": Stroke(INLUNG + .32, -985., tubes[-1] & a.lobe[lobe])}
-    return _planted("Bronchiectasis", words, Union(*tubes) & a.lobe[lobe], strokes, depth=p[2])
-
-# %% ../nbs/01_phantoms.ipynb #18c4ee3b
-def _heart(a, factor, shift):
-    "The heart with its chambers, larger by `factor`."
-    old = a.strokes["heart"].solid
-    grow = lambda s: Ellipsoid(old.centre + (s.centre - old.centre) * factor + shift, s.radii * factor, s.turn)
-    return {n: replace(a.strokes[n], solid=grow(a.strokes[n].solid)) for n in ("heart", "left ventricle", "right ventricle", "atria")}
-
-@plants("Cardiomegaly", .20, "heart")
+# %% ../nbs/01_phantoms.ipynb #dcfabc89
+@plants("Cardiomegaly", .2, "heart")
 def _cardiomegaly(a, rng):
-    strokes = _heart(a, rng.uniform(1.3, 1.45), np.array([-10., 0, 2]))
-    solid = strokes["heart"].solid
-    return _planted("Cardiomegaly", ("", ""), solid, strokes, 2 * float(solid.radii[0]) * 1.05)
+    heart, factor = a.strokes["heart"].solid, rng.uniform(1.3, 1.45)
+    grow = lambda s: Ellipsoid(heart.centre + (s.centre - heart.centre) * factor + (-10, 0, 2), s.radii * factor, s.turn)
+    strokes = {n: replace(a.strokes[n], solid=grow(a.strokes[n].solid)) for n in ("heart", "left ventricle", "right ventricle", "atria")}
+    return _planted(("", ""), strokes["heart"].solid, strokes, 2.1 * float(heart.radii[0]) * factor)
 
 @plants("Pericardial effusion", .19, "heart")
 def _pericardial(a, rng):
     heart, mm = a.strokes["heart"].solid, rng.uniform(13, 22)
-    solid = Ellipsoid(heart.centre + (0, -2, -6), heart.radii + mm, heart.turn)
-    return _planted("Pericardial effusion", ("", ""), solid, {"": Stroke(CHEST - .1, 6., solid)}, mm, depth=heart.centre[2] - 6)
+    sac = Ellipsoid(heart.centre + (0, -2, -6), heart.radii + mm, heart.turn)
+    return _planted(("", ""), sac, Stroke(CHEST - .1, 6., sac), mm)
 
 @plants("Coronary artery wall calcification", .22, "heart")
 def _coronary(a, rng):
     heart = a.strokes["heart"].solid
-    def surface(theta, height): # a point on the front of the heart, in its own axes
-        v = np.array([math.cos(theta) * math.cos(height), math.sin(theta) * math.cos(height), math.sin(height)])
+    def front(angle, height): # a point on the front of the heart
+        v = np.array([math.cos(angle) * math.cos(height), math.sin(angle) * math.cos(height), math.sin(height)])
         return heart.centre + heart.rotation @ (v * heart.radii * 1.01)
-    lad = [surface(t, h) for t, h in zip(np.linspace(1.2, 1.9, 8), np.linspace(1.1, .1, 8))]
-    rca = [surface(t, h) for t, h in zip(np.linspace(.4, .2, 6), np.linspace(1., .1, 6))]
-    pieces = [Tube([p, q], rng.uniform(2.8, 3.8)) for line in (lad, rca) for p, q in zip(line, line[1:]) if rng.random() < .75] or [Tube(lad[2:4], 3.5)]
-    solid = Union(*pieces)
-    return _planted("Coronary artery wall calcification", ("", ""), solid, {"": Stroke(OVER, 950., solid)}, depth=float(np.mean([p.low[2] + p.high[2] for p in pieces]) / 2))
+    left = [front(*p) for p in zip(np.linspace(1.2, 1.9, 8), np.linspace(1.1, .1, 8))]
+    right = [front(*p) for p in zip(np.linspace(.4, .2, 6), np.linspace(1., .1, 6))]
+    pieces = [Tube([p, q], rng.uniform(2.8, 3.8)) for line in (left, right) for p, q in zip(line, line[1:]) if rng.random() < .75] or [Tube(left[2:4], 3.5)]
+    depth = np.mean([p.low[2] + p.high[2] for p in pieces]) / 2
+    return _planted(("", ""), Union(*pieces), Stroke(OVER, 950., Union(*pieces)), depth=depth)
 
 @plants("Arterial wall calcification", .24, "aorta")
 def _calcified_aorta(a, rng):
+    part, z, wobble = [(("of the aortic arch", "des Aortenbogens"), 212, 0), (("of the descending thoracic aorta", "der Aorta descendens"), 130, 45),
+                       (("of the abdominal aorta", "der Bauchaorta"), -90, 35)][rng.integers(3)]
+    z, half, wave = (z + rng.uniform(-wobble, wobble)) * a.scale[2], 28., _waves(rng, 22)
     tube = a.strokes["aorta"].solid
-    spots = {"arch": (("of the aortic arch", "des Aortenbogens"), 212, 3), "descending": (("of the descending thoracic aorta", "der Aorta descendens"), 130, 6), "abdominal": (("of the abdominal aorta", "der Bauchaorta"), -90, 9)}
-    name = str(rng.choice(list(spots))); words, z, k = spots[name]
-    z = (z + (rng.uniform(-50, 40) if name != "arch" else 0)) * a.scale[2]
-    half = 28.
     shell = (tube.grown(1.5) - tube.grown(-2.)) & Half((0, 0, 1), z - half) & Half((0, 0, -1), -z - half)
-    wave = _waves(rng, 22)
-    solid = Pattern(shell, lambda x, y, zz: _step(wave(x, y, zz) + .15))
-    return Planted("Arterial wall calcification", words, z, z - half, z + half, None, name, {"": Stroke(OVER, 850., solid)})
+    return Planted("", part, z, z - half, z + half, None, "", {"": Stroke(OVER, 850., Pattern(shell, lambda *p: _step(wave(*p) + .15)))})
 
 @plants("Hiatal hernia", .19, "lower mediastinum")
-def _hernia(a, rng):
+def _hiatal_hernia(a, rng):
     r = rng.uniform(24, 36)
-    c = a.at(-14, -2, 66, breath=.8) + (0, 0, r * .6)
-    sac = Ellipsoid(c, (r, r * .85, r))
-    inner = Ellipsoid(c, np.array([r, r * .85, r]) - 4)
-    strokes = {"": Stroke(CHEST + .5, 45., sac), "fluid": Stroke(CHEST + .51, 15., inner), "gas": Stroke(CHEST + .52, -950., inner & Half((0, 1, 0), c[1] + rng.uniform(-4, 6)))}
-    return _planted("Hiatal hernia", ("", ""), sac, strokes, 2 * r)
+    centre = a.at(-14, -2, 66, breath=.8) + (0, 0, r * .6)
+    sac, inner = Ellipsoid(centre, (r, r * .85, r)), Ellipsoid(centre, np.array([r, r * .85, r]) - 4)
+    gas = inner & Half((0, 1, 0), centre[1] + rng.uniform(-4, 6))
+    return _planted(("", ""), sac, {"": Stroke(CHEST + .5, 45., sac), "fluid": Stroke(CHEST + .51, 15., inner), "gas": Stroke(CHEST + .52, -950., gas)}, 2 * r)
 
-NODES = {"paratracheal": (("right paratracheal", "rechts paratracheal"), (24, 4, 218)), "subcarinal": (("subcarinal", "subkarinal"), (4, -12, 164)),
-    "right hilar": (("right hilar", "rechts hilär"), (46, -8, 158)), "left hilar": (("left hilar", "links hilär"), (-50, -8, 156)),
-    "right axillary": (("right axillary", "rechts axillär"), (132, 6, 214)), "left axillary": (("left axillary", "links axillär"), (-132, 6, 214)),
-    "para-aortic": (("left para-aortic", "links paraaortal"), (-24, -12, -70)), "mesenteric": (("mesenteric", "mesenterial"), (8, 40, -110)), "right iliac": (("right iliac", "rechts iliakal"), (62, 0, -225))}
+NODES = {("right paratracheal", "rechts paratracheal"): (24, 4, 218), ("subcarinal", "subkarinal"): (4, -12, 164), ("right hilar", "rechts hilär"): (46, -8, 158),
+         ("left hilar", "links hilär"): (-50, -8, 156), ("right axillary", "rechts axillär"): (132, 6, 214), ("left axillary", "links axillär"): (-132, 6, 214),
+         ("left para-aortic", "links paraaortal"): (-24, -12, -70), ("mesenteric", "mesenterial"): (8, 40, -110), ("right iliac", "rechts iliakal"): (62, 0, -225)}
 
 @plants("Lymphadenopathy", .18, "any")
 def _nodes(a, rng):
-    here = [n for n, (_, p) in NODES.items() if a.low + 25 < a.at(*p)[2] < a.high - 25]
+    here = [(w, a.at(*p)) for w, p in NODES.items() if a.low + 25 < a.at(*p)[2] < a.high - 25]
     if not here: return None
-    name = str(rng.choice(here)); words, p = NODES[name]
-    p, big = a.at(*p), rng.uniform(11, 17)
-    balls = [Ellipsoid(p + (rng.normal(0, 9, 3) if j else 0), big * rng.uniform(.7, 1, 3) * (1 if j else 1.1)) for j in range(4)]
-    solid = Union(*balls)
-    return _planted("Lymphadenopathy", words, solid, {"": Stroke(CHEST - .05 if p[2] > 0 else BELLY + .6, a.hu((45, 75, 90)), solid)}, 1.7 * big, depth=p[2])
+    words, p = here[rng.integers(len(here))]
+    r = rng.uniform(11, 17)
+    solid = Union(Ellipsoid(p, r * rng.uniform(.8, 1.1, 3)), *[Ellipsoid(p + rng.normal(0, 9, 3), r * rng.uniform(.7, 1, 3)) for _ in range(3)])
+    return _planted(words, solid, Stroke(CHEST - .05 if p[2] > 0 else BELLY + .6, a.hu((45, 75, 90)), solid), 1.7 * r, p[2])
 
-@plants("Medical material", .20, "any")
+# %% ../nbs/01_phantoms.ipynb #a162e45e
+@plants("Medical material", .2, "any")
 def _material(a, rng):
-    front = lambda z: float(a.frame.at(z)[1] + a.frame.at(z)[3])
     heights = {"pacemaker": 212, "wires": 160, "port": 222, "hip": -280}
     here = [n for n, z in heights.items() if a.low + 15 < z * a.scale[2] < a.high - 15]
     if not here: return None
-    name, z = (n := str(rng.choice(here))), heights[n] * a.scale[2]
+    name = str(rng.choice(here)); z, depth = heights[name] * a.scale[2], None
+    front = lambda z: float(a.frame.at(z)[1] + a.frame.at(z)[3])
     if name == "pacemaker":
-        can = Ellipsoid((-84 * a.scale[0], front(z) - 12, z), (25, 8, 23))
-        lead = Tube([can.centre, a.at(-50, 58, 244), a.at(22, 22, 226), a.at(30, 6, 150), a.strokes["right ventricle"].solid.centre], 2.)
-        parts, words, solid = {"": (2900., can), "lead": (2600., lead)}, ("in the left chest wall", "links thorakal"), can
-    elif name == "wires":
-        solid = Union(*[Ellipsoid((0, front(z + dz) - 8, z + dz), (13, 8, 2.6)) for dz in np.arange(-55, 60, 20) * a.scale[2]])
-        parts, words = {"": (2700., solid)}, ("of the sternum", "sternal")
+        solid, words, tube = Ellipsoid((-84 * a.scale[0], front(z) - 12, z), (25, 8, 23)), ("in the left chest wall", "links thorakal"), 2.
+        course = [solid.centre, a.at(-50, 58, 244), a.at(22, 22, 226), a.at(30, 6, 150), a.strokes["right ventricle"].solid.centre]
     elif name == "port":
-        solid = Ellipsoid((82 * a.scale[0], front(z) - 8, z), (15, 8, 15))
-        parts, words = {"": (2200., solid), "line": (1500., Tube([solid.centre, a.at(48, 48, 252), a.at(27, 16, 225), a.at(30, 8, 160)], 2.))}, ("in the right chest wall", "rechts thorakal")
+        solid, words, tube = Ellipsoid((82 * a.scale[0], front(z) - 8, z), (15, 8, 15)), ("in the right chest wall", "rechts thorakal"), 2.
+        course = [solid.centre, a.at(48, 48, 252), a.at(27, 16, 225), a.at(30, 8, 160)]
+    elif name == "wires":
+        rings = z + np.arange(-55, 60, 20) * a.scale[2]
+        solid, words, course = Union(*[Ellipsoid((0, front(r) - 8, r), (13, 8, 2.6)) for r in rings]), ("", ""), None
+        depth = rings[3]   # on a wire, not between two
     else:
-        side = str(rng.choice(["right", "left"])); s = 1 if side == "right" else -1
-        solid = Ellipsoid(a.at(s * 97, 4, -272), 24)
-        parts, words = {"": (3000., solid), "stem": (3000., Tube([a.at(s * 97, 4, -272), a.at(s * 132, -6, -302), a.at(s * 137, -2, -400)], 8.))}, SIDES[side]
-    depth = z + 5 * a.scale[2] if name == "wires" else None   # on a wire, not between two
-    return _planted("Medical material", words, solid, {n: Stroke(OVER + .5, hu, s) for n, (hu, s) in parts.items()}, depth=depth, kind=name)
+        side, sign, _ = _side(rng)
+        solid, words, tube = Ellipsoid(a.at(sign * 97, 4, -272), 24), SIDES[side], 8.
+        course = [a.at(sign * 97, 4, -272), a.at(sign * 132, -6, -302), a.at(sign * 137, -2, -400)]
+    strokes = {"": Stroke(OVER + .5, 2800., solid)} | ({"course": Stroke(OVER + .5, 2300., Tube(course, tube))} if course else {})
+    return _planted(words, solid, strokes, depth=depth, kind=name)
 
-# %% ../nbs/01_phantoms.ipynb #1e454891
+# %% ../nbs/01_phantoms.ipynb #5e5a66c1
 def _segment(a, p):
     "How a report calls the place `p` in the liver."
-    x, y, z = p / a.scale; z -= a.lift / a.scale[2]
+    x, y, z = (p - (0, 0, a.lift)) / a.scale
     if x < 6: n = "II" if z > 40 else "III"
     elif x < 30: n = "IV"
     else: n = ("VIII" if y > 0 else "VII") if z > 12 else ("V" if y > 0 else "VI")
@@ -734,425 +731,579 @@ def _segment(a, p):
 
 @plants("Hepatic steatosis", .22, "liver")
 def _steatosis(a, rng):
-    old = a.strokes["liver"]
-    hu = a.hu((-18, 6, 38)) + rng.normal(0, 5)
-    return _planted("Hepatic steatosis", ("", ""), old.solid, {"liver": replace(old, hu=hu)}, depth=a.at(0, 0, rng.uniform(-10, 40), breath=1)[2])
+    liver = a.strokes["liver"]
+    return _planted(("", ""), a.solids["liver"], {"liver": replace(liver, hu=a.hu((-18, 6, 38)) + rng.normal(0, 5))}, depth=a.at(0, 0, rng.uniform(-10, 40), breath=1)[2])
 
 @plants("Hepatic cyst", .22, "liver")
 def _liver_cyst(a, rng):
     r = rng.uniform(12, 28)
-    p = _spot(a, rng, a.solids["liver"], r * .8)
-    if p is None: return None
-    ball = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3)) & a.hollow
-    return _planted("Hepatic cyst", _segment(a, p), ball, {"": Stroke(BELLY + .02, 4., ball)}, 2 * r)
+    if (p := _spot(a, rng, a.solids["liver"], r * .8)) is None: return None
+    ball = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3))
+    return _planted(_segment(a, p), ball, Stroke(BELLY + .02, 4., ball & a.hollow), 2 * r)
 
 @plants("Hepatic lesion", .22, "liver")
 def _liver_lesion(a, rng):
     r = rng.uniform(14, 28)
-    p = _spot(a, rng, a.solids["liver"], r * .8)
-    if p is None: return None
+    if (p := _spot(a, rng, a.solids["liver"], r * .8)) is None: return None
     ball, core = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3)), Ellipsoid(p + rng.normal(0, 1.5, 3), r * .55)
     strokes = {"": Stroke(BELLY + .03, a.hu((26, 150, 66)), ball & a.hollow), "core": Stroke(BELLY + .031, a.hu((18, 60, 38)), core & a.hollow)}
-    return _planted("Hepatic lesion", _segment(a, p), ball, strokes, 2 * r, kind="hyper" if a.traits.phase == 1 else "hypo")
+    return _planted(_segment(a, p), ball, strokes, 2 * r, kind="hyper" if a.traits.phase == 1 else "hypo")
 
 @plants("Gallstones", .24, "gallbladder")
 def _gallstones(a, rng):
     bag = a.strokes["gallbladder"].solid.a
-    stones = [Ellipsoid(bag.centre + (rng.normal(0, 3), -6 + rng.normal(0, 2), rng.uniform(-18, 14)), rng.uniform(5, 8.5)) for _ in range(rng.integers(2, 5))]
-    solid = Union(*stones)
-    return _planted("Gallstones", ("", ""), solid, {"": Stroke(BELLY + .35, 520., solid)}, 2 * max(float(s.radii[0]) for s in stones))
+    stones = [Ellipsoid(bag.centre + (rng.normal(0, 3), rng.normal(-6, 2), rng.uniform(-18, 14)), rng.uniform(5, 8.5)) for _ in range(rng.integers(2, 5))]
+    return _planted(("", ""), Union(*stones), Stroke(BELLY + .35, 520., Union(*stones)), 2 * max(float(s.radii[0]) for s in stones))
 
 @plants("Biliary dilatation", .22, "liver")
 def _ducts(a, rng):
-    hilum = a.at(28, 30, 6, breath=1)
-    liver = a.solids["liver"]
-    tips = rng.uniform(liver.low, liver.high, (200, 3)); tips = tips[liver.contains(tips)]
-    tips = tips[np.linalg.norm(tips - hilum, axis=1) > 50][:9]
-    ducts = [Tube([hilum, (hilum + t) / 2 + rng.normal(0, 6, 3), hilum + .85 * (t - hilum)], [8, 6, 3.5]) & a.hollow for t in tips]
+    hilum, liver = a.at(28, 30, 6, breath=1), a.solids["liver"]
+    tips = rng.uniform(liver.low, liver.high, (200, 3))
+    tips = tips[liver.contains(tips) & (np.linalg.norm(tips - hilum, axis=1) > 50)][:9]
+    ducts = Union(*[Tube([hilum, (hilum + t) / 2 + rng.normal(0, 6, 3), hilum + .85 * (t - hilum)], [8, 6, 3.5]) for t in tips])
     main = Tube([hilum, a.at(26, 22, -20, breath=.8), a.at(22, 16, -50, breath=.6)], [9, 8.5, 6])
-    return _planted("Biliary dilatation", ("", ""), main, {"": Stroke(BELLY + .04, 5., Union(*ducts)), "main": Stroke(BELLY + .56, 5., main)}, 17., depth=hilum[2])
+    return _planted(("", ""), main, {"": Stroke(BELLY + .04, 5., ducts & a.hollow), "main": Stroke(BELLY + .56, 5., main)}, 17., depth=hilum[2])
 
 @plants("Splenomegaly", .22, "spleen")
 def _splenomegaly(a, rng):
-    s = a.strokes["spleen"].solid.a
-    factor = rng.uniform(1.4, 1.65)
-    big = Ellipsoid(s.centre + np.array([10, 6, -16]), s.radii * factor, s.turn)
-    return _planted("Splenomegaly", ("", ""), big, {"spleen": replace(a.strokes["spleen"], solid=big & a.hollow)}, float(2 * big.radii[2]))
+    spleen = a.strokes["spleen"].solid.a
+    big = Ellipsoid(spleen.centre + (10, 6, -16), spleen.radii * rng.uniform(1.4, 1.65), spleen.turn)
+    return _planted(("", ""), big, {"spleen": replace(a.strokes["spleen"], solid=big & a.hollow)}, float(2 * big.radii[2]))
 
 @plants("Pancreatic lesion", .24, "pancreas")
 def _pancreas_lesion(a, rng):
-    tube = a.strokes["pancreas"].solid.a
-    k = int(rng.choice([0, 2, 4])); r = rng.uniform(15, 26)
-    words = {0: ("in the pancreatic head", "im Pankreaskopf"), 2: ("in the pancreatic body", "im Pankreaskorpus"), 4: ("in the pancreatic tail", "im Pankreasschwanz")}[k]
-    ball = Ellipsoid(tube.points[k] + (0, 3, 0), r * rng.uniform(.9, 1.1, 3))
-    return _planted("Pancreatic lesion", words, ball, {"": Stroke(BELLY + .55, 9., ball & a.hollow)}, 2 * r, kind="cystic")
+    k, words = [(0, ("in the pancreatic head", "im Pankreaskopf")), (2, ("in the pancreatic body", "im Pankreaskorpus")),
+                (4, ("in the pancreatic tail", "im Pankreasschwanz"))][rng.integers(3)]
+    r = rng.uniform(15, 26)
+    ball = Ellipsoid(a.strokes["pancreas"].solid.a.points[k] + (0, 3, 0), r * rng.uniform(.9, 1.1, 3))
+    return _planted(words, ball, Stroke(BELLY + .55, 9., ball & a.hollow), 2 * r)
 
 @plants("Ascites", .22, "upper abdomen")
 def _ascites(a, rng):
-    low = a.low < a.at(0, 0, -230)[2]
-    scale = a.scale
+    sx, sy, sz = map(float, a.scale)
     def fluid(x, y, z): # in the flanks, around the liver, in the pelvis
-        u = np.abs(x / float(122 * scale[0])) + .25 * y / float(78 * scale[1])
-        return np.clip(np.clip((u - .55) * 6, 0, 1) + np.clip((-205 * scale[2] - z) / 10, 0, 1), 0, 1)
-    solid = Pattern(a.hollow, fluid)
-    words = ("in the pelvis and along the flanks", "im Becken und entlang der Flanken") if low else ("perihepatic and perisplenic", "perihepatisch und perisplenisch")
-    z = a.at(0, 0, -250)[2] if low else a.at(0, 0, 10, breath=1)[2]
-    return Planted("Ascites", words, z, z - 40, z + 40, None, "", {"": Stroke(CAVITY + .1, 7., solid)})
+        flank = np.abs(x / (122 * sx)) + .25 * y / (78 * sy)
+        return np.clip(np.clip((flank - .44) * 6, 0, 1) + np.clip((-205 * sz - z) / 10, 0, 1), 0, 1)
+    pelvis = a.low < -230 * sz
+    words = ("in the pelvis and along the flanks", "im Becken und entlang der Flanken") if pelvis else ("perihepatic and perisplenic", "perihepatisch und perisplenisch")
+    z = -250 * sz if pelvis else a.at(0, 0, 10, breath=1)[2]
+    return Planted("", words, z, z - 40, z + 40, None, "", {"": Stroke(CAVITY + .1, 7., Pattern(a.hollow, fluid))})
 
-# %% ../nbs/01_phantoms.ipynb #bd81354b
-def _one_kidney(a, rng): # side, solid, words
-    sides = [s for s in ("right", "left") if a.low + 10 < a.solids[f"{s} kidney"].low[2] + 35]
-    if not sides: return None
-    side = str(rng.choice(sides))
-    return side, a.strokes[f"{side} kidney"].solid.a, (f"of the {side} kidney", f"der {'rechten' if side == 'right' else 'linken'} Niere")
+# %% ../nbs/01_phantoms.ipynb #3f52f339
+def _kidney(a, rng):
+    "One of the kidneys that are scanned: side, sign, solid, German adjective."
+    for side, sign, de in (_side(rng), _side(rng), _side(rng)):
+        kidney = a.strokes[f"{side} kidney"].solid.a
+        if a.low + 10 < kidney.centre[2] < a.high - 10: break
+    return side, sign, kidney, de
 
-def _pole(rng, side): # height along the kidney, words
-    de = "rechten" if side == "right" else "linken"
-    k = int(rng.integers(3))
-    return (.6, 0., -.6)[k], ((f"at the upper pole of the {side} kidney", f"am Oberpol der {de} Niere"), (f"in the mid portion of the {side} kidney", f"im mittleren Drittel der {de} Niere"),
-                             (f"at the lower pole of the {side} kidney", f"am Unterpol der {de} Niere"))[k]
+def _pole(rng, side, de): # height along the kidney from -1 to 1, words
+    return [(.6, (f"at the upper pole of the {side} kidney", f"am Oberpol der {de} Niere")),
+            (0., (f"in the mid portion of the {side} kidney", f"im mittleren Drittel der {de} Niere")),
+            (-.6, (f"at the lower pole of the {side} kidney", f"am Unterpol der {de} Niere"))][rng.integers(3)]
 
 @plants("Renal cyst", .24, "kidneys")
 def _renal_cyst(a, rng):
-    if (k := _one_kidney(a, rng)) is None: return None
-    side, kidney, _ = k; sign = 1 if side == "right" else -1
-    t, words = _pole(rng, side)
-    r = rng.uniform(14, 30)
-    c = kidney.centre + kidney.rotation @ (kidney.radii * (sign * .75, .2, t))
-    ball = Ellipsoid(c, r * rng.uniform(.92, 1.08, 3))
-    return _planted("Renal cyst", words, ball, {"": Stroke(BELLY + .44, 5., ball & a.hollow)}, 2 * r)
+    side, sign, kidney, de = _kidney(a, rng)
+    (t, words), r = _pole(rng, side, de), rng.uniform(14, 30)
+    ball = Ellipsoid(kidney.centre + kidney.rotation @ (kidney.radii * (sign * .75, .2, t)), r * rng.uniform(.92, 1.08, 3))
+    return _planted(words, ball, Stroke(BELLY + .44, 5., ball & a.hollow), 2 * r)
 
 @plants("Kidney stone", .23, "kidneys")
 def _kidney_stone(a, rng):
-    if (k := _one_kidney(a, rng)) is None: return None
-    side, kidney, _ = k
-    t, words = _pole(rng, side)
-    r = rng.uniform(4.5, 7.5)
-    c = kidney.centre + kidney.rotation @ (kidney.radii * (0, 0, t * .7)) + (0, 4, 0)
-    stone = Ellipsoid(c, (r, r, r * 1.3))
-    return _planted("Kidney stone", words, stone, {"": Stroke(BELLY + .6, 1100., stone)}, 2 * r)
+    side, sign, kidney, de = _kidney(a, rng)
+    (t, words), r = _pole(rng, side, de), rng.uniform(4.5, 7.5)
+    stone = Ellipsoid(kidney.centre + kidney.rotation @ (kidney.radii * (0, 0, t * .7)) + (0, 4, 0), (r, r, r * 1.3))
+    return _planted(words, stone, Stroke(BELLY + .6, 1100., stone), 2 * r)
 
 @plants("Hydronephrosis", .22, "kidneys")
 def _hydronephrosis(a, rng):
-    if (k := _one_kidney(a, rng)) is None: return None
-    side, kidney, _ = k; sign = 1 if side == "right" else -1
-    c = kidney.centre - (sign * 12, -8, 0)
-    pelvis = Ellipsoid(c, (19, 17, 30))
-    calyces = [Ellipsoid(kidney.centre + (0, 0, dz), (13, 12, 11)) for dz in (-32, 0, 32)]
-    ureter = Tube([c, a.at(sign * 36, -18, -110), a.at(sign * 42, -12, -200), a.at(sign * 22, 6, -275)], 6.)
-    return _planted("Hydronephrosis", SIDES[side], Union(pelvis, *calyces), {"": Stroke(BELLY + .47, 7., Union(pelvis, *calyces, ureter))})
+    side, sign, kidney, _ = _kidney(a, rng)
+    pelvis = kidney.centre - (sign * 12, -8, 0)
+    wide = Union(Ellipsoid(pelvis, (19, 17, 30)), *[Ellipsoid(kidney.centre + (0, 0, dz), (13, 12, 11)) for dz in (-32, 0, 32)])
+    ureter = Tube([pelvis, a.at(sign * 36, -18, -110), a.at(sign * 42, -12, -200), a.at(sign * 22, 6, -275)], 6.)
+    return _planted(SIDES[side], wide, Stroke(BELLY + .47, 7., Union(wide, ureter)))
 
 @plants("Adrenal nodule", .22, "adrenals")
 def _adrenal(a, rng):
-    side = str(rng.choice(["right", "left"])); r = rng.uniform(12, 21)
+    (side, _, de), r = _side(rng), rng.uniform(12, 21)
     gland = a.solids[f"{side} adrenal gland"]
     ball = Ellipsoid((gland.low + gland.high) / 2 + (0, 2, 4), r * rng.uniform(.9, 1.1, 3))
-    de = "rechten" if side == "right" else "linken"
-    return _planted("Adrenal nodule", (f"of the {side} adrenal gland", f"der {de} Nebenniere"), ball, {"": Stroke(BELLY + .6, a.hu((4, 55, 60)), ball)}, 2 * r)
+    return _planted((f"of the {side} adrenal gland", f"der {de} Nebenniere"), ball, Stroke(BELLY + .6, a.hu((4, 55, 60)), ball), 2 * r)
 
 @plants("Abdominal aortic aneurysm", .28, "abdominal aorta")
 def _aneurysm(a, rng):
     r = rng.uniform(22, 36)
-    c = a.at(-3, -4, -85) + (0, r * .35, 0)
-    sac, lumen = Ellipsoid(c, (r, r, r * 1.5)), Ellipsoid(c - (0, r * .15, 0), (r * .55, r * .5, r * 1.3))
-    rim = Pattern(sac - Ellipsoid(c, (r - 2, r - 2, r * 1.5 - 2)), lambda x, y, z: _step(np.sin(x * .25 + z * .21) - .2))
-    strokes = {"": Stroke(CHEST + .31, 38., sac), "lumen": Stroke(CHEST + .32, a.hu(ARTERY), lumen), "rim": Stroke(CHEST + .33, 600., rim)}
-    return _planted("Abdominal aortic aneurysm", ("infrarenal", "infrarenal"), sac, strokes, 2 * r)
+    centre = a.at(-3, -4, -85) + (0, r * .35, 0)
+    sac, lumen = Ellipsoid(centre, (r, r, r * 1.5)), Ellipsoid(centre - (0, r * .15, 0), (r * .55, r * .5, r * 1.3))
+    rim = Pattern(sac - Ellipsoid(centre, sac.radii - 2), lambda x, y, z: _step(np.sin(x * .25 + z * .21) - .2))
+    strokes = {"": Stroke(CHEST + .31, 38., sac), "lumen": Stroke(CHEST + .32, a.hu(ARTERY), lumen), "rim": Stroke(CHEST + .33, 600., rim)}   # thrombus, blood, calcified wall
+    return _planted(("infrarenal", "infrarenal"), sac, strokes, 2 * r)
 
+# %% ../nbs/01_phantoms.ipynb #bbee6249
 @plants("Diverticulosis", .33, "pelvis")
 def _diverticula(a, rng):
-    colon = a.strokes["colon"].solid.a
-    strokes, solids = {}, []
-    for j in range(16):
-        k = int(rng.integers(8, 11)); p = colon.points[k] + rng.random() * (colon.points[k + 1] - colon.points[k])
-        d = rng.normal(size=3); d /= np.linalg.norm(d)
-        c = p + d * (float(colon.r[k]) + 3)
-        solids.append(Ellipsoid(c, 4.5))
-        strokes |= {f"sac {j}": Stroke(BELLY + .18, 60., Ellipsoid(c, 6.2)), f"gas {j}": Stroke(BELLY + .19, -900., solids[-1])}
-    depth = sorted(float(b.centre[2]) for b in solids)[len(solids) // 2]
-    return _planted("Diverticulosis", ("of the sigmoid colon", "des Sigmas"), Union(*solids), strokes, depth=depth)
+    colon, gas = a.strokes["colon"].solid.a, []
+    for _ in range(16):
+        k, d = int(rng.integers(8, 11)), rng.normal(size=3)
+        gas.append(Ellipsoid(colon.points[k] + rng.random() * (colon.points[k + 1] - colon.points[k]) + d / np.linalg.norm(d) * (colon.r[k] + 3), 4.5))
+    strokes = {"walls": Stroke(BELLY + .18, 60., Union(*[Ellipsoid(g.centre, 6.2) for g in gas])), "": Stroke(BELLY + .19, -900., Union(*gas))}
+    return _planted(("of the sigmoid colon", "des Sigmas"), Union(*gas), strokes, depth=sorted(g.centre[2] for g in gas)[8])
 
 @plants("Bowel obstruction", .3, "small bowel")
 def _obstruction(a, rng):
-    wide = Tube(a.bowel.points, np.clip(a.bowel.r * 1.7, 16, 21))
-    inner = wide.grown(-2.5)
-    strokes = {"small bowel": Stroke(BELLY + .17, a.hu((42, 70, 75)), wide & a.hollow), "small bowel content": Stroke(BELLY + .171, 12., inner & a.hollow)}
-    up = Union(*[Tube(inner.points[k:k + 4] + (0, 6, 0), inner.r[k:k + 4] * .7) for k in range(0, len(inner.points) - 3, 6)])
-    strokes |= {"": Stroke(BELLY + .172, -940., up & a.hollow)}
-    return _planted("Bowel obstruction", ("", ""), wide, strokes, float(2 * wide.r.mean()))
+    wide = Tube(a.bowel.points, np.clip(a.bowel.r * 1.7, 16, 21)); inner = wide.grown(-2.5)
+    gas = Union(*[Tube(inner.points[k:k + 4] + (0, 6, 0), inner.r[k:k + 4] * .7) for k in range(0, len(inner.points) - 3, 6)])
+    strokes = {"small bowel": Stroke(BELLY + .17, a.hu((42, 70, 75)), wide & a.hollow), "small bowel content": Stroke(BELLY + .171, 12., inner & a.hollow),
+               "": Stroke(BELLY + .172, -940., gas & a.hollow)}
+    return _planted(("", ""), wide, strokes, float(2 * wide.r.mean()))
 
 @plants("Umbilical hernia", .28, "umbilicus")
-def _umbilical(a, rng):
-    z = a.at(0, 0, -118)[2]
-    front = float(a.frame.at(z)[1] + a.frame.at(z)[3]); r = rng.uniform(15, 24)
-    c = np.array([rng.normal(0, 4), front + r * .45, z])
-    sac, bulge = Ellipsoid(c, (r * 1.1, r * .85, r)), Ellipsoid(c, np.array([r * 1.1, r * .85, r]) + 6)
-    loop = rng.random() < .6
-    strokes = {"skin": Stroke(BODY + .1, -100., bulge), "": Stroke(WALL + .2, -95., sac), "neck": Stroke(WALL + .21, -95., Tube([c, c - (0, r + 14, 0)], r * .45))}
-    strokes |= {"rim": Stroke(WALL + .15, 40., Ellipsoid(c, np.array([r * 1.1, r * .85, r]) + 2.5))}
-    if loop: strokes |= {"bowel": Stroke(WALL + .3, 45., Ellipsoid(c, r * .62)), "gas": Stroke(WALL + .31, -900., Ellipsoid(c + (0, 3, 0), r * .36))}
-    return _planted("Umbilical hernia", ("", ""), sac, strokes, 2 * r, kind="bowel" if loop else "fat")
+def _umbilical_hernia(a, rng):
+    z, r = a.at(0, 0, -118)[2], rng.uniform(15, 24)
+    centre = np.array([rng.normal(0, 4), float(a.frame.at(z)[1] + a.frame.at(z)[3]) + r * .45, z])
+    radii, loop = np.array([r * 1.1, r * .85, r]), rng.random() < .6
+    strokes = {"skin": Stroke(BODY + .1, -100., Ellipsoid(centre, radii + 6)), "rim": Stroke(WALL + .15, 40., Ellipsoid(centre, radii + 2.5)),
+               "": Stroke(WALL + .2, -95., Ellipsoid(centre, radii)), "neck": Stroke(WALL + .21, -95., Tube([centre, centre - (0, r + 14, 0)], r * .45))}
+    if loop: strokes |= {"loop": Stroke(WALL + .3, 45., Ellipsoid(centre, r * .62)), "gas": Stroke(WALL + .31, -900., Ellipsoid(centre + (0, 3, 0), r * .36))}
+    return _planted(("", ""), Ellipsoid(centre, radii), strokes, 2 * r)
 
-# %% ../nbs/01_phantoms.ipynb #3dbd7b8c
+# %% ../nbs/01_phantoms.ipynb #3c6da652
 PARENTS = {"Consolidation": ("Lung opacity",)} # what a finding implies by definition
 
-def _organ_heights(a):
-    "Lower and upper end of every organ, in the patient's own mm."
+def organ_heights(a:Anatomy)->dict: # place -> lower and upper end, in the patient's own mm
+    "Heights of all organs, and of the places that findings need."
     h = {n: (float(s.low[2]), float(s.high[2])) for n, s in a.solids.items()}
-    lungs = (min(h["right lung"][0], h["left lung"][0]), max(h["right lung"][1], h["left lung"][1]))
-    both = lambda n: (min(h[f"right {n}"][0], h[f"left {n}"][0]), max(h[f"right {n}"][1], h[f"left {n}"][1]))
-    z = lambda v: float(a.at(0, 0, v)[2])
-    dome = a.lung["right"].b.top
-    groups = {"lungs": lungs, "lung bases": (lungs[0] + 8, dome + 8), "upper lobes": (z(165), lungs[1]), "central lungs": (z(105), z(195)), "lower mediastinum": (dome - 10, dome + 60), "kidneys": both("kidney"),
-              "adrenals": both("adrenal gland"), "abdominal aorta": (z(-130), z(0)), "pelvis": (z(-245), z(-150)), "upper abdomen": (h["liver"][0], dome), "umbilicus": (z(-140), z(-95)), "any": (a.low, a.high)}
-    return h | groups
+    def both(n): return tuple(f(h[f"right {n}"][k], h[f"left {n}"][k]) for k, f in ((0, min), (1, max)))
+    def between(low, high): return float(low * a.scale[2]), float(high * a.scale[2])
+    lungs, dome = both("lung"), a.lung["right"].b.top
+    return h | {"lungs": lungs, "kidneys": both("kidney"), "adrenals": both("adrenal gland"), "lung bases": (lungs[0] + 8, dome + 8),
+                "upper lobes": (between(165, 0)[0], lungs[1]), "central lungs": between(105, 195), "lower mediastinum": (dome - 10, dome + 60),
+                "upper abdomen": (h["liver"][0], dome), "abdominal aorta": between(-130, 0), "umbilicus": between(-140, -95), "pelvis": between(-245, -150)}
 
-def covered(a, organ)->float: # share of the organ's height that is scanned
+def covered(a:Anatomy, organ:str)->float: # from 0 to 1
+    "Share of an organ's height that is scanned."
+    if organ == "any": return 1.
     low, high = a.heights[organ]
     return max(0., min(high, a.high) - max(low, a.low)) / (high - low)
 
 def plant(
-    a:Anatomy, # the healthy anatomy, with `low` and `high` of the scanned part
+    a:Anatomy, # healthy, with `low` and `high` of the scanned part
 )->list:       # of `Planted`
-    "Draw which findings patient `a` has, and put their strokes into the anatomy."
+    "Draw which findings the patient has and put their strokes into the anatomy."
     planted = []
     for finding, (share, organ, function) in PLANTERS.items():
-        if finding in ("Arterial wall calcification", "Coronary artery wall calcification"): share *= np.clip(.3 + (a.traits.age - 35) / 35, .2, 1.8)
         rng = stable_rng(a.seed, "finding", a.i, finding)
-        need = .3 if organ in ("lungs", "liver", "aorta") else .7
-        if rng.random() >= share or covered(a, organ) < need: continue
+        if "wall calcification" in finding: share *= np.clip(.3 + (a.traits.age - 35) / 35, .2, 1.8)   # arteries age
+        if rng.random() >= share or covered(a, organ) < (.3 if organ in ("lungs", "liver", "aorta") else .7): continue
         for n in range(1 + (finding in ("Lung nodule", "Hepatic cyst", "Renal cyst") and rng.random() < .35)):
             for _ in range(4):   # another place if this one is not scanned
                 p = function(a, rng)
                 if p and a.low + 3 <= p.depth_mm <= a.high - 3 and min(p.high_mm, a.high) - max(p.low_mm, a.low) >= .6 * (p.high_mm - p.low_mm): break
             else: continue
             planted.append(replace(p, finding=finding))
-            for name, stroke in p.strokes.items():
-                a.strokes[name if name in a.strokes else f"{finding} {n} {name}"] = stroke
+            a.strokes |= {name if name in a.strokes else f"{finding} {n} {name}": stroke for name, stroke in p.strokes.items()}
     return planted
 
-# %% ../nbs/01_phantoms.ipynb #aa7fbbb9
+# %% ../nbs/01_phantoms.ipynb #b291257c
 @dataclass(frozen=True)
 class Series:
     number:int; description:str
     plane:str|None     # "axial", "coronal"; `None` for the localizer
     kernel:str         # "soft", "lung", "bone"
-    first:float        # scanner coordinate of image 1: z of an axial, y of a coronal image
-    step:float         # mm from one image to the next, towards the feet or the back
+    first:float        # where image 1 lies: scanner z of an axial, y of a coronal image
+    step:float         # mm from one image to the next
     count:int          # images
     uid:str
     def position(self, image): return self.first - (image - 1) * self.step # scanner mm of an image number
-    def image_at(self, mm): return int(np.clip(round((self.first - mm) / self.step) + 1, 1, self.count)) # image number nearest to a position
+    def image_at(self, mm): return int(np.clip(round((self.first - mm) / self.step) + 1, 1, self.count)) # image number nearest to scanner mm
 
 @dataclass(frozen=True)
 class Scan:
-    shift:tuple        # from the patient's own mm to scanner mm
-    pixel:float        # in-plane size of the scanner's own voxels, mm
-    matrix:int         # voxels along x and y
+    shift:tuple           # from the patient's own mm to scanner mm
+    pixel:float           # in-plane size of the scanner's own voxels, mm
+    matrix:int            # voxels along x and y
     low:float; high:float # scanned part, scanner z
-    series:tuple       # localizer, axial soft tissue, second axial, coronal
+    series:tuple          # localizer, axial soft tissue, second axial, coronal
     date:datetime.date
     frame_of_reference:str
     @property
     def main(self): return self.series[1] # the axial soft-tissue series
 
-def _uid(*name): return "2.25." + str(int.from_bytes(stable_rng(*name).bytes(15), "big"))
+def _uid(seed, *name): return "2.25." + str(int.from_bytes(stable_rng(seed, *name).bytes(15), "big"))
+
+def _coverage(a, rng):
+    "Lowest and highest scanned point, in the patient's own mm."
+    apex, base, dome, region = a.at(0, 0, 302)[2], a.at(0, 0, -5, breath=.5)[2], a.lung["right"].b.top, a.traits.region
+    top = apex + rng.uniform(4, 60) if "chest" in region else dome + rng.uniform(4, 75)
+    if region == "chest": return base - rng.uniform(8, 110), top
+    return (a.at(0, 0, -318)[2] - rng.uniform(0, 22) if rng.random() < .8 else a.at(0, 0, -150)[2] + rng.uniform(-25, 25)), top   # some end at the iliac crest
 
 def plan_scan(
     a:Anatomy, # the patient
 )->Scan:
     "Decide coverage, table position, voxel sizes and series of a session."
-    rng, t = stable_rng(a.seed, "scan", a.i), a.traits
-    z = lambda v, breath=0.: float(a.at(0, 0, v, breath=breath)[2])
-    apex, base, dome = z(302), z(-5, .5), z(78, 1)
-    top = {"chest": apex + rng.uniform(4, 45), "abdomen": dome + rng.uniform(4, 75), "chest-abdomen": apex + rng.uniform(4, 60)}[t.region]
-    bottom = base - rng.uniform(8, 110) if t.region == "chest" else z(-318) - rng.uniform(0, 22) if rng.random() < .8 else z(-150) + rng.uniform(-25, 25)
-    shift = rng.normal(0, 8), rng.normal(-10, 14), rng.uniform(-1150, 350)
-    width = a.skin.high[0] - a.skin.low[0] + (60 if not t.arms_up else 0)
+    rng, sharp = stable_rng(a.seed, "scan", a.i), "bone" if a.traits.region == "abdomen" else "lung"
+    low, high = _coverage(a, rng)
+    shift = tuple(map(float, (rng.normal(0, 8), rng.normal(-10, 14), rng.uniform(-1150, 350))))
+    width = a.skin.high[0] - a.skin.low[0] + 60 * (not a.traits.arms_up)
     pixel = float(np.clip((width + rng.uniform(10, 60)) / 512, .6, .9).round(3))
     step = float(rng.choice([1, 1.25, 1.5, 2, 2.5, 3, 5], p=[.08, .08, .10, .20, .12, .24, .18]))
-    fine = float(rng.choice([1, 1.25, 1.5] if step > 1.5 else [2, 3])) 
-    top, bottom = round(top + shift[2], 1), round(bottom + shift[2], 1)
-    lung = t.region != "abdomen"
-    floor = max(bottom, base - 25 + shift[2]) if lung else bottom
+    fine = float(rng.choice([1, 1.25, 1.5] if step > 1.5 else [2, 3]))
+    low, high = round(float(low) + shift[2], 1), round(float(high) + shift[2], 1)
+    floor = low if sharp == "bone" else max(low, a.lung["right"].low[2] - 25 + shift[2])   # a lung series ends below the lungs
     n = int(rng.integers(2, 6))
-    numbers = [1, n, n + int(rng.integers(1, 3)), int(rng.choice([n + 3, 601, 602]))]
+    top = high - round(rng.uniform(0, 1.5), 1)
     front, back = a.skin.high[1] + shift[1] + 10, a.skin.low[1] + shift[1] - 10
-    uid = lambda s: _uid(a.seed, "series", a.i, s)
+    uid = lambda k: _uid(a.seed, "series", a.i, k)
     series = (Series(1, "Localizer", None, "soft", 0., 1., 1, uid(0)),
-              Series(numbers[1], "Axial soft tissue", "axial", "soft", top, step, int((top - bottom) / step) + 1, uid(1)),
-              Series(numbers[2], "Axial lung" if lung else "Axial bone", "axial", "lung" if lung else "bone", top - round(rng.uniform(0, 1.5), 1), fine, int((top - 1.5 - floor) / fine) + 1, uid(2)),
-              Series(numbers[3], "Coronal", "coronal", "soft", round(front, 1), 3., int((front - back) / 3) + 1, uid(3)))
+              Series(n, "Axial soft tissue", "axial", "soft", high, step, int((high - low) / step) + 1, uid(1)),
+              Series(n + int(rng.integers(1, 3)), f"Axial {sharp}", "axial", sharp, top, fine, int((top - floor) / fine) + 1, uid(2)),
+              Series(int(rng.choice([n + 3, 601, 602])), "Coronal", "coronal", "soft", round(front, 1), 3., int((front - back) / 3) + 1, uid(3)))
     date = datetime.date(2021, 1, 4) + datetime.timedelta(int(rng.integers(1500)))
-    return Scan(tuple(map(float, shift)), pixel, 512, bottom, top, series, date, _uid(a.seed, "frame of reference", a.i))
+    return Scan(shift, pixel, 512, low, high, series, date, _uid(a.seed, "frame of reference", a.i))
 
-def _grid(count, spacing): return (np.arange(count) - (count - 1) / 2) * spacing
-
+# %% ../nbs/01_phantoms.ipynb #a7295e47
 def _table(a):
-    "The patient table: a curved shell under the back."
-    z = ((-600, 0, a.back + 54, 235, 62), (600, 0, a.back + 54, 235, 62))
-    inner = tuple((h, x, y, rx - 6, ry - 6) for h, x, y, rx, ry in z)
-    below = Half((0, -1, 0), -(a.back + 22))
-    return [Stroke(-2, -450., Stack(z) & below), Stroke(-1, -900., Stack(inner) & below)]
+    "The patient table: a curved shell under the back, filled with foam."
+    back = float(a.skin.low[1])
+    rows = [(z, 0, back + 54, 235, 62) for z in (-600, 600)]
+    below = Half((0, -1, 0), -(back + 22))
+    return [Stroke(-2, -450., Stack(rows) & below), Stroke(-1, -900., Stack(np.array(rows) - (0, 0, 0, 6, 6)) & below)]
 
 def render(
     a:Anatomy, scan:Scan, series:Series,
     spacing:tuple|None=None, # `(x, y, z)` mm; an entry that is `None`, or all, as the scanner has it
-)->tuple:                    # `(X, Y, Z)` HU and the coordinates of its axes in scanner mm
-    "The image of one series: solids, kernel and noise."
+)->CTVolume:                 # in scanner coordinates
+    "The volume of an axial or coronal series: solids, kernel and noise."
     sx, sy, sz = spacing or (None, None, None)
-    extent = scan.matrix * scan.pixel
-    x = _grid(round(extent / (sx or scan.pixel)), sx or scan.pixel)
-    if series.plane == "coronal":
-        y = np.sort(series.position(np.arange(1, series.count + 1)))
-        s = sx or scan.pixel
-        z = scan.low + s / 2 + s * np.arange(int((scan.high - scan.low) / s))
-    else:
-        y = _grid(round(extent / (sy or scan.pixel)), sy or scan.pixel)
-        z = np.sort(series.position(np.arange(1, series.count + 1))) 
-        if sz: z = np.arange(z[0], z[-1] + 1e-6, sz)
-    voxel = float(x[1] - x[0])
-    image = draw([*a.strokes.values(), *_table(a)], *(v - s for v, s in zip((x, y, z), scan.shift)), max(voxel, {"soft": 1.4, "lung": .8, "bone": .8}[series.kernel]))
+    sx, sy = sx or scan.pixel, sy or scan.pixel
+    across = lambda s: (np.arange(n := round(scan.matrix * scan.pixel / s)) - (n - 1) / 2) * s
+    stack = np.sort(series.position(np.arange(1, series.count + 1)))
+    if series.plane == "coronal": x, y, z = across(sx), stack, np.arange(scan.low + sx / 2, scan.high, sx)
+    else: x, y, z = across(sx), across(sy), np.arange(stack[0], stack[-1] + 1e-6, sz) if sz else stack
+    image = draw([*a.strokes.values(), *_table(a)], *(v - s for v, s in zip((x, y, z), scan.shift)), max(sx, 1.4 if series.kernel == "soft" else .8))
     rng = stable_rng(a.seed, "noise", a.i, series.uid)
-    sigma = {"soft": 10., "lung": 38., "bone": 30.}[series.kernel] * rng.uniform(.7, 1.3) * min(1., scan.pixel / voxel)**.7 * (3 / max(series.step, 1.))**.4
+    sigma = {"soft": 10., "lung": 38., "bone": 30.}[series.kernel] * rng.uniform(.7, 1.3) * min(1., scan.pixel / sx)**.7 * (3 / max(series.step, 1.))**.4
     noise = rng.standard_normal(image.shape, dtype=np.float32)
-    if series.kernel == "soft" and voxel < 1.5: # a soft kernel makes coarse grain
-        for axis in (0, 1): noise[...] = (np.roll(noise, 1, axis) + 2 * noise + np.roll(noise, -1, axis)) / 6**.5
-    noise *= sigma
-    image += noise
-    return np.clip(np.rint(image, out=image), -1024, 3071, out=image), x, y, z
+    if series.kernel == "soft" and sx < 1.5: # coarse grain
+        for axis in (0, 1): noise = (np.roll(noise, 1, axis) + 2 * noise + np.roll(noise, -1, axis)) / np.float32(6**.5)
+    image += np.float32(sigma) * noise
+    np.clip(np.rint(image, out=image), -1024, 3071, out=image)
+    affine = np.diag([x[1] - x[0], y[1] - y[0], z[1] - z[0], 1.]); affine[:3, 3] = x[0], y[0], z[0]
+    return CTVolume(image, affine, np.array([series.image_at(v) for v in z]) if series.plane == "axial" else None)
 
-# %% ../nbs/01_phantoms.ipynb #504d9cc0
-PHRASES_EN = { # present, absent, short
-    "Lung nodule": (("{s} solid nodule {p}{r}", "There is a solid pulmonary nodule {p} measuring {s}{r}", "Round nodule {p}{r}, {s}"), ("No pulmonary nodules", "No suspicious lung nodule"), "Lung nodule {p}"),
-    "Lung opacity": (("Ground-glass opacity {p}{r}", "Patchy ground-glass opacities {p}{r}", "Hazy opacity {p} measuring {s}{r}"), ("No ground-glass opacity", "No infiltrate"), "Ground-glass opacity {p}"),
-    "Consolidation": (("Consolidation {p} with air bronchograms{r}", "Dense consolidation {p}{r}", "There is airspace consolidation {p} measuring {s}{r}"), ("No consolidation",), "Consolidation {p}"),
-    "Atelectasis/plate": (("Plate-like atelectasis {p}{r}", "Bands of atelectasis {p}{r}", "Linear atelectasis {p}{r}"), ("No atelectasis",), "Atelectasis {p}"),
-    "Atelectasis/collapse": (("Partial atelectasis {p}{r}", "Collapse of the posterior part {p}{r}", "Subtotal atelectasis {p}{r}"), ("No atelectasis",), "Atelectasis {p}"),
-    "Emphysema": (("Centrilobular emphysema {p}{r}", "Marked emphysema {p}{r}", "Emphysema {p}{r}"), ("No emphysema",), "Emphysema"),
-    "Emphysema/bullous": (("Bullous emphysema {p}{r}", "Emphysema with large apical bullae{r}"), ("No emphysema",), "Bullous emphysema"),
-    "Mosaic attenuation pattern": (("Mosaic attenuation {p}{r}", "Mosaic attenuation pattern {p}{r}, compatible with air trapping"), ("No mosaic attenuation",), "Mosaic attenuation"),
-    "Interlobular septal thickening": (("Interlobular septal thickening {p}{r}", "Thickened interlobular septa {p}{r}"), ("No septal thickening",), "Interlobular septal thickening"),
-    "Pulmonary fibrotic sequela": (("Fibrotic scarring {p}{r}", "Fibrotic bands {p}{r}", "Coarse scars {p} with pleural thickening{r}"), ("No fibrotic changes",), "Fibrotic scarring {p}"),
-    "Pleural effusion": (("Pleural effusion {p}, {s} thick{r}", "Pleural effusion {p}{r}", "There is a pleural effusion {p} measuring {s}{r}"), ("No pleural effusion",), "Pleural effusion {p}"),
-    "Peribronchial thickening": (("Peribronchial thickening {p}{r}", "Thickened bronchial walls {p}{r}"), ("No bronchial wall thickening",), "Bronchial wall thickening"),
-    "Bronchiectasis": (("Bronchiectasis {p}{r}", "Cylindrical bronchiectasis {p}{r}", "Dilated bronchi {p} in keeping with bronchiectasis{r}"), ("No bronchiectasis",), "Bronchiectasis {p}"),
-    "Cardiomegaly": (("Cardiomegaly{r}", "The heart is enlarged{r}", "Enlarged heart with a transverse diameter of {s}{r}"), ("Heart size is normal", "The heart is not enlarged"), "Cardiomegaly"),
-    "Pericardial effusion": (("Pericardial effusion of {s}{r}", "Circumferential pericardial effusion{r}", "There is a pericardial effusion{r}, {s}"), ("No pericardial effusion",), "Pericardial effusion"),
-    "Coronary artery wall calcification": (("Coronary artery calcification{r}", "Heavy calcification of the coronary arteries{r}", "Calcified plaques of the LAD{r}"), ("No coronary calcification",), "Coronary artery calcification"),
-    "Arterial wall calcification": (("Wall calcification {p}{r}", "Calcified plaques {p}{r}", "Marked atherosclerotic calcification {p}{r}"), ("No arterial wall calcification",), "Calcification {p}"),
-    "Hiatal hernia": (("Hiatal hernia, {s}{r}", "Sliding hiatal hernia{r}", "There is a large hiatal hernia{r}"), ("No hiatal hernia",), "Hiatal hernia"),
-    "Lymphadenopathy": (("Enlarged {p} lymph nodes up to {s}{r}", "Bulky {p} lymphadenopathy{r}, {s}", "There is {p} lymphadenopathy{r}"), ("No enlarged lymph nodes", "No lymphadenopathy"), "Lymphadenopathy, {p}"),
-    "Medical material/pacemaker": (("Pacemaker {p}{r}", "Cardiac pacemaker {p} with lead in the right ventricle{r}"), (), "Pacemaker"),
-    "Medical material/wires": (("Sternal wires{r}", "Sternotomy wires after cardiac surgery{r}"), (), "Sternotomy wires"),
-    "Medical material/port": (("Port catheter {p}{r}", "Port {p} with catheter tip in the superior vena cava{r}"), (), "Port catheter"),
-    "Medical material/hip": (("Total hip prosthesis {p}{r}", "Hip prosthesis {p}{r}"), (), "Hip prosthesis {p}"),
-    "Hepatic steatosis": (("Hepatic steatosis{r}", "Diffuse fatty infiltration of the liver{r}", "The liver shows steatosis{r}"), ("No hepatic steatosis", "Normal attenuation of the liver"), "Hepatic steatosis"),
-    "Hepatic cyst": (("Simple cyst {p}, {s}{r}", "{s} simple cyst {p}{r}", "Cyst {p}{r} measuring {s}"), ("No hepatic cyst",), "Hepatic cyst"),
-    "Hepatic lesion/hypo": (("Hypodense lesion {p}, {s}{r}", "{s} hypodense mass {p}{r}, suspicious for metastasis", "There is a solid lesion {p}{r} measuring {s}"), ("No focal liver lesion",), "Suspicious lesion {p}"),
-    "Hepatic lesion/hyper": (("Hypervascular lesion {p}, {s}{r}", "{s} arterially enhancing lesion {p}{r}"), ("No focal liver lesion",), "Hypervascular lesion {p}"),
-    "Gallstones": (("Gallstones up to {s}{r}", "Cholelithiasis{r}", "Calcified stones in the gallbladder{r}"), ("No gallstones", "No stones in the gallbladder"), "Cholelithiasis"),
-    "Biliary dilatation": (("Dilated intrahepatic and extrahepatic bile ducts{r}", "Biliary dilatation with a common bile duct of {s}{r}"), ("The bile ducts are not dilated",), "Biliary dilatation"),
-    "Splenomegaly": (("Splenomegaly, {s}{r}", "The spleen is enlarged{r}", "Enlarged spleen measuring {s}{r}"), ("Spleen of normal size", "No splenomegaly"), "Splenomegaly"),
-    "Pancreatic lesion": (("Cystic lesion {p}, {s}{r}", "{s} cystic lesion {p}{r}", "There is a cystic lesion {p}{r}"), ("No pancreatic lesion",), "Cystic lesion {p}"),
-    "Ascites": (("Ascites {p}{r}", "Free fluid {p}{r}, consistent with ascites"), ("No ascites", "No free fluid"), "Ascites"),
-    "Renal cyst": (("Cortical cyst {p}, {s}{r}", "{s} renal cyst {p}{r}", "Simple renal cyst {p}{r}, {s}"), ("No renal cyst",), "Renal cyst"),
-    "Kidney stone": (("{s} calculus {p}{r}", "Kidney stone {p}, {s}{r}", "Renal calculus {p}{r}"), ("No renal calculi", "No kidney stone"), "Nephrolithiasis"),
-    "Hydronephrosis": (("Hydronephrosis {p}{r}", "There is hydronephrosis {p} with a dilated ureter{r}", "Dilated renal pelvis and calyces {p}{r}, hydronephrosis"), ("No hydronephrosis",), "Hydronephrosis {p}"),
-    "Adrenal nodule": (("{s} nodule {p}{r}", "Nodule {p}, {s}{r}", "There is a nodule {p}{r}, likely an adenoma"), ("No adrenal nodule",), "Nodule {p}"),
-    "Abdominal aortic aneurysm": (("Infrarenal abdominal aortic aneurysm, {s}{r}", "Aneurysm of the abdominal aorta measuring {s}{r}"), ("No abdominal aortic aneurysm", "Abdominal aorta of normal calibre"), "Abdominal aortic aneurysm"),
-    "Diverticulosis": (("Diverticulosis {p}{r}", "Multiple diverticula {p}{r}"), ("No diverticula of the colon",), "Diverticulosis"),
-    "Bowel obstruction": (("Dilated small bowel loops with air-fluid levels{r}, small bowel obstruction", "Small bowel obstruction with loops up to {s}{r}"), ("No bowel obstruction",), "Small bowel obstruction"),
-    "Umbilical hernia": (("Umbilical hernia, {s}{r}", "There is an umbilical hernia{r}"), ("No umbilical hernia",), "Umbilical hernia"),
-}
+# %% ../nbs/01_phantoms.ipynb #98507678
+def _wordings(text): # name -> (assertions, denials, short form)
+    "Read a table of wordings."
+    out = {}
+    for line in text.strip().splitlines():
+        mark, rest = line.strip()[:2], line.strip()[2:].split(" | ")
+        if mark in ("+ ", "- "): out[name][mark == "- "].extend(rest)
+        else: name, short = line.strip().split(" = "); out[name] = [], [], short
+    return out
 
-# %% ../nbs/01_phantoms.ipynb #f6389f7b
-PHRASES_DE = {
-    "Lung nodule": (("Solider Rundherd {p}, {s}{r}", "Es zeigt sich ein {s} großer Lungenrundherd {p}{r}", "Rundherd {p}{r}, {s}"), ("Keine Lungenrundherde", "Kein Nachweis pulmonaler Rundherde"), "Rundherd {p}"),
-    "Lung opacity": (("Milchglastrübung {p}{r}", "Fleckiges Milchglas {p}{r}", "Milchglasinfiltrat {p}, {s}{r}"), ("Kein Milchglas", "Keine Infiltrate"), "Milchglas {p}"),
-    "Consolidation": (("Konsolidierung {p} mit Aerobronchogramm{r}", "Dichte Konsolidierung {p}{r}", "Flächige Konsolidierung {p}, {s}{r}"), ("Keine Konsolidierung",), "Konsolidierung {p}"),
-    "Atelectasis/plate": (("Plattenatelektasen {p}{r}", "Streifige Atelektasen {p}{r}"), ("Keine Atelektasen",), "Plattenatelektasen {p}"),
-    "Atelectasis/collapse": (("Teilatelektase {p}{r}", "Ausgeprägte Dystelektase {p}{r}"), ("Keine Atelektasen",), "Teilatelektase {p}"),
-    "Emphysema": (("Zentrilobuläres Emphysem {p}{r}", "Ausgeprägtes Lungenemphysem {p}{r}"), ("Kein Lungenemphysem",), "Lungenemphysem"),
-    "Emphysema/bullous": (("Bullöses Emphysem {p}{r}", "Lungenemphysem mit großen apikalen Bullae{r}"), ("Kein Lungenemphysem",), "Bullöses Emphysem"),
-    "Mosaic attenuation pattern": (("Mosaikmuster der Lunge{r}", "Mosaikperfusion {p}{r}"), ("Kein Mosaikmuster",), "Mosaikmuster"),
-    "Interlobular septal thickening": (("Verdickte Interlobulärsepten {p}{r}", "Interlobuläre Septenverdickung {p}{r}"), ("Keine verdickten Interlobulärsepten",), "Septenverdickung"),
-    "Pulmonary fibrotic sequela": (("Narbige Stränge {p}{r}", "Fibrotische Residuen {p}{r}", "Grobe Narben {p}{r}"), ("Keine fibrotischen Veränderungen",), "Narben {p}"),
-    "Pleural effusion": (("Pleuraerguss {p}, {s}{r}", "Pleuraerguss {p}{r}"), ("Kein Pleuraerguss",), "Pleuraerguss {p}"),
-    "Peribronchial thickening": (("Peribronchiale Verdickung {p}{r}", "Verdickte Bronchialwände {p}{r}"), ("Keine Bronchialwandverdickung",), "Bronchialwandverdickung"),
-    "Bronchiectasis": (("Bronchiektasen {p}{r}", "Zylindrische Bronchiektasen {p}{r}"), ("Keine Bronchiektasen",), "Bronchiektasen {p}"),
-    "Cardiomegaly": (("Kardiomegalie{r}", "Das Herz ist vergrößert{r}", "Verbreitertes Herz, Querdurchmesser {s}{r}"), ("Herz normal groß", "Herz nicht vergrößert"), "Kardiomegalie"),
-    "Pericardial effusion": (("Perikarderguss von {s}{r}", "Zirkulärer Perikarderguss{r}"), ("Kein Perikarderguss",), "Perikarderguss"),
-    "Coronary artery wall calcification": (("Koronarkalk{r}", "Ausgeprägte Koronarverkalkungen{r}"), ("Keine Koronarverkalkungen",), "Koronarsklerose mit Kalk"),
-    "Arterial wall calcification": (("Wandverkalkungen {p}{r}", "Kalkplaques {p}{r}"), ("Keine Gefäßverkalkungen",), "Verkalkungen {p}"),
-    "Hiatal hernia": (("Hiatushernie, {s}{r}", "Axiale Hiatushernie{r}", "Große Hiatushernie{r}"), ("Keine Hiatushernie",), "Hiatushernie"),
-    "Lymphadenopathy": (("Vergrößerte Lymphknoten {p} bis {s}{r}", "Lymphadenopathie {p}{r}, {s}"), ("Keine vergrößerten Lymphknoten", "Keine Lymphadenopathie"), "Lymphadenopathie {p}"),
-    "Medical material/pacemaker": (("Herzschrittmacher {p}{r}", "Schrittmacheraggregat {p}, Sonde im rechten Ventrikel{r}"), (), "Herzschrittmacher"),
-    "Medical material/wires": (("Sternalcerclagen{r}", "Drahtcerclagen des Sternums{r}"), (), "Sternalcerclagen"),
-    "Medical material/port": (("Portkatheter {p}{r}", "Port {p}, Katheterspitze in der V. cava superior{r}"), (), "Portkatheter"),
-    "Medical material/hip": (("Hüftprothese {p}{r}", "Hüft-TEP {p}{r}"), (), "Hüft-TEP {p}"),
-    "Hepatic steatosis": (("Steatosis hepatis{r}", "Diffuse Leberverfettung{r}", "Fettleber{r}"), ("Keine Steatosis hepatis", "Keine Fettleber"), "Steatosis hepatis"),
-    "Hepatic cyst": (("Zyste {p}, {s}{r}", "Einfache Leberzyste {p}{r}, {s}"), ("Keine Leberzysten",), "Leberzyste"),
-    "Hepatic lesion/hypo": (("Hypodense Läsion {p}, {s}{r}", "Hypodense Raumforderung {p}{r}, V.a. Metastase", "Solide Leberläsion {p}{r}, {s}"), ("Keine fokale Leberläsion",), "Suspekte Läsion {p}"),
-    "Hepatic lesion/hyper": (("Hypervaskularisierte Läsion {p}, {s}{r}", "Arteriell anreichernde Läsion {p}{r}, {s}"), ("Keine fokale Leberläsion",), "Hypervaskularisierte Läsion {p}"),
-    "Gallstones": (("Gallenblasensteine bis {s}{r}", "Cholezystolithiasis{r}", "Verkalkte Konkremente der Gallenblase{r}"), ("Keine Gallensteine", "Gallenblase ohne Konkremente"), "Cholezystolithiasis"),
-    "Biliary dilatation": (("Erweiterte intra- und extrahepatische Gallenwege{r}", "Cholestase mit Erweiterung des DHC auf {s}{r}"), ("Gallenwege nicht erweitert",), "Erweiterte Gallenwege"),
-    "Splenomegaly": (("Splenomegalie, {s}{r}", "Die Milz ist vergrößert{r}", "Milz vergrößert auf {s}{r}"), ("Milz normal groß", "Keine Splenomegalie"), "Splenomegalie"),
-    "Pancreatic lesion": (("Zystische Läsion {p}, {s}{r}", "Zystische Raumforderung {p}{r}, {s}"), ("Keine Pankreasläsion",), "Zystische Läsion {p}"),
-    "Ascites": (("Aszites {p}{r}", "Freie Flüssigkeit {p}{r}"), ("Kein Aszites", "Keine freie Flüssigkeit"), "Aszites"),
-    "Renal cyst": (("Nierenzyste {p}, {s}{r}", "Kortikale Zyste {p}{r}, {s}"), ("Keine Nierenzysten",), "Nierenzyste"),
-    "Kidney stone": (("Konkrement {p}, {s}{r}", "Nierenstein {p}{r}", "Nierenkonkrement {p}, {s}{r}"), ("Keine Nierensteine", "Kein Nierenkonkrement"), "Nephrolithiasis"),
-    "Hydronephrosis": (("Harnstau {p}{r}", "Hydronephrose {p} mit erweitertem Ureter{r}", "Erweitertes Nierenbecken {p}{r}, Harnstauung"), ("Kein Harnstau",), "Harnstau {p}"),
-    "Adrenal nodule": (("Knoten {p}, {s}{r}", "Nebennierenadenom, {s} großer Knoten {p}{r}"), ("Kein Nebennierenknoten",), "Knoten {p}"),
-    "Abdominal aortic aneurysm": (("Infrarenales Bauchaortenaneurysma, {s}{r}", "Aneurysma der Bauchaorta von {s}{r}"), ("Kein Bauchaortenaneurysma", "Bauchaorta normalkalibrig"), "Bauchaortenaneurysma"),
-    "Diverticulosis": (("Divertikulose {p}{r}", "Multiple Divertikel {p}{r}"), ("Keine Kolondivertikel",), "Divertikulose"),
-    "Bowel obstruction": (("Dilatierte Dünndarmschlingen mit Spiegelbildung{r}, mechanischer Ileus", "Dünndarmileus mit Schlingen bis {s}{r}"), ("Kein Ileus",), "Dünndarmileus"),
-    "Umbilical hernia": (("Nabelhernie, {s}{r}", "Umbilikalhernie{r}"), ("Keine Nabelhernie",), "Nabelhernie"),
-}
-PHRASES = {"en": PHRASES_EN, "de": PHRASES_DE}
+PHRASES = {"en": _wordings("""
+Lung nodule = Lung nodule {p}
+  + {s} solid nodule {p}{r} | There is a solid pulmonary nodule {p} measuring {s}{r} | Round nodule {p}{r}, {s}
+  - No pulmonary nodules | No suspicious lung nodule
+Lung opacity = Ground-glass opacity {p}
+  + Ground-glass opacity {p}{r} | Patchy ground-glass opacities {p}{r} | Hazy opacity {p} measuring {s}{r}
+  - No ground-glass opacity | No infiltrate
+Consolidation = Consolidation {p}
+  + Consolidation {p} with air bronchograms{r} | Dense consolidation {p}{r} | There is airspace consolidation {p} measuring {s}{r}
+  - No consolidation
+Atelectasis/plate = Atelectasis {p}
+  + Plate-like atelectasis {p}{r} | Bands of atelectasis {p}{r} | Linear atelectasis {p}{r}
+  - No atelectasis
+Atelectasis/collapse = Atelectasis {p}
+  + Partial atelectasis {p}{r} | Collapse of the posterior part {p}{r} | Subtotal atelectasis {p}{r}
+  - No atelectasis
+Emphysema = Emphysema
+  + Centrilobular emphysema {p}{r} | Marked emphysema {p}{r} | Emphysema {p}{r}
+  - No emphysema
+Emphysema/bullous = Bullous emphysema
+  + Bullous emphysema {p}{r} | Emphysema with large apical bullae{r}
+  - No emphysema
+Mosaic attenuation pattern = Mosaic attenuation
+  + Mosaic attenuation {p}{r} | Mosaic attenuation pattern {p}{r}, compatible with air trapping
+  - No mosaic attenuation
+Interlobular septal thickening = Interlobular septal thickening
+  + Interlobular septal thickening {p}{r} | Thickened interlobular septa {p}{r}
+  - No septal thickening
+Pulmonary fibrotic sequela = Fibrotic scarring {p}
+  + Fibrotic scarring {p}{r} | Fibrotic bands {p}{r} | Coarse scars {p} with pleural thickening{r}
+  - No fibrotic changes
+Pleural effusion = Pleural effusion {p}
+  + Pleural effusion {p}, {s} thick{r} | Pleural effusion {p}{r} | There is a pleural effusion {p} measuring {s}{r}
+  - No pleural effusion
+Peribronchial thickening = Bronchial wall thickening
+  + Peribronchial thickening {p}{r} | Thickened bronchial walls {p}{r}
+  - No bronchial wall thickening
+Bronchiectasis = Bronchiectasis {p}
+  + Bronchiectasis {p}{r} | Cylindrical bronchiectasis {p}{r} | Dilated bronchi {p} in keeping with bronchiectasis{r}
+  - No bronchiectasis
+Cardiomegaly = Cardiomegaly
+  + Cardiomegaly{r} | The heart is enlarged{r} | Enlarged heart with a transverse diameter of {s}{r}
+  - Heart size is normal | The heart is not enlarged
+Pericardial effusion = Pericardial effusion
+  + Pericardial effusion of {s}{r} | Circumferential pericardial effusion{r} | There is a pericardial effusion{r}, {s}
+  - No pericardial effusion
+Coronary artery wall calcification = Coronary artery calcification
+  + Coronary artery calcification{r} | Heavy calcification of the coronary arteries{r} | Calcified plaques of the LAD{r}
+  - No coronary calcification
+Arterial wall calcification = Calcification {p}
+  + Wall calcification {p}{r} | Calcified plaques {p}{r} | Marked atherosclerotic calcification {p}{r}
+  - No arterial wall calcification
+Hiatal hernia = Hiatal hernia
+  + Hiatal hernia, {s}{r} | Sliding hiatal hernia{r} | There is a large hiatal hernia{r}
+  - No hiatal hernia
+Lymphadenopathy = Lymphadenopathy, {p}
+  + Enlarged {p} lymph nodes up to {s}{r} | Bulky {p} lymphadenopathy{r}, {s} | There is {p} lymphadenopathy{r}
+  - No enlarged lymph nodes | No lymphadenopathy
+Medical material/pacemaker = Pacemaker
+  + Pacemaker {p}{r} | Cardiac pacemaker {p} with lead in the right ventricle{r}
+Medical material/wires = Sternotomy wires
+  + Sternal wires{r} | Sternotomy wires after cardiac surgery{r}
+Medical material/port = Port catheter
+  + Port catheter {p}{r} | Port {p} with catheter tip in the superior vena cava{r}
+Medical material/hip = Hip prosthesis {p}
+  + Total hip prosthesis {p}{r} | Hip prosthesis {p}{r}
+""")}
 
-# %% ../nbs/01_phantoms.ipynb #b2aaa5c9
-PARAGRAPHS = ( # heading, organ that must be scanned, findings, what is said when all is well
-    (("Lungs", "Lunge"), "lungs", ("Lung nodule", "Lung opacity", "Consolidation", "Atelectasis", "Emphysema", "Mosaic attenuation pattern", "Interlobular septal thickening",
-      "Pulmonary fibrotic sequela", "Peribronchial thickening", "Bronchiectasis"), ("The lungs are clear", "Lunge beidseits frei belüftet")),
-    (("Pleura", "Pleura"), "lung bases", ("Pleural effusion",), ("Pleura unremarkable", "Pleura unauffällig")),
-    (("Heart", "Herz"), "heart", ("Cardiomegaly", "Pericardial effusion", "Coronary artery wall calcification"), ("Heart unremarkable", "Herz unauffällig")),
-    (("Mediastinum and vessels", "Mediastinum und Gefäße"), "any", ("Arterial wall calcification", "Abdominal aortic aneurysm", "Hiatal hernia", "Lymphadenopathy"), ("Great vessels unremarkable", "Große Gefäße unauffällig")),
-    (("Liver", "Leber"), "liver", ("Hepatic steatosis", "Hepatic cyst", "Hepatic lesion"), ("The liver is unremarkable", "Leber unauffällig")),
-    (("Gallbladder and bile ducts", "Gallenblase und Gallenwege"), "gallbladder", ("Gallstones", "Biliary dilatation"), ("Gallbladder unremarkable", "Gallenblase unauffällig")),
-    (("Spleen", "Milz"), "spleen", ("Splenomegaly",), ("Spleen unremarkable", "Milz unauffällig")),
-    (("Pancreas", "Pankreas"), "pancreas", ("Pancreatic lesion",), ("Pancreas unremarkable", "Pankreas unauffällig")),
-    (("Adrenal glands", "Nebennieren"), "adrenals", ("Adrenal nodule",), ("Adrenal glands unremarkable", "Nebennieren schlank")),
-    (("Kidneys", "Nieren"), "kidneys", ("Renal cyst", "Kidney stone", "Hydronephrosis"), ("The kidneys are unremarkable", "Nieren beidseits unauffällig")),
-    (("Bowel and peritoneum", "Darm und Peritoneum"), "small bowel", ("Bowel obstruction", "Diverticulosis", "Ascites", "Umbilical hernia"), ("Bowel unremarkable", "Darm unauffällig")),
-    (("Other", "Sonstiges"), "any", ("Medical material",), ("Bones without destructive lesion", "Knochen ohne Destruktion")),
+# %% ../nbs/01_phantoms.ipynb #a301b4f9
+PHRASES["en"] |= _wordings("""
+Hepatic steatosis = Hepatic steatosis
+  + Hepatic steatosis{r} | Diffuse fatty infiltration of the liver{r} | The liver shows steatosis{r}
+  - No hepatic steatosis | Normal attenuation of the liver
+Hepatic cyst = Hepatic cyst
+  + Simple cyst {p}, {s}{r} | {s} simple cyst {p}{r} | Cyst {p}{r} measuring {s}
+  - No hepatic cyst
+Hepatic lesion/hypo = Suspicious lesion {p}
+  + Hypodense lesion {p}, {s}{r} | {s} hypodense mass {p}{r}, suspicious for metastasis | There is a solid lesion {p}{r} measuring {s}
+  - No focal liver lesion
+Hepatic lesion/hyper = Hypervascular lesion {p}
+  + Hypervascular lesion {p}, {s}{r} | {s} arterially enhancing lesion {p}{r}
+  - No focal liver lesion
+Gallstones = Cholelithiasis
+  + Gallstones up to {s}{r} | Cholelithiasis{r} | Calcified stones in the gallbladder{r}
+  - No gallstones | No stones in the gallbladder
+Biliary dilatation = Biliary dilatation
+  + Dilated intrahepatic and extrahepatic bile ducts{r} | Biliary dilatation with a common bile duct of {s}{r}
+  - The bile ducts are not dilated
+Splenomegaly = Splenomegaly
+  + Splenomegaly, {s}{r} | The spleen is enlarged{r} | Enlarged spleen measuring {s}{r}
+  - Spleen of normal size | No splenomegaly
+Pancreatic lesion = Cystic lesion {p}
+  + Cystic lesion {p}, {s}{r} | {s} cystic lesion {p}{r} | There is a cystic lesion {p}{r}
+  - No pancreatic lesion
+Ascites = Ascites
+  + Ascites {p}{r} | Free fluid {p}{r}, consistent with ascites
+  - No ascites | No free fluid
+Renal cyst = Renal cyst
+  + Cortical cyst {p}, {s}{r} | {s} renal cyst {p}{r} | Simple renal cyst {p}{r}, {s}
+  - No renal cyst
+Kidney stone = Nephrolithiasis
+  + {s} calculus {p}{r} | Kidney stone {p}, {s}{r} | Renal calculus {p}{r}
+  - No renal calculi | No kidney stone
+Hydronephrosis = Hydronephrosis {p}
+  + Hydronephrosis {p}{r} | There is hydronephrosis {p} with a dilated ureter{r} | Dilated renal pelvis and calyces {p}{r}, hydronephrosis
+  - No hydronephrosis
+Adrenal nodule = Nodule {p}
+  + {s} nodule {p}{r} | Nodule {p}, {s}{r} | There is a nodule {p}{r}, likely an adenoma
+  - No adrenal nodule
+Abdominal aortic aneurysm = Abdominal aortic aneurysm
+  + Infrarenal abdominal aortic aneurysm, {s}{r} | Aneurysm of the abdominal aorta measuring {s}{r}
+  - No abdominal aortic aneurysm | Abdominal aorta of normal calibre
+Diverticulosis = Diverticulosis
+  + Diverticulosis {p}{r} | Multiple diverticula {p}{r}
+  - No diverticula of the colon
+Bowel obstruction = Small bowel obstruction
+  + Dilated small bowel loops with air-fluid levels{r}, small bowel obstruction | Small bowel obstruction with loops up to {s}{r}
+  - No bowel obstruction
+Umbilical hernia = Umbilical hernia
+  + Umbilical hernia, {s}{r} | There is an umbilical hernia{r}
+  - No umbilical hernia
+""")
+
+# %% ../nbs/01_phantoms.ipynb #77c298da
+PHRASES["de"] = _wordings("""
+Lung nodule = Rundherd {p}
+  + Solider Rundherd {p}, {s}{r} | Es zeigt sich ein {s} großer Lungenrundherd {p}{r} | Rundherd {p}{r}, {s}
+  - Keine Lungenrundherde | Kein Nachweis pulmonaler Rundherde
+Lung opacity = Milchglas {p}
+  + Milchglastrübung {p}{r} | Fleckiges Milchglas {p}{r} | Milchglasinfiltrat {p}, {s}{r}
+  - Kein Milchglas | Keine Infiltrate
+Consolidation = Konsolidierung {p}
+  + Konsolidierung {p} mit Aerobronchogramm{r} | Dichte Konsolidierung {p}{r} | Flächige Konsolidierung {p}, {s}{r}
+  - Keine Konsolidierung
+Atelectasis/plate = Plattenatelektasen {p}
+  + Plattenatelektasen {p}{r} | Streifige Atelektasen {p}{r}
+  - Keine Atelektasen
+Atelectasis/collapse = Teilatelektase {p}
+  + Teilatelektase {p}{r} | Ausgeprägte Dystelektase {p}{r}
+  - Keine Atelektasen
+Emphysema = Lungenemphysem
+  + Zentrilobuläres Emphysem {p}{r} | Ausgeprägtes Lungenemphysem {p}{r}
+  - Kein Lungenemphysem
+Emphysema/bullous = Bullöses Emphysem
+  + Bullöses Emphysem {p}{r} | Lungenemphysem mit großen apikalen Bullae{r}
+  - Kein Lungenemphysem
+Mosaic attenuation pattern = Mosaikmuster
+  + Mosaikmuster der Lunge{r} | Mosaikperfusion {p}{r}
+  - Kein Mosaikmuster
+Interlobular septal thickening = Septenverdickung
+  + Verdickte Interlobulärsepten {p}{r} | Interlobuläre Septenverdickung {p}{r}
+  - Keine verdickten Interlobulärsepten
+Pulmonary fibrotic sequela = Narben {p}
+  + Narbige Stränge {p}{r} | Fibrotische Residuen {p}{r} | Grobe Narben {p}{r}
+  - Keine fibrotischen Veränderungen
+Pleural effusion = Pleuraerguss {p}
+  + Pleuraerguss {p}, {s}{r} | Pleuraerguss {p}{r}
+  - Kein Pleuraerguss
+Peribronchial thickening = Bronchialwandverdickung
+  + Peribronchiale Verdickung {p}{r} | Verdickte Bronchialwände {p}{r}
+  - Keine Bronchialwandverdickung
+Bronchiectasis = Bronchiektasen {p}
+  + Bronchiektasen {p}{r} | Zylindrische Bronchiektasen {p}{r}
+  - Keine Bronchiektasen
+Cardiomegaly = Kardiomegalie
+  + Kardiomegalie{r} | Das Herz ist vergrößert{r} | Verbreitertes Herz, Querdurchmesser {s}{r}
+  - Herz normal groß | Herz nicht vergrößert
+Pericardial effusion = Perikarderguss
+  + Perikarderguss von {s}{r} | Zirkulärer Perikarderguss{r}
+  - Kein Perikarderguss
+Coronary artery wall calcification = Koronarsklerose mit Kalk
+  + Koronarkalk{r} | Ausgeprägte Koronarverkalkungen{r}
+  - Keine Koronarverkalkungen
+Arterial wall calcification = Verkalkungen {p}
+  + Wandverkalkungen {p}{r} | Kalkplaques {p}{r}
+  - Keine Gefäßverkalkungen
+Hiatal hernia = Hiatushernie
+  + Hiatushernie, {s}{r} | Axiale Hiatushernie{r} | Große Hiatushernie{r}
+  - Keine Hiatushernie
+Lymphadenopathy = Lymphadenopathie {p}
+  + Vergrößerte Lymphknoten {p} bis {s}{r} | Lymphadenopathie {p}{r}, {s}
+  - Keine vergrößerten Lymphknoten | Keine Lymphadenopathie
+Medical material/pacemaker = Herzschrittmacher
+  + Herzschrittmacher {p}{r} | Schrittmacheraggregat {p}, Sonde im rechten Ventrikel{r}
+Medical material/wires = Sternalcerclagen
+  + Sternalcerclagen{r} | Drahtcerclagen des Sternums{r}
+Medical material/port = Portkatheter
+  + Portkatheter {p}{r} | Port {p}, Katheterspitze in der V. cava superior{r}
+Medical material/hip = Hüft-TEP {p}
+  + Hüftprothese {p}{r} | Hüft-TEP {p}{r}
+""")
+
+# %% ../nbs/01_phantoms.ipynb #c48f8a2e
+PHRASES["de"] |= _wordings("""
+Hepatic steatosis = Steatosis hepatis
+  + Steatosis hepatis{r} | Diffuse Leberverfettung{r} | Fettleber{r}
+  - Keine Steatosis hepatis | Keine Fettleber
+Hepatic cyst = Leberzyste
+  + Zyste {p}, {s}{r} | Einfache Leberzyste {p}{r}, {s}
+  - Keine Leberzysten
+Hepatic lesion/hypo = Suspekte Läsion {p}
+  + Hypodense Läsion {p}, {s}{r} | Hypodense Raumforderung {p}{r}, V.a. Metastase | Solide Leberläsion {p}{r}, {s}
+  - Keine fokale Leberläsion
+Hepatic lesion/hyper = Hypervaskularisierte Läsion {p}
+  + Hypervaskularisierte Läsion {p}, {s}{r} | Arteriell anreichernde Läsion {p}{r}, {s}
+  - Keine fokale Leberläsion
+Gallstones = Cholezystolithiasis
+  + Gallenblasensteine bis {s}{r} | Cholezystolithiasis{r} | Verkalkte Konkremente der Gallenblase{r}
+  - Keine Gallensteine | Gallenblase ohne Konkremente
+Biliary dilatation = Erweiterte Gallenwege
+  + Erweiterte intra- und extrahepatische Gallenwege{r} | Cholestase mit Erweiterung des DHC auf {s}{r}
+  - Gallenwege nicht erweitert
+Splenomegaly = Splenomegalie
+  + Splenomegalie, {s}{r} | Die Milz ist vergrößert{r} | Milz vergrößert auf {s}{r}
+  - Milz normal groß | Keine Splenomegalie
+Pancreatic lesion = Zystische Läsion {p}
+  + Zystische Läsion {p}, {s}{r} | Zystische Raumforderung {p}{r}, {s}
+  - Keine Pankreasläsion
+Ascites = Aszites
+  + Aszites {p}{r} | Freie Flüssigkeit {p}{r}
+  - Kein Aszites | Keine freie Flüssigkeit
+Renal cyst = Nierenzyste
+  + Nierenzyste {p}, {s}{r} | Kortikale Zyste {p}{r}, {s}
+  - Keine Nierenzysten
+Kidney stone = Nephrolithiasis
+  + Konkrement {p}, {s}{r} | Nierenstein {p}{r} | Nierenkonkrement {p}, {s}{r}
+  - Keine Nierensteine | Kein Nierenkonkrement
+Hydronephrosis = Harnstau {p}
+  + Harnstau {p}{r} | Hydronephrose {p} mit erweitertem Ureter{r} | Erweitertes Nierenbecken {p}{r}, Harnstauung
+  - Kein Harnstau
+Adrenal nodule = Knoten {p}
+  + Knoten {p}, {s}{r} | Nebennierenadenom, {s} großer Knoten {p}{r}
+  - Kein Nebennierenknoten
+Abdominal aortic aneurysm = Bauchaortenaneurysma
+  + Infrarenales Bauchaortenaneurysma, {s}{r} | Aneurysma der Bauchaorta von {s}{r}
+  - Kein Bauchaortenaneurysma | Bauchaorta normalkalibrig
+Diverticulosis = Divertikulose
+  + Divertikulose {p}{r} | Multiple Divertikel {p}{r}
+  - Keine Kolondivertikel
+Bowel obstruction = Dünndarmileus
+  + Dilatierte Dünndarmschlingen mit Spiegelbildung{r}, mechanischer Ileus | Dünndarmileus mit Schlingen bis {s}{r}
+  - Kein Ileus
+Umbilical hernia = Nabelhernie
+  + Nabelhernie, {s}{r} | Umbilikalhernie{r}
+  - Keine Nabelhernie
+""")
+
+# %% ../nbs/01_phantoms.ipynb #1dc950e0
+PARAGRAPHS = ( # heading, organ that must be scanned, what is said when all is well, findings
+    (("Lungs", "Lunge"), "lungs", ("The lungs are clear", "Lunge beidseits frei belüftet"), ("Lung nodule", "Lung opacity", "Consolidation", "Atelectasis", "Emphysema",
+      "Mosaic attenuation pattern", "Interlobular septal thickening", "Pulmonary fibrotic sequela", "Peribronchial thickening", "Bronchiectasis")),
+    (("Pleura", "Pleura"), "lung bases", ("Pleura unremarkable", "Pleura unauffällig"), ("Pleural effusion",)),
+    (("Heart", "Herz"), "heart", ("Heart unremarkable", "Herz unauffällig"), ("Cardiomegaly", "Pericardial effusion", "Coronary artery wall calcification")),
+    (("Mediastinum and vessels", "Mediastinum und Gefäße"), "any", ("Great vessels unremarkable", "Große Gefäße unauffällig"),
+     ("Arterial wall calcification", "Abdominal aortic aneurysm", "Hiatal hernia", "Lymphadenopathy")),
+    (("Liver", "Leber"), "liver", ("The liver is unremarkable", "Leber unauffällig"), ("Hepatic steatosis", "Hepatic cyst", "Hepatic lesion")),
+    (("Gallbladder and bile ducts", "Gallenblase und Gallenwege"), "gallbladder",
+     ("Gallbladder unremarkable", "Gallenblase unauffällig"), ("Gallstones", "Biliary dilatation")),
+    (("Spleen", "Milz"), "spleen", ("Spleen unremarkable", "Milz unauffällig"), ("Splenomegaly",)),
+    (("Pancreas", "Pankreas"), "pancreas", ("Pancreas unremarkable", "Pankreas unauffällig"), ("Pancreatic lesion",)),
+    (("Adrenal glands", "Nebennieren"), "adrenals", ("Adrenal glands unremarkable", "Nebennieren schlank"), ("Adrenal nodule",)),
+    (("Kidneys", "Nieren"), "kidneys", ("The kidneys are unremarkable", "Nieren beidseits unauffällig"), ("Renal cyst", "Kidney stone", "Hydronephrosis")),
+    (("Bowel and peritoneum", "Darm und Peritoneum"), "small bowel",
+     ("Bowel unremarkable", "Darm unauffällig"), ("Bowel obstruction", "Diverticulosis", "Ascites", "Umbilical hernia")),
+    (("Other", "Sonstiges"), "any", ("Bones without destructive lesion", "Knochen ohne Destruktion"), ("Medical material",)),
 )
-LUNG_FINDINGS = PARAGRAPHS[0][2]
-
 HEADINGS = {"en": ("Clinical information", "Technique", "Comparison", "Findings", "Impression"), "de": ("Klinische Angaben", "Technik", "Vergleich", "Befund", "Beurteilung")}
-INDICATIONS = {"en": {"chest": ("Cough and fever", "Dyspnoea", "Staging of lung cancer", "Weight loss", "Preoperative work-up"),
-                      "abdomen": ("Abdominal pain", "Fever of unknown origin", "Follow-up after colon cancer", "Jaundice", "Flank pain"),
-                      "chest-abdomen": ("Staging of breast cancer", "Follow-up of lymphoma", "Polytrauma", "Tumour search", "Sepsis, search for a focus")},
-               "de": {"chest": ("Husten und Fieber", "Dyspnoe", "Staging bei Bronchialkarzinom", "Gewichtsverlust", "Präoperative Abklärung"),
-                      "abdomen": ("Bauchschmerzen", "Unklares Fieber", "Nachsorge bei Kolonkarzinom", "Ikterus", "Flankenschmerz"),
-                      "chest-abdomen": ("Staging bei Mammakarzinom", "Verlauf bei Lymphom", "Polytrauma", "Tumorsuche", "Sepsis, Fokussuche")}}
-REGION_WORDS = {"en": {"chest": "chest", "abdomen": "abdomen", "chest-abdomen": "chest and abdomen"}, "de": {"chest": "Thorax", "abdomen": "Abdomen", "chest-abdomen": "Thorax und Abdomen"}}
-PHASE_WORDS = {"en": ("without contrast", "with contrast, arterial phase", "with contrast, portal venous phase"), "de": ("nativ", "mit Kontrastmittel, arterielle Phase", "mit Kontrastmittel, portalvenöse Phase")}
+INDICATIONS = {
+    "en": {"chest": ("Cough and fever", "Dyspnoea", "Staging of lung cancer", "Weight loss", "Preoperative work-up"),
+           "abdomen": ("Abdominal pain", "Fever of unknown origin", "Follow-up after colon cancer", "Jaundice", "Flank pain"),
+           "chest-abdomen": ("Staging of breast cancer", "Follow-up of lymphoma", "Polytrauma", "Tumour search", "Sepsis, search for a focus")},
+    "de": {"chest": ("Husten und Fieber", "Dyspnoe", "Staging bei Bronchialkarzinom", "Gewichtsverlust", "Präoperative Abklärung"),
+           "abdomen": ("Bauchschmerzen", "Unklares Fieber", "Nachsorge bei Kolonkarzinom", "Ikterus", "Flankenschmerz"),
+           "chest-abdomen": ("Staging bei Mammakarzinom", "Verlauf bei Lymphom", "Polytrauma", "Tumorsuche", "Sepsis, Fokussuche")}}
+TECHNIQUE = {"en": ("CT of the {} {}.", {"chest": "chest", "abdomen": "abdomen", "chest-abdomen": "chest and abdomen"},
+                    ("without contrast", "with contrast, arterial phase", "with contrast, portal venous phase")),
+             "de": ("CT {} {}.", {"chest": "Thorax", "abdomen": "Abdomen", "chest-abdomen": "Thorax und Abdomen"},
+                    ("nativ", "mit Kontrastmittel, arterielle Phase", "mit Kontrastmittel, portalvenöse Phase"))}
 
-NOTATIONS = { # one image; several images; coronal
-    "en": (("(series {s}, image {i})", "(series {s}, images {i}-{j})", "(coronal series {s}, image {i})"), ("(Se {s}, Im {i})", "(Se {s}, Im {i}-{j})", "(coronal Se {s}, Im {i})"),
-           ("(Se {s} Im {i})", "(Se {s} Im {i}-{j})", "(coronal Se {s} Im {i})"), ("({s}/{i})", "({s}/{i}-{j})", "(coronal {s}/{i})"), ("(image {i} of series {s})", "(images {i}-{j} of series {s})", "(coronal image {i} of series {s})"),
-           ("(series {s} image {i})", "(series {s} images {i}-{j})", "(coronal series {s} image {i})"), (", best seen on series {s}, image {i}", ", series {s}, images {i}-{j}", ", coronal series {s}, image {i}")),
-    "de": (("(Serie {s}, Bild {i})", "(Serie {s}, Bilder {i}-{j})", "(koronar Serie {s}, Bild {i})"), ("(Se {s}, Im {i})", "(Se {s}, Im {i}-{j})", "(koronar Se {s}, Im {i})"),
-           ("(Serie {s} Bild {i})", "(Serie {s} Bilder {i}-{j})", "(koronar Serie {s} Bild {i})"), ("({s}/{i})", "({s}/{i}-{j})", "(koronar {s}/{i})"), ("(Bild {i} der Serie {s})", "(Bilder {i}-{j} der Serie {s})", "(koronar Bild {i} der Serie {s})"),
+# %% ../nbs/01_phantoms.ipynb #90304c29
+NOTATIONS = { # one image, several images, a coronal image
+    "en": (("(series {s}, image {i})", "(series {s}, images {i}-{j})", "(coronal series {s}, image {i})"),
+           ("(series {s} image {i})", "(series {s} images {i}-{j})", "(coronal series {s} image {i})"),
+           ("(Se {s}, Im {i})", "(Se {s}, Im {i}-{j})", "(coronal Se {s}, Im {i})"),
+           ("(Se {s} Im {i})", "(Se {s} Im {i}-{j})", "(coronal Se {s} Im {i})"),
+           ("({s}/{i})", "({s}/{i}-{j})", "(coronal {s}/{i})"),
+           ("(image {i} of series {s})", "(images {i}-{j} of series {s})", "(coronal image {i} of series {s})"),
+           (", best seen on series {s}, image {i}", ", series {s}, images {i}-{j}", ", coronal series {s}, image {i}")),
+    "de": (("(Serie {s}, Bild {i})", "(Serie {s}, Bilder {i}-{j})", "(koronar Serie {s}, Bild {i})"),
+           ("(Serie {s} Bild {i})", "(Serie {s} Bilder {i}-{j})", "(koronar Serie {s} Bild {i})"),
+           ("(Se {s}, Im {i})", "(Se {s}, Im {i}-{j})", "(koronar Se {s}, Im {i})"),
+           ("({s}/{i})", "({s}/{i}-{j})", "(koronar {s}/{i})"),
+           ("(Bild {i} der Serie {s})", "(Bilder {i}-{j} der Serie {s})", "(koronar Bild {i} der Serie {s})"),
            ("(Serie {s}, Schicht {i})", "(Serie {s}, Schichten {i}-{j})", "(koronar Serie {s}, Schicht {i})"))}
+CHANGES = {"en": (", unchanged", ", new", ", increased"), "de": (", unverändert", ", neu", ", zunehmend")}
 
-# %% ../nbs/01_phantoms.ipynb #7b6f1fe8
 @dataclass(frozen=True)
 class Reference:
     series:int; image:int; image_end:int|None
     plane:str|None       # as typed in the report
-    prior:bool           # of an earlier examination
+    prior:bool           # belongs to an earlier examination
     snippet:str          # the words that it belongs to
     depth_mm:float|None  # scanner z of the image (middle of a range); `None` for a coronal or an earlier one
     finding:str
@@ -1165,152 +1316,157 @@ class Report:
 def _tidy(text): # one space, none before punctuation
     return re.sub(r"\s+([,.])", r"\1", re.sub(r"\s+", " ", text)).strip(" ,")
 
-def _size(mm, language, rng):
+def _size(mm, language, rng): # "24 mm" or "2.4 cm"
     if mm is None: return ""
-    if mm >= 20 and rng.random() < .5: return f"{mm / 10:.1f} cm".replace(".", "," if language == "de" else ".")
-    return f"{mm:.0f} mm"
+    if mm < 20 or rng.random() < .5: return f"{mm:.0f} mm"
+    return f"{mm / 10:.1f} cm".replace(".", "," if language == "de" else ".")
 
+def _wording(p, language): # the entry for a finding, or for its variant
+    table = PHRASES[language]
+    return table.get(f"{p.finding}/{p.kind}") or table.get(p.finding) or next(v for k, v in table.items() if k.split("/")[0] == p.finding)
+
+# %% ../nbs/01_phantoms.ipynb #b1f41b08
 def _cite(p, scan, rng):
-    "The series and image(s) that a radiologist would quote for `p`, and the depth."
-    main, second, coronal = scan.series[1:]
-    dice = rng.random()
-    series = second if p.finding in LUNG_FINDINGS and second.kernel == "lung" and dice < .5 else main
-    if not series.position(series.count) - 1 <= p.depth_mm <= series.first + 1: series = main
+    "The series and image(s) that a radiologist would quote for `p`, and their depth."
+    _, main, sharp, _ = scan.series
+    series = sharp if p.finding in PARAGRAPHS[0][3] and sharp.kernel == "lung" and rng.random() < .5 else main
+    if not series.position(series.count) <= p.depth_mm <= series.first: series = main
     wobble = min(.12 * (p.high_mm - p.low_mm), 5.)
     depth = float(np.clip(p.depth_mm + rng.uniform(-wobble, wobble), p.low_mm, p.high_mm))
     image, end = series.image_at(depth), None
     if p.high_mm - p.low_mm > 45 and rng.random() < .25:
-        image, end = series.image_at(depth + 12), series.image_at(depth - 12)
-        if end <= image: end = None
+        image, last = series.image_at(depth + 12), series.image_at(depth - 12)
+        end = last if last > image else None
     return series, image, end, (series.position(image) + series.position(end or image)) / 2
+
+def _reference(p, snippet, scan, formats, rng):
+    "A reference to `p` as typed, and as it is."
+    if rng.random() < .04:   # now and then on a coronal image, which says nothing about depth
+        series = scan.series[3]
+        image = int(np.clip(rng.normal(series.count * .5, series.count * .12), 1, series.count))
+        return formats[2].format(s=series.number, i=image), Reference(series.number, image, None, "coronal", False, snippet, None, p.finding)
+    series, image, end, depth = _cite(p, scan, rng)
+    return formats[end is not None].format(s=series.number, i=image, j=end), Reference(series.number, image, end, None, False, snippet, depth, p.finding)
 
 def _sentence(p, scan, language, style, prior, rng):
     "One sentence about finding `p`, with its references."
-    key = f"{p.finding}/{p.kind}" if f"{p.finding}/{p.kind}" in PHRASES[language] else p.finding
-    template = str(rng.choice(PHRASES[language][key][0]))
-    place, size = p.place[language == "de"], _size(p.size_mm, language, rng)
-    before, after = [t.format(p=place, s=size, r="") for t in template.split("{r}")]
-    formats = NOTATIONS[language][style if rng.random() < .85 else int(rng.integers(len(NOTATIONS[language])))]
-    references, ref, tail = [], "", ""
-    if prior and p.size_mm and rng.random() < .35 and "{s}" in template:
-        old = _size(p.size_mm * rng.uniform(.6, 1.2), language, rng)
-        number, image = int(rng.integers(2, 5)), int(rng.integers(20, 160))
-        cite = (f"(series {number}, image {image})" if language == "en" else f"(Serie {number}, Bild {image})")
-        when = f"{old} on {prior:%m/%d/%Y}" if language == "en" else f"am {prior:%d.%m.%Y} {old}"
-        tail = f", {when} {cite}"
-        references.append(Reference(number, image, None, None, True, _tidy(f"{before.replace(size, '')} {old}"), None, p.finding))
-    elif prior and rng.random() < .4: tail = str(rng.choice([", unchanged", ", new", ", increased"] if language == "en" else [", unverändert", ", neu", ", zunehmend"]))
+    template, de = str(rng.choice(_wording(p, language)[0])), language == "de"
+    size = _size(p.size_mm, language, rng)
+    before, after = [t.format(p=p.place[de], s=size) for t in template.split("{r}")]
+    formats = NOTATIONS[language][style if rng.random() < .85 else rng.integers(len(NOTATIONS[language]))]
+    references, typed, tail = [], "", ""
+    if prior and size and "{s}" in template and rng.random() < .35:
+        old, series, image = _size(p.size_mm * rng.uniform(.6, 1.2), language, rng), int(rng.integers(2, 5)), int(rng.integers(20, 160))
+        tail = f", am {prior:%d.%m.%Y} {old} (Serie {series}, Bild {image})" if de else f", {old} on {prior:%m/%d/%Y} (series {series}, image {image})"
+        references = [Reference(series, image, None, None, True, _tidy(f"{before.replace(size, '')} {old}"), None, p.finding)]
+    elif prior and rng.random() < .4: tail = str(rng.choice(CHANGES[language]))
     if rng.random() < .82:
-        snippet = _tidy(before + after + ("" if references else tail))
-        if rng.random() < .04:   # a coronal image says nothing about depth
-            y = scan.series[3]
-            image = int(np.clip(rng.normal(y.count * .5, y.count * .12), 1, y.count))
-            ref = formats[2].format(s=y.number, i=image)
-            references.insert(0, Reference(y.number, image, None, "coronal", False, snippet, None, p.finding))
-        else:
-            series, image, end, depth = _cite(p, scan, rng)
-            ref = formats[1 if end else 0].format(s=series.number, i=image, j=end)
-            references.insert(0, Reference(series.number, image, end, None, False, snippet, depth, p.finding))
-        ref = ref if ref.startswith(",") else " " + ref
-    text = _tidy(before + ref + after + tail)
+        typed, reference = _reference(p, _tidy(before + after + ("" if references else tail)), scan, formats, rng)
+        references = [reference, *references]
+    text = _tidy(f"{before} {typed}{after}{tail}")
     return text[0].upper() + text[1:] + ".", references
 
-# %% ../nbs/01_phantoms.ipynb #73cefd4d
-def write_report(
-    a:Anatomy, scan:Scan,
-    planted:list,    # findings, `depth_mm` in scanner coordinates
-    labels:dict,
-    language:str,    # "en" or "de"
-)->Report:
-    "A radiology report with sections, denials, a comparison and references."
-    rng, t = stable_rng(a.seed, "report", a.i), a.traits
-    de = language == "de"
-    style = int(rng.integers(len(NOTATIONS[language])))
-    prior = scan.date - datetime.timedelta(int(rng.integers(60, 700))) if rng.random() < .45 else None
-    headed = rng.random() < .5
+# %% ../nbs/01_phantoms.ipynb #1e229081
+def _body(a, scan, planted, labels, language, prior, rng):
+    "The paragraphs of the findings section, with their references."
+    de, style, headed = language == "de", int(rng.integers(len(NOTATIONS[language]))), rng.random() < .5
     lines, references = [], []
-    for heading, organ, findings, normal in PARAGRAPHS:
+    for heading, organ, well, findings in PARAGRAPHS:
         here = [p for p in planted if p.finding in findings]
-        if not here and covered(a, organ) < .5: continue
+        if not here and covered(a, organ) < .5: continue   # what is not in the scan is not in the report
         sentences = []
         for p in here:
             text, refs = _sentence(p, scan, language, style, prior, rng)
             sentences.append(text); references += refs
         for f in findings:
-            key = next(k for k in PHRASES[language] if k.split("/")[0] == f)
-            no = PHRASES[language][key][1]
-            if no and not labels[f] and covered(a, PLANTERS[f][1]) >= .6 and rng.random() < .4: sentences.append(str(rng.choice(no)) + ".")
-        if not here and (not sentences or rng.random() < .3): sentences.insert(0, normal[de] + ".")
-        lines.append((heading[de] + ": " if headed else "") + " ".join(sentences))
-    body = "\n".join(lines) if headed or rng.random() < .5 else " ".join(lines)
-    main = [planted[k] for k in rng.permutation(len(planted))[:5]]
-    short = []
-    for p in main:
-        key = f"{p.finding}/{p.kind}" if f"{p.finding}/{p.kind}" in PHRASES[language] else p.finding
-        s = _tidy(PHRASES[language][key][2].format(p=p.place[de])) + "."
-        if s not in short: short.append(s)
-    if not short: short = ["Kein pathologischer Befund." if de else "No acute abnormality."]
-    impression = "\n".join(f"{k}. {s}" for k, s in enumerate(short, 1)) if rng.random() < .4 else " ".join(short)
-    h = [v.upper() if rng.random() < .0 else v for v in HEADINGS[language]]
-    if stable_rng(a.seed, "headings", a.i).random() < .5: h = [v.upper() for v in h]
-    region = REGION_WORDS[language][t.region]
-    compared = (f"CT vom {prior:%d.%m.%Y}." if de else f"CT of {prior:%m/%d/%Y}.") if prior else ("Keine Voruntersuchung." if de else "None.")
-    sections = (str(rng.choice(INDICATIONS[language][t.region])) + ".", f"CT {region} {PHASE_WORDS[language][t.phase]}." if de else f"CT of the {region} {PHASE_WORDS[language][t.phase]}.", compared, body, impression)
-    text = "\n".join(f"{name}: {s}" if "\n" not in s else f"{name}:\n{s}" for name, s in zip(h, sections))
-    return Report(text, body, impression, language, tuple(references))
+            denials = _wording(Planted(f, ("", ""), 0, 0, 0), language)[1]
+            if denials and not labels[f] and covered(a, PLANTERS[f][1]) >= .6 and rng.random() < .4: sentences.append(str(rng.choice(denials)) + ".")
+        if not here and (not sentences or rng.random() < .3): sentences.insert(0, well[de] + ".")
+        lines.append(f"{heading[de]}: " * headed + " ".join(sentences))
+    return ("\n" if headed or rng.random() < .5 else " ").join(lines), references
 
-# %% ../nbs/01_phantoms.ipynb #8b791e63
+def _impression(planted, references, language, rng):
+    "Up to five findings in short; now and then one carries its reference again."
+    lines, again = [], []
+    for p in [planted[k] for k in rng.permutation(len(planted))[:5]]:
+        short = _tidy(_wording(p, language)[2].format(p=p.place[language == "de"]))
+        if any(short in line for line in lines): continue
+        same = [r for r in references if r.finding == p.finding and r.depth_mm is not None and r.image_end is None]
+        if len(same) == 1 and sum(q.finding == p.finding for q in planted) == 1 and rng.random() < .15:
+            again.append(replace(same[0], snippet=short))
+            short += " " + NOTATIONS[language][0][0].format(s=same[0].series, i=same[0].image)
+        lines.append(short + ".")
+    if not lines: lines = ["Kein pathologischer Befund." if language == "de" else "No acute abnormality."]
+    return "\n".join(f"{k}. {line}" for k, line in enumerate(lines, 1)) if rng.random() < .4 else " ".join(lines), again
+
+def write_report(
+    a:Anatomy, scan:Scan,
+    planted:tuple,   # findings, in scanner coordinates
+    labels:dict,     # finding -> 1 or 0
+    language:str,    # "en" or "de"
+)->Report:
+    "A radiology report with sections, denials, a comparison and references."
+    rng, t, de = stable_rng(a.seed, "report", a.i), a.traits, language == "de"
+    prior = scan.date - datetime.timedelta(int(rng.integers(60, 700))) if rng.random() < .45 else None
+    body, references = _body(a, scan, planted, labels, language, prior, rng)
+    impression, again = _impression(planted, references, language, rng)
+    form, regions, phases = TECHNIQUE[language]
+    compared = ("Keine Voruntersuchung." if de else "None.") if prior is None else f"CT vom {prior:%d.%m.%Y}." if de else f"CT of {prior:%m/%d/%Y}."
+    sections = str(rng.choice(INDICATIONS[language][t.region])) + ".", form.format(regions[t.region], phases[t.phase]), compared, body, impression
+    loud = rng.random() < .5
+    text = "\n".join(f"{name.upper() if loud else name}:" + ("\n" if "\n" in s else " ") + s for name, s in zip(HEADINGS[language], sections))
+    return Report(text, body, impression, language, (*references, *again))
+
+# %% ../nbs/01_phantoms.ipynb #e67732c1
 class PhantomStudy:
-    "One patient, one scan, one report, and the truth. Volumes are drawn when they are asked for."
-    def __init__(self, seed:int, i:int, spacing:tuple|None=None, language:str="en"):
-        self.seed, self.index, self.spacing, self.language = seed, i, spacing, language
-        self.study, self.patient = f"phantom-{i:05d}", f"patient-{i:05d}"
-        self.traits = draw_traits(seed, i)
+    "One patient, one scan, one report, and the truth."
+    def __init__(self, seed:int, index:int, spacing:tuple|None=None, language:str="en"):
+        self.seed, self.index, self.spacing, self.language = seed, index, spacing, language
+        self.study, self.patient = f"phantom-{index:05d}", f"patient-{index:05d}"
+        self.traits = draw_traits(seed, index)
         self.sex, self.age, self.region = self.traits.sex, self.traits.age, self.traits.region
-        a = self.anatomy = Anatomy(seed, i, self.traits)
+        a = self.anatomy = Anatomy(seed, index, self.traits)
         self.scan = plan_scan(a)
         z = self.scan.shift[2]
-        a.low, a.high = self.scan.low - z, self.scan.high - z
-        a.heights = _organ_heights(a)
+        a.low, a.high, a.heights = self.scan.low - z, self.scan.high - z, organ_heights(a)
         self.planted = tuple(replace(p, depth_mm=p.depth_mm + z, low_mm=p.low_mm + z, high_mm=p.high_mm + z, strokes={}) for p in plant(a))
-        have = {p.finding for p in self.planted}
-        have |= {parent for f in have for parent in PARENTS.get(f, ())}
-        self.labels = {f: int(f in have) for f in PLANTERS}
+        present = {p.finding for p in self.planted}
+        present |= {parent for f in present for parent in PARENTS.get(f, ())}
+        self.labels = {f: int(f in present) for f in PLANTERS}
         self.organ_heights = {n: (low + z, high + z) for n, (low, high) in a.heights.items()}
         self.report = write_report(a, self.scan, self.planted, self.labels, language)
-    def __repr__(self): return f"PhantomStudy({self.study}: {self.sex}, {self.age} y, {self.region}, {', '.join(f for f, v in self.labels.items() if v) or 'healthy'})"
+    def __reduce__(self): return PhantomStudy, (self.seed, self.index, self.spacing, self.language) # pickles as its seed
+    def __repr__(self):
+        return f"{self.study}: {self.sex}, {self.age} y, {self.region}, {', '.join(f for f, v in self.labels.items() if v) or 'healthy'}"
 
-    def image(self, series): # the volume of a series, all image numbers included
-        hu, x, y, z = render(self.anatomy, self.scan, series, self.spacing)
-        affine = np.diag([x[1] - x[0], y[1] - y[0], z[1] - z[0], 1.]); affine[:3, 3] = x[0], y[0], z[0]
-        numbers = np.array([series.image_at(v) for v in z]) if series.plane == "axial" else None
-        return CTVolume(hu, affine, numbers, f"{self.study}, series {series.number}")
     @cached_property
-    def volume(self): return self.image(self.scan.main)
-
+    def volume(self): # the main axial series, with image numbers
+        return replace(render(self.anatomy, self.scan, self.scan.main, self.spacing), name=f"{self.study}, series {self.scan.main.number}")
     @property
     def series_table(self): # one row per image of every series
         import pandas as pd
-        rows = [dict(study=self.study, series=s.number, instance=k, depth_mm=s.position(k) if s.plane == "axial" else np.nan, plane=s.plane or "coronal", localizer=s.plane is None,
-                     frame_of_reference=self.scan.frame_of_reference, series_uid=s.uid, description=s.description) for s in self.scan.series for k in range(1, s.count + 1)]
+        rows = [dict(study=self.study, series=s.number, instance=k, depth_mm=s.position(k) if s.plane == "axial" else np.nan, plane=s.plane or "coronal",
+                     localizer=s.plane is None, frame_of_reference=self.scan.frame_of_reference, series_uid=s.uid, description=s.description)
+                for s in self.scan.series for k in range(1, s.count + 1)]
         return pd.DataFrame(rows).astype({"series": "Int64", "instance": "Int64"})
 
 class PhantomCohort:
     "`n` phantom studies; study `i` depends on `seed` and `i` only."
     def __init__(self,
-        n:int,                 # studies
-        seed:int=0,            # another seed, other patients
+        n:int,                   # studies
+        seed:int=0,              # another seed, other patients
         spacing:tuple|None=None, # voxel size `(x, y, z)` in mm; `None`, or an entry that is `None`: as the scanner has it
         languages:tuple=("en", "de"), # languages of the reports, drawn per study
     ):
-        if n < 0: raise InputError(f"a cohort of {n} studies was asked for, at least 0 are possible: give n >= 0")
-        if not languages or set(languages) - set(PHRASES): raise InputError(f"reports were asked for in {languages}, phantoms write {tuple(PHRASES)}: choose among these")
+        if n < 0: raise InputError(f"a cohort of {n} studies was asked for, it needs 0 or more: give n >= 0")
+        unknown = set(languages) - set(PHRASES)
+        if unknown or not languages: raise InputError(f"reports were asked for in {tuple(languages)}, phantoms write {tuple(PHRASES)}: choose among these")
         self.n, self.seed, self.spacing, self.languages = n, seed, spacing, tuple(languages)
     def __len__(self): return self.n
     def __getitem__(self, i):
         if not -self.n <= i < self.n: raise IndexError(f"study {i} of a cohort of {self.n}")
-        i %= self.n
-        return PhantomStudy(self.seed, i, self.spacing, self.languages[int(stable_rng(self.seed, "language", i).integers(len(self.languages)))])
+        language = self.languages[stable_rng(self.seed, "language", i % self.n).integers(len(self.languages))]
+        return PhantomStudy(self.seed, i % self.n, self.spacing, language)
     def __iter__(self): return (self[i] for i in range(self.n))
 
 # %% ../nbs/01_phantoms.ipynb #08aa2d25
@@ -1328,20 +1484,23 @@ def write_nifti(self:PhantomStudy,
     with write_atomically(path) as t: t.write_bytes(gzip.compress(data, 3, mtime=0) if path.name.endswith(".gz") else data)
     return path
 
-# %% ../nbs/01_phantoms.ipynb #f1955fc6
+# %% ../nbs/01_phantoms.ipynb #bf42128a
 @patch
 def _dicom_images(self:PhantomStudy, series):
-    "Pixel arrays `(rows, columns)` in HU with position, orientation and spacing in LPS, image 1 first."
+    "For image 1, 2, ...: pixels `(rows, columns)` in HU, position, orientation, spacing between rows and columns."
+    spacing = (*(self.spacing or (None, None))[:2], None)
     if series.plane is None:   # the localizer: the body seen from the front
-        coarse = replace(series, plane="axial", first=self.scan.high, step=5., count=int((self.scan.high - self.scan.low) / 5) + 1)
-        hu, x, y, z = render(self.anatomy, self.scan, coarse, (5., 5., None))
-        yield np.rint(hu.mean(1).T[::-1, ::-1] * 2 + 1000), (-x[-1], 0., z[-1]), (1, 0, 0, 0, 0, -1), (5., 5.)
-        return
-    hu, x, y, z = render(self.anatomy, self.scan, series, self.spacing)
-    if series.plane == "coronal":
-        for k in range(len(y))[::-1]: yield hu[::-1, k, ::-1].T, (-x[-1], -y[k], z[-1]), (1, 0, 0, 0, 0, -1), (z[1] - z[0], x[1] - x[0])
+        v = render(self.anatomy, self.scan, replace(series, plane="axial", first=self.scan.high, step=5., count=int((self.scan.high - self.scan.low) / 5) + 1), (5., 5., None))
+        front = np.rint(v.array.mean(1) * 2 + 1000)
+        v = CTVolume(np.repeat(front[:, None], 2, 1), v.affine); planes = [0]
     else:
-        for k in range(len(z))[::-1]: yield hu[::-1, ::-1, k].T, (-x[-1], -y[-1], z[k]), (1, 0, 0, 0, 1, 0), (y[1] - y[0], x[1] - x[0])
+        v = render(self.anatomy, self.scan, series, spacing)
+        planes = range(v.array.shape[2 if series.plane == "axial" else 1])[::-1]   # from the head, or from the front
+    X, Y, Z = v.array.shape
+    corner = lambda i, j, k: tuple((v.affine @ (i, j, k, 1))[:3] * (-1, -1, 1))   # RAS voxel -> LPS mm
+    for k in planes:
+        if series.plane == "axial": yield v.array[::-1, ::-1, k].T, corner(X - 1, Y - 1, k), (1, 0, 0, 0, 1, 0), v.spacing[1::-1]
+        else: yield v.array[::-1, k, ::-1].T, corner(X - 1, k, Z - 1), (1, 0, 0, 0, 0, -1), (v.spacing[2], v.spacing[0])
 
 @patch
 def _dicom_header(self:PhantomStudy, series):
@@ -1357,14 +1516,17 @@ def _dicom_header(self:PhantomStudy, series):
     ds.StudyID, ds.AccessionNumber, ds.ReferringPhysicianName, ds.PositionReferenceIndicator = str(self.index), self.study, "", ""
     ds.Manufacturer, ds.ManufacturerModelName = "ctvlm", "phantom"
     ds.SeriesNumber, ds.AcquisitionNumber, ds.SeriesDescription, ds.StudyDescription = series.number, 1, series.description, f"CT {self.region}"
-    ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"] if series.plane is None else ["DERIVED", "SECONDARY", "REFORMATTED"] if series.plane == "coronal" else ["ORIGINAL", "PRIMARY", "AXIAL"]
-    ds.PatientPosition, ds.KVP, ds.ConvolutionKernel, ds.SliceThickness = "HFS", "120", {"soft": "B30f", "lung": "B70f", "bone": "B60f"}[series.kernel], f"{series.step:g}"
+    ds.ImageType = {None: ["ORIGINAL", "PRIMARY", "LOCALIZER"], "axial": ["ORIGINAL", "PRIMARY", "AXIAL"], "coronal": ["DERIVED", "SECONDARY", "REFORMATTED"]}[series.plane]
+    ds.PatientPosition, ds.KVP, ds.SliceThickness = "HFS", "120", f"{series.step:g}"
+    ds.ConvolutionKernel = {"soft": "B30f", "lung": "B70f", "bone": "B60f"}[series.kernel]
     if t.phase: ds.ContrastBolusAgent = "iodine"
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 1, "MONOCHROME2", 16, 12, 11, 0
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
     ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "1", "-1024", "HU"
     ds.WindowCenter, ds.WindowWidth = (str(v) for v in HU_WINDOWS["lung" if series.kernel == "lung" else "soft tissue"])
     return ds
 
+# %% ../nbs/01_phantoms.ipynb #8f59002c
 @patch
 def write_dicom(self:PhantomStudy,
     folder:str|Path, # one subfolder per series is written into it
@@ -1383,18 +1545,17 @@ def write_dicom(self:PhantomStudy,
                 ds.PixelSpacing, ds.SliceLocation = [f"{v:.6g}" for v in spacing], f"{position[1 if series.plane == 'coronal' else 2]:.4f}"
                 ds.Rows, ds.Columns = hu.shape
                 ds.PixelData = (np.clip(hu, -1024, 3071) + 1024).astype("<u2").tobytes()
-                ds.file_meta = FileMetaDataset()
-                ds.file_meta.TransferSyntaxUID, ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, ds.SOPClassUID, ds.SOPInstanceUID
+                ds.file_meta = meta = FileMetaDataset()
+                meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, ds.SOPClassUID, ds.SOPInstanceUID
                 ds.save_as(t / f"image-{k:04d}.dcm", enforce_file_format=True)
     return folder
 
-# %% ../nbs/01_phantoms.ipynb #24d8a3d5
+# %% ../nbs/01_phantoms.ipynb #858f0436
 def _truth(study):
     "What is known about a study, ready for JSON."
-    plain = lambda v: vars(v) | {k: list(x) for k, x in vars(v).items() if isinstance(x, tuple)}
-    planted = [{k: v for k, v in plain(p).items() if k != "strokes"} for p in study.planted]
+    planted = [{k: v for k, v in vars(p).items() if k != "strokes"} for p in study.planted]
     return dict(study=study.study, patient=study.patient, sex=study.sex, age=study.age, region=study.region, language=study.language, labels=study.labels,
-                planted=planted, organ_heights={k: list(v) for k, v in study.organ_heights.items()}, references=[vars(r) for r in study.report.references])
+                planted=planted, organ_heights=study.organ_heights, references=[vars(r) for r in study.report.references])
 
 def write_cohort(
     cohort:PhantomCohort,
@@ -1404,16 +1565,17 @@ def write_cohort(
 )->Path:
     "Write every study, `reports.csv`, the table of all images `series.csv`, and what is true in `truth.jsonl`."
     import pandas as pd
-    if format not in ("nifti", "dicom"): raise InputError(f"phantoms were asked for as {format!r}, they can be written as 'nifti' or 'dicom': choose one")
+    if format not in ("nifti", "dicom"): raise InputError(f"phantoms were asked for as {format!r}, they are written as 'nifti' or 'dicom': choose one")
     folder, reports, tables, truth = Path(folder), [], [], []
     for s in progress(cohort, "phantoms", total=len(cohort), quiet=quiet):
-        if format == "nifti": s.write_nifti(folder / "scans" / f"{s.study}.nii.gz")
-        else: s.write_dicom(folder / "scans" / s.study)
+        if format == "nifti": s.write_nifti(folder/"scans"/f"{s.study}.nii.gz")
+        else: s.write_dicom(folder/"scans"/s.study)
         r = s.report
         reports.append(dict(study=s.study, patient=s.patient, language=r.language, text=r.text, findings=r.findings, impression=r.impression))
         tables.append(s.series_table)
-        truth.append(json.dumps(_truth(s), ensure_ascii=False))
-    with write_atomically(folder / "reports.csv") as t: pd.DataFrame(reports).to_csv(t, index=False)
-    with write_atomically(folder / "series.csv") as t: pd.concat(tables).to_csv(t, index=False)
-    with write_atomically(folder / "truth.jsonl") as t: t.write_text("\n".join(truth) + "\n")
+        truth.append(json.dumps(_truth(s), ensure_ascii=False) + "\n")
+    if not reports: raise InputError("a cohort of 0 studies was to be written, it needs 1 or more: give n >= 1")
+    with write_atomically(folder/"reports.csv") as t: pd.DataFrame(reports).to_csv(t, index=False)
+    with write_atomically(folder/"series.csv") as t: pd.concat(tables).to_csv(t, index=False)
+    with write_atomically(folder/"truth.jsonl") as t: t.write_text("".join(truth), encoding="utf-8")
     return folder
