@@ -1,0 +1,188 @@
+"Phantoms: same seed same bytes, DICOM as other programs read it, references that point at the finding, plausible density."
+import hashlib, json, pickle, subprocess, sys
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctvlm.core import InputError
+from ctvlm.phantoms import PARENTS, PHRASES, PLANTERS, PhantomCohort, draw_traits, write_cohort
+
+CT_RATE = """Medical material, Arterial wall calcification, Cardiomegaly, Pericardial effusion, Coronary artery wall calcification, Hiatal hernia,
+Lymphadenopathy, Emphysema, Atelectasis, Lung nodule, Lung opacity, Pulmonary fibrotic sequela, Pleural effusion, Mosaic attenuation pattern,
+Peribronchial thickening, Consolidation, Bronchiectasis, Interlobular septal thickening""".replace("\n", " ").split(", ")
+
+
+@pytest.fixture(scope="module")
+def many(): return list(PhantomCohort(150, seed=11, spacing=(6., 6., None)))
+
+
+def digest(study): return hashlib.sha256(study.volume.array.tobytes() + study.volume.affine.tobytes() + study.report.text.encode() + repr(study.planted).encode()).hexdigest()
+
+
+def test_same_bytes_in_another_process():
+    code = ("from tests.test_phantoms import digest; from ctvlm.phantoms import PhantomCohort; "
+            "print(digest(PhantomCohort(1000, seed=3, spacing=(6., 6., None))[4]))")
+    root = __file__.rsplit("/tests/", 1)[0]
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout.strip()
+    assert out == digest(PhantomCohort(5, seed=3, spacing=(6., 6., None))[4])
+
+
+def test_a_study_pickles_as_its_seed():
+    study = PhantomCohort(5, seed=3, spacing=(6., 6., 6.))[1]
+    assert digest(pickle.loads(pickle.dumps(study))) == digest(study)
+
+
+def test_names_and_number_of_findings():
+    assert set(CT_RATE) <= set(PLANTERS) and len(PLANTERS) >= 24
+    for table in PHRASES.values(): assert {k.split("/")[0] for k in table} == set(PLANTERS)
+
+
+def test_regions_and_prevalence(many):
+    regions = Counter(draw_traits(0, i).region for i in range(3000))
+    for region, share in (("chest", 46), ("abdomen", 22), ("chest-abdomen", 33)): assert abs(regions[region] / 3000 - share / 101) < .025
+    for finding in PLANTERS: assert sum(s.labels[finding] for s in many) >= 8, finding
+    assert {s.language for s in many} == {"en", "de"} and {s.traits.phase for s in many} == {0, 1, 2}
+    assert all(1 <= s.scan.main.step <= 5 and .6 <= s.scan.pixel <= .9 for s in many)
+
+
+def test_labels_are_what_is_planted_and_reported(many):
+    for s in many:
+        names = {p.finding for p in s.planted}
+        assert {f for f, v in s.labels.items() if v} == names | {q for f in names for q in PARENTS.get(f, ())}
+        for p in s.planted:
+            assert s.scan.low <= p.depth_mm <= s.scan.high and p.low_mm <= p.depth_mm <= p.high_mm, p
+        assert {r.finding for r in s.report.references} <= names
+        for name in ("Findings", "Impression") if s.language == "en" else ("Befund", "Beurteilung"): assert name.lower() in s.report.text.lower()
+        assert s.report.findings in s.report.text and s.report.impression in s.report.text
+
+
+def test_references_point_at_the_finding(many):
+    "Through the table of images alone, as a reader of the study would go."
+    checked, series_kinds = 0, Counter()
+    for s in many:
+        table = s.series_table.set_index(["series", "instance"])
+        for r in s.report.references:
+            assert str(r.image) in s.report.text and r.snippet and "{" not in r.snippet
+            if r.prior: continue
+            rows = table.loc[[(r.series, r.image), (r.series, r.image_end or r.image)]]
+            assert not rows.localizer.any()
+            assert set(rows.plane) == {r.plane or "axial"}
+            if r.plane == "coronal":
+                assert r.depth_mm is None
+                continue
+            assert abs(rows.depth_mm.mean() - r.depth_mm) < 1e-6
+            step = s.scan.series[[q.number for q in s.scan.series].index(r.series)].step
+            series_kinds[rows.description.iloc[0]] += 1
+            assert any(p.finding == r.finding and abs(r.depth_mm - p.depth_mm) <= (p.high_mm - p.low_mm) / 2 + step for p in s.planted), (s.study, r)
+            checked += 1
+    assert checked > 400 and series_kinds["Axial lung"] > 40
+    everything = [r for s in many for r in s.report.references]
+    assert sum(r.prior for r in everything) > 20 and sum(r.plane == "coronal" for r in everything) > 5 and sum(r.image_end is not None for r in everything) > 20
+
+
+def test_images_count_from_the_head(many):
+    for s in many[:30]:
+        t = s.series_table
+        for _, rows in t[(t.plane == "axial") & ~t.localizer].groupby("series"):
+            assert (rows.instance.to_numpy() == np.arange(1, len(rows) + 1)).all() and (np.diff(rows.depth_mm) < 0).all()
+        assert t.localizer.sum() == 1 and t[t.plane == "coronal"].depth_mm.isna().all() and t.frame_of_reference.nunique() == 1 and t.series_uid.nunique() == 4
+    v = many[0].volume
+    assert v.image_numbers[-1] == 1 and (np.diff(v.image_numbers) == -1).all()
+    lows = [s.scan.low for s in many]
+    assert np.ptp(lows) > 1000 and min(lows) < -500   # the scanner's zero says nothing
+
+
+def test_density_of_organs():
+    for s in PhantomCohort(14, seed=2, spacing=(3., 3., 3.)):
+        v, shift = s.volume, np.array(s.scan.shift)
+        def hu(p, r=1): # mean of a small block
+            k = np.rint((np.array(p) + shift - v.affine[:3, 3]) / v.spacing).astype(int)
+            return float(v.array[tuple(slice(i - r, i + r + 1) for i in k)].mean())
+        a, phase = s.anatomy, s.traits.phase
+        inside = lambda z: a.low + 8 < z < a.high - 8
+        marrow = a.at(0, -46, 12)
+        if inside(marrow[2]): assert 60 < hu(marrow) < 620
+        for z in (150, 60, -100):
+            aorta = a.strokes["aorta"].solid.points
+            p = np.array([np.interp(z * a.scale[2], aorta[::-1, 2][:7], aorta[::-1, k][:7]) for k in range(3)])
+            if inside(p[2]) and not s.labels["Hiatal hernia"] and not s.labels["Abdominal aortic aneurysm"]:
+                assert ((10, 90), (250, 420), (120, 210))[phase][0] < hu(p) < ((10, 90), (250, 420), (120, 210))[phase][1]
+        lung = a.at(95, 20, 150)
+        if inside(lung[2]) and not any(s.labels[f] for f in ("Lung opacity", "Lung nodule", "Mosaic attenuation pattern", "Interlobular septal thickening", "Bronchiectasis")):
+            assert -1000 < hu(lung) < -700
+        assert v.array[:3, :3].max() < -800 and v.array.min() >= -1024 and v.array.max() <= 3071 and v.array.dtype == np.float32
+
+
+@pytest.mark.parametrize("finding", ["Lung nodule", "Kidney stone", "Hepatic lesion", "Gallstones", "Pleural effusion", "Bowel obstruction"])
+def test_a_finding_is_seen_where_it_is_said_to_be(finding, many, monkeypatch):
+    "The same patient with and without the finding differs at its depth, and outside its extent hardly."
+    import ctvlm.phantoms as phantoms
+    study = next(s for s in many if sum(p.finding == finding for p in s.planted) == 1)
+    share, organ, function = PLANTERS[finding]
+    monkeypatch.setitem(phantoms.PLANTERS, finding, (0., organ, function))
+    healthy = phantoms.PhantomStudy(study.seed, study.index, (6., 6., None), study.language)
+    p = next(p for p in study.planted if p.finding == finding)
+    per_slice = np.abs(study.volume.array - healthy.volume.array).sum((0, 1))
+    z, step = study.volume.depths_mm, study.scan.main.step
+    assert per_slice[study.volume.slice_at(p.depth_mm)] > 200
+    assert per_slice[(z > p.low_mm - 2 * step - 9) & (z < p.high_mm + 2 * step + 9)].sum() > .95 * per_slice.sum()
+
+
+def test_dicom_as_simpleitk_reads_it(tmp_path):
+    import SimpleITK as sitk
+    import pydicom
+    s = PhantomCohort(9, seed=0, spacing=(5., 5., None))[3]
+    s.write_dicom(tmp_path)
+    for series in s.scan.series[1:3]:
+        names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path / f"series-{series.number:03d}"))
+        image = sitk.ReadImage(names)
+        assert np.allclose(image.GetDirection(), np.eye(3).ravel()) and image.GetSize()[2] == series.count
+        depths = [image.TransformIndexToPhysicalPoint((0, 0, k))[2] for k in range(image.GetSize()[2])]
+        assert np.allclose(depths, np.sort(series.position(np.arange(1, series.count + 1))), atol=2e-3)
+        if series is s.scan.main:
+            array = sitk.GetArrayFromImage(image).transpose(2, 1, 0)[::-1, ::-1]   # LPS to RAS
+            v = s.volume
+            assert np.abs(array - v.array).max() <= .5
+            X, Y, _ = v.array.shape
+            assert np.allclose(image.GetOrigin(), (v.affine @ (X - 1, Y - 1, 0, 1))[:3] * (-1, -1, 1), atol=2e-3)
+    headers = [pydicom.dcmread(f, stop_before_pixels=True) for f in sorted(tmp_path.rglob("*.dcm"))]
+    assert len({h.SOPInstanceUID for h in headers}) == len(headers) and len({h.FrameOfReferenceUID for h in headers}) == len({h.StudyInstanceUID for h in headers}) == 1
+    assert all(len(h[k].value) <= 64 for h in headers for k in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"))
+    table = s.series_table.set_index(["series", "instance"])
+    assert len(table) == len(headers)
+    for h in headers:
+        row = table.loc[(h.SeriesNumber, h.InstanceNumber)]
+        assert row.series_uid == h.SeriesInstanceUID and row.localizer == ("LOCALIZER" in h.ImageType)
+        if row.plane == "axial": assert abs(row.depth_mm - float(h.ImagePositionPatient[2])) < 1e-3
+
+
+def test_coronal_images_show_the_patient_upright(tmp_path):
+    import pydicom
+    s = PhantomCohort(9, seed=0, spacing=(5., 5., None))[3]
+    s.write_dicom(tmp_path)
+    coronal = s.scan.series[3]
+    files = [pydicom.dcmread(f) for f in sorted((tmp_path / f"series-{coronal.number:03d}").iterdir())]
+    assert [f.InstanceNumber for f in files] == list(range(1, coronal.count + 1))
+    y = [float(f.ImagePositionPatient[1]) for f in files]
+    assert (np.diff(y) > 0).all()   # LPS: from the front to the back
+    ds = files[len(files) // 2]
+    p = np.array(ds.ImagePositionPatient, float)
+    assert list(map(float, ds.ImageOrientationPatient)) == [1, 0, 0, 0, 0, -1]
+    point = (s.anatomy.strokes["right lung"].solid.a.rows[2, [1, 2, 0]] + s.scan.shift) * (-1, -1, 1)   # middle of the right lung, LPS
+    k = int(np.argmin(np.abs(np.array(y) - point[1])))
+    row, col = int((p[2] - point[2]) / ds.PixelSpacing[0]), int((point[0] - p[0]) / ds.PixelSpacing[1])
+    assert files[k].pixel_array[row, col] - 1024. < -500
+
+
+def test_write_cohort(tmp_path):
+    cohort = PhantomCohort(2, seed=5, spacing=(6., 6., 6.))
+    write_cohort(cohort, tmp_path / "a"); write_cohort(cohort, tmp_path / "b")
+    for f in sorted((tmp_path / "a").rglob("*")):
+        if f.is_file(): assert f.read_bytes() == (tmp_path / "b" / f.relative_to(tmp_path / "a")).read_bytes(), f
+    reports = pd.read_csv(tmp_path / "a" / "reports.csv")
+    assert list(reports.study) == [s.study for s in cohort] and list(reports.text) == [s.report.text for s in cohort]
+    truth = [json.loads(line) for line in open(tmp_path / "a" / "truth.jsonl", encoding="utf-8")]
+    assert truth[1]["labels"] == cohort[1].labels
+    with pytest.raises(InputError, match="zip"): write_cohort(cohort, tmp_path, format="zip")
