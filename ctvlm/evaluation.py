@@ -160,7 +160,7 @@ def retrieval_metrics(
     tables = {d: _ranking(*r, ks, patients, **bootstrap) for d, r in ranks.items()}
     return tables | {f"{d}_ranks": (above + (tied - 1) / 2).tolist() for d, (above, tied) in ranks.items()}
 
-# %% ../nbs/13_evaluation.ipynb #8d7e2e91
+# %% ../nbs/13_evaluation.ipynb #5e63ee31
 def pool_retrieval_metrics(
     image_embeddings,          # `(N, E)`
     text_embeddings,           # `(N, E)`
@@ -174,7 +174,7 @@ def pool_retrieval_metrics(
     "Text-to-image recall within pools of fixed size, averaged over shuffles."
     image, text = _embeddings(image_embeddings, "image embeddings"), _embeddings(text_embeddings, "text embeddings")
     if image.shape != text.shape: raise InputError(f"image embeddings {image.shape} and text embeddings {text.shape} differ: row i of both must belong to one pair")
-    u, v, out = image / _lengths(image), text / _lengths(text), {}
+    u, v, out = (image / _lengths(image)).astype(np.float32), (text / _lengths(text)).astype(np.float32), {}
     for size in pool_sizes:
         if size > len(u): raise InputError(f"a pool of {size} studies was asked for, but there are {len(u)}: leave this pool size out")
         rng, n = np.random.default_rng([seed, size]), len(u) // size * size
@@ -183,7 +183,7 @@ def pool_retrieval_metrics(
             pool = rng.permutation(len(u))[:n].reshape(-1, size)             # (pools, size)
             S = v[pool] @ u[pool].transpose(0, 2, 1)                         # (pools, size, size)
             own = np.diagonal(S, axis1=1, axis2=2)[..., None]
-            above, tied = (S > own + _TIE).sum(2), (np.abs(S - own) <= _TIE).sum(2)
+            above, tied = (S > own + _CLOSE).sum(2), (np.abs(S - own) <= _CLOSE).sum(2)
             found[pool] += _chances(above, tied, ks)
             drawn[pool] += 1
         names = [f"pool{size}_r{k}" for k in ks]
@@ -223,23 +223,21 @@ def volume_retrieval_metrics(
     out = dict(zip(names, ap.mean(0).tolist())) if patients is None else _with_ci(names, ap, np.asarray(patients)[abnormal][asked], **bootstrap)
     return out | {"n_abnormal": len(abnormal), "n_queries": int(asked.sum())}
 
-# %% ../nbs/13_evaluation.ipynb #12b0e584
+# %% ../nbs/13_evaluation.ipynb #26caf4ff
 def weighted_auc(
     scores,   # `(n,)`
     labels,   # `(n,)` 0 or 1
-    weights,  # `(r, n)` r sets of weights
+    weights,  # `(n, r)` r sets of weights, one per column
 ):            # `(r,)`; NaN where a set has no positive or no negative
     "Area under the ROC curve by rank statistic, for many sets of weights at once; ties count half."
     order = np.argsort(scores, kind="stable")
-    s, y = np.asarray(scores)[order], np.asarray(labels)[order].astype(np.float32)
-    w = np.ascontiguousarray(weights[:, order], dtype=np.float32)
-    starts = np.flatnonzero(np.r_[True, s[1:] != s[:-1]])         # where a new score begins
-    positive, negative = w * y, w * (1 - y)
-    if len(starts) < len(s): positive, negative = (np.add.reduceat(x, starts, axis=1) for x in (positive, negative))
-    below = np.cumsum(negative, 1, dtype=np.float32)              # whole numbers, exact in float32 up to 16 million
-    total = positive.sum(1, dtype=np.float64) * below[:, -1]
+    s, y = np.asarray(scores)[order], np.asarray(labels)[order] == 1
+    w = weights[order]                                            # (n, r), lowest score first
+    below = np.cumsum(w * ~y[:, None], 0, dtype=w.dtype)          # weight of the negatives up to each place
+    first, last = np.searchsorted(s, s[y], "left"), np.searchsorted(s, s[y], "right") - 1 # where each positive's ties begin and end
+    beaten = (below[last] + np.where(first[:, None] > 0, below[first - 1], 0)) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.einsum("rn,rn->r", positive, below - negative / 2, dtype=np.float64) / total
+        return np.einsum("pr,pr->r", w[y], beaten, dtype=np.float64) / (w[y].sum(0, dtype=np.float64) * below[-1])
 
 # %% ../nbs/13_evaluation.ipynb #4f537356
 def youden_threshold(
@@ -258,13 +256,14 @@ def _operating(tp, fp, fn, tn): # counts, numbers or arrays -> the numbers of an
     f1 = ((tp + fn) * ratio(2 * tp, 2 * tp + fp + fn) + (tn + fp) * ratio(2 * tn, 2 * tn + fp + fn)) / n
     return {"sens": sens, "spec": spec, "prec": ratio(tp, tp + fp), "f1": f1, "acc": (sens + spec) / 2}
 
-# %% ../nbs/13_evaluation.ipynb #c30edc19
-_CELLS = ((1, 1), (0, 1), (1, 0), (0, 0)) # (truth, decision) of tp, fp, fn, tn
-
-def _classify(scores, labels, weights, threshold): # one class, `(r, n)` weights -> dict of `(r,)`
-    decision, W = scores >= threshold, weights.astype(np.float64)
-    cells = [W @ ((labels == t) & (decision == d)) for t, d in _CELLS]
-    return {"auc": weighted_auc(scores, labels, weights)} | _operating(*cells)
+# %% ../nbs/13_evaluation.ipynb #87ffda90
+def _classify(scores, labels, known, threshold, weights): # Q classes; `(n, Q)` arrays, `(n, r)` weights -> Q dicts of `(r,)`
+    decision, cells = scores >= threshold, []
+    for truth, decided in ((1, 1), (0, 1), (1, 0), (0, 0)): # tp, fp, fn, tn
+        mask = known & (labels == truth) & (decision == bool(decided))
+        cells.append(mask.T.astype(weights.dtype) @ weights)                      # (Q, r)
+    operating = _operating(*cells)
+    return [{"auc": weighted_auc(scores[k, q], labels[k, q], weights[k] if not k.all() else weights)} | {n: v[q] for n, v in operating.items()} for q, k in enumerate(known.T)]
 
 def classification_metrics(
     scores,              # `(N, Q)` higher means more likely present
@@ -282,17 +281,16 @@ def classification_metrics(
     left_out = {c: f"{p} positives, {n} negatives" for c, (p, n) in counts.items() if min(p, n) < max(1, min_positives)}
     kept = [q for q, c in enumerate(classes) if c not in left_out]
     if not kept: raise InputError(f"none of {len(classes)} classes has {max(1, min_positives)} positives and negatives: evaluate on more scans")
-    known = {q: np.isin(labels[:, q], (0, 1)) for q in kept}
-    cut = {q: youden_threshold(scores[known[q], q], labels[known[q], q]) for q in kept}
-    compute = lambda w: [_classify(scores[known[q], q], labels[known[q], q], w[:, known[q]], cut[q]) for q in kept]
-    rows = compute(np.ones((1, len(scores)), np.float32))
-    out = _class_table([classes[q] for q in kept], rows, lambda x: float(x[0]), "")
-    for q in kept: out["per_class"] |= {f"{classes[q]}_threshold": cut[q], f"{classes[q]}_n_positive": counts[classes[q]][0]}
+    names, scores, labels = [classes[q] for q in kept], scores[:, kept], labels[:, kept]
+    known = np.isin(labels, (0, 1))
+    cut = np.array([youden_threshold(s[k], y[k]) for s, y, k in zip(scores.T, labels.T, known.T)])
+    out = _class_table(names, _classify(scores, labels, known, cut, np.ones((len(scores), 1))), lambda x: float(x[0]), "")
+    for c, t in zip(names, cut.tolist()): out["per_class"] |= {f"{c}_threshold": t, f"{c}_n_positive": counts[c][0]}
     if patients is not None:
         group, G = _groups(patients, len(scores))
-        blocks = [compute(c[:, group]) for c in resample_counts(G, resamples, seed)]
-        rows = [{k: np.concatenate([b[i][k] for b in blocks]) for k in rows[i]} for i in range(len(kept))]
-        interval = _class_table([classes[q] for q in kept], rows, lambda x: _interval(x, level).tolist(), "_ci95")
+        blocks = [_classify(scores, labels, known, cut, c.T[group]) for c in resample_counts(G, resamples, seed)]
+        rows = [{k: np.concatenate([b[q][k] for b in blocks]) for k in blocks[0][q]} for q in range(len(names))]
+        interval = _class_table(names, rows, lambda x: _interval(x, level).tolist(), "_ci95")
         out = out | interval | {"per_class": out["per_class"] | interval["per_class"], "n_patients": G}
     return out | {"left_out": left_out, "n": len(scores), "n_classes": len(kept)}
 
@@ -388,16 +386,17 @@ class TextPrior:
             return _median_of(self.fractions[row.indices[best]], row.data[best])
         return np.array([answer(row) for row in self.words.transform(snippets) @ self.vectors])
 
-# %% ../nbs/13_evaluation.ipynb #4a1483e5
+# %% ../nbs/13_evaluation.ipynb #73564a25
 ORGANS = {
-    "thyroid": "thyroid goit schilddrüse struma", "aorta": "aort", "heart": "heart cardi coronary atri ventric valv myocard herz koronar perikard klappe",
-    "oesophagus": "esophag oesophag hiatal hiatus ösophag speiseröhre", "trachea": "trache", "mediastinum": "mediastin hilar hilum hilär hilus paratracheal subcarinal",
-    "upper lobe": "upper apical apex oberlapp apikal lungenspitze", "middle lobe": "middle lingul mittellapp", "lower lobe": "lower basal unterlapp bases",
-    "lung": "lung pulmon bronch lobe lobar lunge segment", "pleura": "pleur", "liver": "liver hepat leber", "gallbladder": "gallbladder gallstone cholecyst cholelith gallenblase gallenstein",
-    "bile duct": "bile biliary choledoch gallengang gallenweg", "spleen": "spleen splen milz", "pancreas": "pancrea pankrea", "adrenal": "adrenal nebenniere", "kidney": "kidney renal nephr niere pyel",
-    "ureter": "ureter harnleiter", "stomach": "stomach gastric magen", "bowel": "bowel colon colic ileum jejun duoden sigmo appendi caecum cecum rectum divertic darm kolon rektum divertikel",
-    "bladder": "bladder vesical harnblase blase", "prostate": "prostat", "uterus": "uter ovar adnex", "pelvis": "pelvi becken iliac inguinal leiste", "breast": "breast mamma axill achsel",
-    "rib": "rib costal rippe", "spine": "vertebra spine spinal wirbel disc", "muscle": "psoas muscle muskel hernia hernie umbilic nabel"}
+    "thyroid": "thyroid goit schilddrüse struma", "aorta": "aort bauchaort", "heart": "heart cardi coronary atri ventric valv myocard herz koronar kardio perikard klappe lad",
+    "oesophagus": "esophag oesophag hiatal hiatus ösophag speiseröhre", "trachea": "trache", "mediastinum": "mediastin hilar hilum hilär hilus paratracheal subcarinal subkarinal",
+    "upper lobe": "upper apical apex oberlapp apikal lungenspitze", "middle lobe": "middle lingul mittellapp", "lower lobe": "lower basal unterlapp base basis",
+    "lung": "lung pulmon bronch lobe lobar lunge segment", "pleura": "pleur", "liver": "liver hepat leber", "gallbladder": "gallbladder gallstone cholecyst cholelith cholez gallenblase gallenstein",
+    "bile duct": "bile biliary choledoch cholestas dhc gallengang gallenweg", "spleen": "spleen splen milz", "pancreas": "pancrea pankrea", "adrenal": "adrenal nebenniere", "kidney": "kidney renal nephr niere pyel harnstau",
+    "ureter": "ureter harnleiter", "stomach": "stomach gastric magen", "bowel": "bowel colon colic ileum jejun duoden sigm appendi caecum cecum rectum divertic darm dünndarm ileus kolon rektum divertikel",
+    "bladder": "bladder vesical harnblase blase", "prostate": "prostat", "uterus": "uter ovar adnex", "pelvis": "pelvi becken iliac iliak inguinal leiste", "breast": "breast mamma axill achsel",
+    "rib": "rib costal rippe", "spine": "vertebra spine spinal wirbel disc", "sternum": "stern drahtcerclag", "peritoneum": "ascit aszit peritone perihep mesenter",
+    "muscle": "psoas muscle muskel hernia hernie umbili nabel"}
 
 def organ_of(
     snippet:str, # English or German
@@ -406,7 +405,7 @@ def organ_of(
     first = {o: m.start() for o, m in ((o, _ORGAN_PATTERNS[o].search(snippet.lower())) for o in ORGANS) if m}
     return min(first, key=first.get) if first else None
 
-_ORGAN_PATTERNS = {o: re.compile(rf"\b({'|'.join(words.split())})") for o, words in ORGANS.items()}
+_ORGAN_PATTERNS = {o: re.compile("|".join(w if len(w) > 4 else rf"\b{w}" for w in words.split())) for o, words in ORGANS.items()}
 
 # %% ../nbs/13_evaluation.ipynb #1d13358b
 class OrganHeight:
@@ -793,7 +792,7 @@ def paired_difference(
     p = (1 + (np.abs(exchanged) >= abs(sums.sum()) * (1 - 1e-9)).sum()) / (1 + resamples)
     return {"a": float(np.mean(a)), "b": float(np.mean(b)), "difference": float(d.mean()), "difference_ci95": _interval(samples, level).tolist(), "p": float(p), "n": len(d)}
 
-# %% ../nbs/13_evaluation.ipynb #6d800ab4
+# %% ../nbs/13_evaluation.ipynb #6392b994
 def paired_auc(
     a, b,                  # `(N, Q)` scores of two models for the same scans
     labels,                # `(N, Q)` 1, 0, -1 unknown
@@ -805,11 +804,11 @@ def paired_auc(
     a, b, labels = (np.asarray(x, dtype=float) for x in (a, b, labels))
     group, G = _groups(patients, len(a))
     columns = [(np.isin(y, (0, 1)), y) for y in labels.T]
-    def means(scores, weights): # (r,)
-        return np.nanmean([weighted_auc(s[known], y[known], weights[:, known]) for s, (known, y) in zip(scores.T, columns)], axis=0)
-    once, samples = np.ones((1, len(a)), np.float32), []
+    def means(scores, weights): # `(n, r)` weights -> (r,)
+        return np.nanmean([weighted_auc(s[known], y[known], weights[known]) for s, (known, y) in zip(scores.T, columns)], axis=0)
+    once, samples = np.ones((len(a), 1)), []
     observed = [float(means(x, once)[0]) for x in (a, b)]
-    for c in resample_counts(G, resamples, seed): samples.append(means(b, c[:, group]) - means(a, c[:, group]))
+    for c in resample_counts(G, resamples, seed): samples.append(means(b, c.T[group]) - means(a, c.T[group]))
     swap, exchanged = np.random.default_rng([seed, 1]).integers(2, size=(resamples, G)).astype(bool)[:, group], np.zeros(resamples)
     for (x, y, (known, t)) in zip(a.T, b.T, columns):
         u, v, w, t = rankdata(x[known]), rankdata(y[known]), swap[:, known], t[known] == 1
