@@ -484,7 +484,7 @@ def averaged_weights(
         with torch.no_grad():
             for p, x in zip(parameters, now): p.copy_(x)
 
-# %% ../nbs/12_training.ipynb #203324fe
+# %% ../nbs/12_training.ipynb #c181aa4b
 class TrainingStopped(RuntimeError):
     "Training cannot go on; the message says why and where the last good checkpoint is."
 
@@ -512,7 +512,10 @@ def _accelerator(config, folder):
 def _save_model(model, folder): # for use, not for continuing
     with write_atomically(folder) as temporary:
         temporary.mkdir()
-        if hasattr(model, "save_pretrained"): model.save_pretrained(temporary)
+        if hasattr(model, "save_pretrained"):
+            from transformers.utils import logging
+            logging.disable_progress_bar()
+            model.save_pretrained(temporary)
         else:
             from safetensors.torch import save_model
             save_model(model, str(temporary/"model.safetensors"))
