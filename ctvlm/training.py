@@ -8,10 +8,10 @@ __all__ = ['TrainingConfig', 'replayed', 'cached_backward', 'length_groups', 'un
            'parameter_groups', 'learning_rate_at', 'without_comparisons', 'shuffle_organs', 'augment_report',
            'random_state', 'set_random_state', 'save_checkpoint', 'load_checkpoint', 'check_same_run', 'Log',
            'peak_memory_mib', 'averaged_weights', 'TrainingStopped', 'asked_to_leave', 'Run', 'save_run', 'resume_run',
-           'optimiser_step', 'evaluate_run', 'train']
+           'optimiser_step', 'evaluate_run', 'train', 'share_of_step']
 
-# %% ../nbs/12_training.ipynb #cde6c8bc
-import contextlib, csv, hashlib, itertools, json, math, os, random, re, shutil, signal, threading, time, warnings
+# %% ../nbs/12_training.ipynb #1bc9fc40
+import contextlib, csv, datetime, hashlib, itertools, json, math, os, random, re, shutil, signal, threading, time, warnings
 from dataclasses import dataclass, asdict, fields, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
@@ -484,7 +484,7 @@ def averaged_weights(
         with torch.no_grad():
             for p, x in zip(parameters, now): p.copy_(x)
 
-# %% ../nbs/12_training.ipynb #c181aa4b
+# %% ../nbs/12_training.ipynb #00d9efca
 class TrainingStopped(RuntimeError):
     "Training cannot go on; the message says why and where the last good checkpoint is."
 
@@ -500,10 +500,11 @@ def asked_to_leave():
 def _accelerator(config, folder):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import is_tensorboard_available, is_wandb_available
+    from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available
     AcceleratorState._reset_state()                                # a second run of this process may want another precision
     here = [n for n, there in (("tensorboard", is_tensorboard_available()), ("wandb", is_wandb_available())) if there and n in config.trackers]
-    accelerator = Accelerator(mixed_precision=config.precision, log_with=here or None, project_dir=str(folder))
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))                               # while the first process evaluates
+    accelerator = Accelerator(mixed_precision=config.precision, log_with=here or None, project_dir=str(folder), kwargs_handlers=[patience])
     if here:
         try: accelerator.init_trackers("ctvlm")
         except Exception as e: warnings.warn(f"no tracking by {', '.join(here)} ({e}); log.csv is written all the same")
@@ -640,7 +641,7 @@ def evaluate_run(
     set_random_state(state)
     if process_count() > 1: dist.barrier()
 
-# %% ../nbs/12_training.ipynb #d7a5d7ae
+# %% ../nbs/12_training.ipynb #811aa7ff
 def train(
     model,         # a CTVLMModel, or anything with its encoders and t, b
     data,          # micro-batches, see the top of the chapter
@@ -658,9 +659,11 @@ def train(
     epoch = None
     with asked_to_leave() as asked:
         for _ in progress(range(run.step, run.total), "training", quiet=not main):
-            if epoch is None: epoch = iter(data)
+            began = time.perf_counter()
+            epoch = iter(data) if epoch is None else epoch
             batches = list(itertools.islice(epoch, run.micro_batches))
-            row = optimiser_step(run, batches)
+            row = {**optimiser_step(run, batches), "waited": time.perf_counter() - began}
+            row["waited"] -= row["seconds"]                                                             # for data
             ends = run.step % run.steps_per_epoch == 0
             if ends:
                 for _ in epoch: raise InputError(f"data gave more than its {len(data)} micro-batches of an epoch: let len(data) be their number")
@@ -677,3 +680,18 @@ def train(
     for tracker in run.accelerator.trackers: tracker.finish()
     model.eval()
     return pd.read_csv(run.folder/"log.csv") if main else None
+
+# %% ../nbs/12_training.ipynb #2db0da41
+def share_of_step(
+    rank, world,  # as `run_processes` calls it
+    model_folder, # saved weights
+    batches:list, # of all processes
+    prompts, config,
+)->dict:          # parameter name -> gradient
+    "One optimiser step's gradient with this process's share of the micro-batches, for trying out processes."
+    from ctvlm.model import CTVLMConfig, CTVLMModel
+    from safetensors.torch import load_file
+    model = CTVLMModel(CTVLMConfig.from_pretrained(model_folder)).eval()
+    model.load_state_dict(load_file(f"{model_folder}/model.safetensors"), strict=False)
+    effective_batch_backward(model, batches[rank::world], prompts, TrainingConfig(**config), 0, torch.device("cpu"))
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

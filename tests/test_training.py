@@ -224,7 +224,7 @@ def uninterrupted(processes, tmp_path_factory):
 
 def load_run(folder):
     "What a finished run leaves."
-    drop = ["seconds", "scans_per_second", "memory_mib"]
+    drop = ["seconds", "scans_per_second", "memory_mib", "waited"]
     return {"weights": torch.load(f"{folder}.pt", weights_only=True), "model": load_file(Path(folder)/"model"/"model.safetensors"), "best": load_file(Path(folder)/"best"/"model.safetensors"),
             "log": pd.read_csv(Path(folder)/"log.csv").drop(columns=drop), "evaluation": pd.read_csv(Path(folder)/"evaluation.csv")}
 
