@@ -357,7 +357,7 @@ def _gut(self:Anatomy):
     self.add("stomach content", BELLY + .11, 15., stomach & self.hollow)
     self.add("stomach gas", BELLY + .12, -950., stomach & Half((0, 1, 0), level) & self.hollow)
 
-# %% ../nbs/01_phantoms.ipynb #1fd52147
+# %% ../nbs/01_phantoms.ipynb #552f3b42
 class Dome(Solid):
     "Everything above the diaphragm: `top` in the middle of `outline`, falling to `back` behind and `front` before."
     def __init__(self, outline, top, back, front):
@@ -394,6 +394,7 @@ def _lungs(self:Anatomy):
         organ = self.solids[name] = self.solids[name] - Union(right, left)
         organ.high = np.minimum(organ.high, (np.inf, np.inf, self.lung[side].b.top))
 
+# %% ../nbs/01_phantoms.ipynb #2cc49342
 @patch
 def aerated(self:Anatomy, lobe): # the lobe without what the heart and the mediastinum cover
     heart = self.strokes["heart"].solid
@@ -720,7 +721,7 @@ def _material(a, rng):
     strokes = {"": Stroke(OVER + .5, 2800., solid)} | ({"course": Stroke(OVER + .5, 2300., Tube(course, tube))} if course else {})
     return _planted(words, solid, strokes, depth=depth, kind=name)
 
-# %% ../nbs/01_phantoms.ipynb #5e5a66c1
+# %% ../nbs/01_phantoms.ipynb #6dcaa4cd
 def _segment(a, p):
     "How a report calls the place `p` in the liver."
     x, y, z = (p - (0, 0, a.lift)) / a.scale
@@ -770,6 +771,7 @@ def _splenomegaly(a, rng):
     big = Ellipsoid(spleen.centre + (10, 6, -16), spleen.radii * rng.uniform(1.4, 1.65), spleen.turn)
     return _planted(("", ""), big, {"spleen": replace(a.strokes["spleen"], solid=big & a.hollow)}, float(2 * big.radii[2]))
 
+# %% ../nbs/01_phantoms.ipynb #c7b7b263
 @plants("Pancreatic lesion", .24, "pancreas")
 def _pancreas_lesion(a, rng):
     k, words = [(0, ("in the pancreatic head", "im Pankreaskopf")), (2, ("in the pancreatic body", "im Pankreaskorpus")),
@@ -993,7 +995,7 @@ def render(
     affine = np.diag([x[1] - x[0], y[1] - y[0], z[1] - z[0], 1.]); affine[:3, 3] = x[0], y[0], z[0]
     return CTVolume(image, affine, np.array([series.image_at(v) for v in z]) if series.plane == "axial" else None)
 
-# %% ../nbs/01_phantoms.ipynb #98507678
+# %% ../nbs/01_phantoms.ipynb #97855415
 def _wordings(text): # name -> (assertions, denials, short form)
     "Read a table of wordings."
     out = {}
@@ -1003,6 +1005,7 @@ def _wordings(text): # name -> (assertions, denials, short form)
         else: name, short = line.strip().split(" = "); out[name] = [], [], short
     return out
 
+# %% ../nbs/01_phantoms.ipynb #121464a6
 PHRASES = {"en": _wordings("""
 Lung nodule = Lung nodule {p}
   + {s} solid nodule {p}{r} | There is a solid pulmonary nodule {p} measuring {s}{r} | Round nodule {p}{r}, {s}
