@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rotary_coordinates', 'rotary_periods', 'rotary_angles', 'rotary_table', 'rotate', 'random_factor', 'EncoderSizes',
-           'Attention', 'MLP', 'LayerScale', 'Block', 'Encoder', 'cut_patches', 'WindowEncoder', 'window_bins',
-           'ScanEncoder']
+           'attend', 'Attention', 'MLP', 'LayerScale', 'Block', 'Encoder', 'cut_patches', 'WindowEncoder',
+           'window_bins', 'ScanEncoder']
 
 # %% ../nbs/05_vision.ipynb #93e4f31c
 import math
@@ -90,7 +90,19 @@ class EncoderSizes:
     @property
     def head_width(self): return self.width // self.heads
 
-# %% ../nbs/05_vision.ipynb #37771f27
+# %% ../nbs/05_vision.ipynb #37715c21
+def attend(
+    q:Tensor, # `(N, heads, L, h)`
+    k:Tensor, # `(N, heads, L, h)`
+    v:Tensor, # `(N, heads, L, h)`
+    mask:Tensor|None=None, # `(N, 1, 1, L)` bool, which tokens may be looked at
+)->Tensor:    # `(N, heads, L, h)`
+    "Softmax attention; on a CPU in bfloat16 by two matrix products, which there take half the time of the fused kernel."
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                            # (N, heads, L, L)
+    if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v                                           # (N, heads, L, h)
+
 class Attention(nn.Module):
     "Self-attention with rotary positions."
     def __init__(self, sizes:EncoderSizes):
@@ -107,9 +119,10 @@ class Attention(nn.Module):
         N, L, E = x.shape
         q = self.q(x).view(N, L, self.heads, -1).transpose(1, 2)                        # (N, heads, L, h)
         k, v = self.kv(x).view(N, L, 2, self.heads, -1).permute(2, 0, 3, 1, 4)          # (N, heads, L, h) each
-        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
+        x = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)                   # (N, heads, L, h)
         return self.proj(x.transpose(1, 2).reshape(N, L, E))                            # (N, L, E)
 
+# %% ../nbs/05_vision.ipynb #9baa7973
 class MLP(nn.Module):
     "Two linear layers with a GELU between."
     def __init__(self, sizes:EncoderSizes):
@@ -120,12 +133,10 @@ class MLP(nn.Module):
     def forward(self, x): return self.fc2(F.gelu(self.fc1(x)))
 
 class LayerScale(nn.Module):
-    "A learned factor per channel."
+    "A learned factor per channel; `Block` multiplies it in one step with the addition."
     def __init__(self, sizes:EncoderSizes):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((sizes.width,), sizes.layer_scale))
-
-    def forward(self, x): return x * self.gamma
 
 class Block(nn.Module):
     "Pre-norm transformer block."
@@ -168,7 +179,7 @@ class Encoder(nn.Module):
         for block in self.blocks: x = block(x, cos, sin, mask)
         return self.norm(x)
 
-# %% ../nbs/05_vision.ipynb #2a1e516f
+# %% ../nbs/05_vision.ipynb #741122fc
 def cut_patches(
     windows:Tensor, # `(N, 1, X, Y, Z)`
     patch:tuple,    # voxels of a patch along x, y, z
@@ -198,7 +209,7 @@ class WindowEncoder(Encoder):
         x = F.linear(cut_patches(windows.to(proj.weight.dtype), self.patch), proj.weight.flatten(1), proj.bias)    # (N, L, E)
         return self.encode(x, *self.tables([self.grid], device=windows.device))                               # (N, 1 + L, E)
 
-    def features(self, windows):
+    def features(self, windows): # `(N, 1, X, Y, Z)`
         "CLS `(N, E)` and depth tokens `(N, bins, E)`, each the mean of the patches at one depth."
         x = self(windows)                                                                                     # (N, 1 + L, E)
         return x[:, 0], x[:, 1:].unflatten(1, (-1, self.grid[2])).mean(1)                                     # (N, E), (N, bins, E)
