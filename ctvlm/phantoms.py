@@ -1328,7 +1328,7 @@ def _wording(p, language): # the entry for a finding, or for its variant
     table = PHRASES[language]
     return table.get(f"{p.finding}/{p.kind}") or table.get(p.finding) or next(v for k, v in table.items() if k.split("/")[0] == p.finding)
 
-# %% ../nbs/01_phantoms.ipynb #b1f41b08
+# %% ../nbs/01_phantoms.ipynb #32d2fa6a
 def _cite(p, scan, rng):
     "The series and image(s) that a radiologist would quote for `p`, and their depth."
     _, main, sharp, _ = scan.series
@@ -1358,10 +1358,10 @@ def _sentence(p, scan, language, style, prior, rng):
     before, after = [t.format(p=p.place[de], s=size) for t in template.split("{r}")]
     formats = NOTATIONS[language][style if rng.random() < .85 else rng.integers(len(NOTATIONS[language]))]
     references, typed, tail = [], "", ""
-    if prior and size and "{s}" in template and rng.random() < .35:
+    if prior and size and before.endswith(size) and rng.random() < .5:   # the size stands last, another can follow
         old, series, image = _size(p.size_mm * rng.uniform(.6, 1.2), language, rng), int(rng.integers(2, 5)), int(rng.integers(20, 160))
         tail = f", am {prior:%d.%m.%Y} {old} (Serie {series}, Bild {image})" if de else f", {old} on {prior:%m/%d/%Y} (series {series}, image {image})"
-        references = [Reference(series, image, None, None, True, _tidy(f"{before.replace(size, '')} {old}"), None, p.finding)]
+        references = [Reference(series, image, None, None, True, f"{_tidy(before.removesuffix(size))} {old}", None, p.finding)]
     elif prior and rng.random() < .4: tail = str(rng.choice(CHANGES[language]))
     if rng.random() < .82:
         typed, reference = _reference(p, _tidy(before + after + ("" if references else tail)), scan, formats, rng)
