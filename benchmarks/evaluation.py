@@ -11,7 +11,7 @@ from ctvlm.core import CTVolume
 from ctvlm.evaluation import bootstrap_ci, classification_metrics, pair_ranks, pool_retrieval_metrics
 
 
-def report(name, began, **more):
+def report(name, began, **more): # one line
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"benchmark": "evaluation", "what": name, **more, "seconds": round(time.perf_counter() - began, 3), "peak_mib": round(peak)}), flush=True)
 

@@ -7,10 +7,11 @@ __all__ = ['BIN_MM', 'ORGANS', 'TASKS', 'RESULT_FORMAT', 'RESULT_SCHEMA', 'resam
            'retrieval_metrics', 'pool_retrieval_metrics', 'volume_retrieval_metrics', 'weighted_auc',
            'youden_threshold', 'classification_metrics', 'roc_curve', 'localization_metrics', 'random_slice_error',
            'TextPrior', 'organ_of', 'OrganHeight', 'localization_baselines', 'Embedded', 'embed_batches',
-           'encode_batch', 'embed_texts', 'zero_shot_scores', 'combine_findings', 'benchmark_classes',
-           'evaluate_retrieval', 'evaluate_pools', 'evaluate_volumes', 'evaluate_classification', 'calibrate_depth',
-           'read_depths', 'ratio_ci', 'evaluate_localization', 'evaluate_model', 'check_result', 'write_result',
-           'read_result', 'paired_difference', 'paired_auc', 'compare_results', 'error_analysis', 'worst_cases']
+           'encode_batch', 'zero_shot_scores', 'combine_findings', 'benchmark_classes', 'evaluate_retrieval',
+           'evaluate_pools', 'evaluate_volumes', 'evaluate_classification', 'calibrate_depth', 'read_depths',
+           'ratio_ci', 'evaluate_localization', 'evaluate_model', 'snippet_table', 'evaluate_studies', 'check_result',
+           'write_result', 'read_result', 'paired_difference', 'paired_auc', 'compare_results', 'error_analysis',
+           'worst_cases']
 
 # %% ../nbs/13_evaluation.ipynb #610d3c49
 import json, re
@@ -434,7 +435,7 @@ def localization_baselines(
             errors[name] = np.abs(a + learner(list(training.snippet), fractions.to_numpy(float)).predict(list(snippets.snippet)) * (b - a) - d)
     return pd.DataFrame(errors, index=snippets.index)
 
-# %% ../nbs/13_evaluation.ipynb #3b0120cf
+# %% ../nbs/13_evaluation.ipynb #54de048d
 @dataclass
 class Embedded:
     "What a model says of held-out studies, as arrays."
@@ -448,24 +449,20 @@ class Embedded:
     similarity:np.ndarray # `(S, D)` cosine with each depth bin, NaN where the scan has none
     bin_depths_mm:np.ndarray # `(S, D)` bin centres, NaN where the scan has none
 
-def _tokenizer(model, given): # the model's own if none is given
-    return given if given is not None else getattr(getattr(model, "processor", None), "tokenizer", None)
-
 def _stack(parts, fill=np.nan): # `(s, D)` of unequal D -> `(S, max D)`
     width = max((p.shape[1] for p in parts), default=0)
     return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=fill) for p in parts]) if parts else np.zeros((0, 0))
 
-# %% ../nbs/13_evaluation.ipynb #8ac1fc04
+# %% ../nbs/13_evaluation.ipynb #b6dc327f
 def embed_batches(
     model,            # a `CTVLMModel`
     batches,          # of the data chapter
-    tokenizer=None,   # to read snippets back into words where a batch does not bring them as `snippet_text`
     quiet:bool=False, # no progress bar
 )->Embedded:          # in the order of the batches
     "Run the model over all batches, without gradients."
     import pandas as pd, torch
     device, rows, keep = next(model.parameters()).device, [], {k: [] for k in ("image", "disease", "text", "labels", "similarity", "bin_depths_mm")}
-    study, patient, training, tokenizer = [], [], model.training, _tokenizer(model, tokenizer)
+    study, patient, training = [], [], model.training
     unit = lambda x: torch.nn.functional.normalize(x.float(), dim=-1).cpu().numpy()
     model.eval()
     with torch.inference_mode():
@@ -476,7 +473,7 @@ def embed_batches(
             keep["text"].append(unit(model.encode_text(batch["report_ids"], batch["report_mask"], head="report")))
             labels = batch.get("labels")
             keep["labels"].append(np.zeros((len(scans.scan), 0)) if labels is None else labels.cpu().numpy())
-            found = _snippet_rows(model, batch, scans, unit, tokenizer, len(study))
+            found = _snippet_rows(model, batch, scans, unit, len(study))
             rows += found.pop("rows")
             for k, v in found.items(): keep[k].append(v)
             study += list(batch["study"]); patient += list(batch["patient"])
@@ -492,46 +489,27 @@ def encode_batch(model, batch): # -> `ScanEmbeddings`
     if "cls" in batch: return model.encode_features(batch["cls"], batch["depth_tokens"], batch["grid"], patch_mask=batch.get("patch_mask"))
     return model.encode_scan(batch["windows"], batch["grid"], patch_mask=batch.get("patch_mask"))
 
-def _snippet_rows(model, batch, scans, unit, tokenizer, start): # of one batch
+def _snippet_rows(model, batch, scans, unit, start): # of one batch
     if "snippet_ids" not in batch or not len(batch["snippet_ids"]): return {"rows": []}
     where = batch["snippet_scan"]
     query = unit(model.encode_text(batch["snippet_ids"], batch["snippet_mask"], head="snippet"))      # (S, P)
     depths = np.where(scans.valid[where].cpu().numpy(), batch["bin_depths_mm"][where].cpu().numpy()[:, :scans.valid.shape[1]], np.nan)  # (S, D)
     similarity = np.einsum("sdp,sp->sd", unit(scans.slices[where]), query)
-    words = batch.get("snippet_text") or (tokenizer.batch_decode(batch["snippet_ids"], skip_special_tokens=True) if tokenizer else [""] * len(where))
+    first = np.argsort(np.isnan(depths), axis=1, kind="stable")                    # bins of the padding below the scan go behind it
+    similarity, depths = (np.take_along_axis(x, first, 1) for x in (similarity, depths))
     low, high = np.nanmin(depths, 1) - BIN_MM / 2, np.nanmax(depths, 1) + BIN_MM / 2
-    rows = list(zip((where.cpu().numpy() + start).tolist(), words, batch["snippet_depth_mm"].cpu().tolist(), low.tolist(), high.tolist()))
+    rows = list(zip((where.cpu().numpy() + start).tolist(), batch["snippet_text"], batch["snippet_depth_mm"].cpu().tolist(), low.tolist(), high.tolist()))
     return {"rows": rows, "similarity": np.where(np.isfinite(depths), similarity, np.nan), "bin_depths_mm": depths}
 
-# %% ../nbs/13_evaluation.ipynb #338c2103
-def embed_texts(
-    model,               # a `CTVLMModel`
-    texts,               # n strings
-    tokenizer=None,      # the model's own if `None`
-    head:str="report",   # or "snippet"
-    size:int=64,         # texts at a time
-)->np.ndarray:           # `(n, P)` of length 1
-    "Embed texts with the model's text tower."
-    import torch
-    tokenizer = _tokenizer(model, tokenizer)
-    if tokenizer is None: raise InputError("the model has no tokenizer: give its processor's")
-    device, out, limit = next(model.parameters()).device, [], min(1024, tokenizer.model_max_length)
-    with torch.inference_mode():
-        for k in range(0, len(texts), size):
-            t = tokenizer(list(texts[k:k + size]), padding=True, truncation=True, max_length=limit, return_tensors="pt").to(device)
-            out.append(torch.nn.functional.normalize(model.encode_text(t["input_ids"], t["attention_mask"], head=head).float(), dim=-1).cpu().numpy())
-    return np.concatenate(out)
-
-# %% ../nbs/13_evaluation.ipynb #e9daeca2
+# %% ../nbs/13_evaluation.ipynb #8925a48d
 def zero_shot_scores(
     model,                 # a `CTVLMModel`
     disease,               # `(N, P)` unit disease vectors of the scans
     prompts,               # Q of `ctvlm.findings.Prompts`: `.positive` and `.negative` sentences
-    tokenizer=None,        # the model's own if `None`
 )->np.ndarray:             # `(N, Q)`, higher: more likely present
     "Mean cosine with the asserting prompts minus mean cosine with the denying ones."
     sentences = sorted({s for p in prompts for s in (*p.positive, *p.negative)})
-    vectors = dict(zip(sentences, embed_texts(model, sentences, tokenizer)))
+    vectors = dict(zip(sentences, model.embed_text(sentences).numpy()))
     directions = [np.mean([vectors[s] for s in p.positive], 0) - np.mean([vectors[s] for s in p.negative], 0) for p in prompts]
     return disease @ np.array(directions).T
 
@@ -563,7 +541,7 @@ def benchmark_classes(
         if c and (findings is None or f.name in findings): out.setdefault(c, []).append(f.name)
     return out
 
-# %% ../nbs/13_evaluation.ipynb #d987c177
+# %% ../nbs/13_evaluation.ipynb #5f768e05
 def evaluate_retrieval(
     e:Embedded,               # what the model said
     duplicates:str="kept",    # or "first": only the first scan of each study
@@ -581,13 +559,14 @@ def evaluate_retrieval(
 
 def evaluate_pools(
     e:Embedded,               # what the model said
-    texts=None,               # dict name -> `(N, P)` vectors: findings, impressions; the whole report is always there
+    texts=None,               # dict name -> (rows of `e`, their vectors): findings alone, impression alone; the whole report is always there
     seed:int=0, **bootstrap,
 )->dict:                      # section "pools"
     "Merlin's pools for each kind of text; pool sizes above the number of studies are left out."
-    sizes = [s for s in (32, 64, 128) if s <= len(e.study)]
-    kinds = {"both": e.text} | (texts or {})
-    out = {k: pool_retrieval_metrics(e.image, t, sizes, patients=e.patient, seed=seed, **bootstrap) for k, t in kinds.items()} if sizes else {}
+    sizes, out = [s for s in (32, 64, 128) if s <= len(e.study)], {}
+    for name, (rows, vectors) in ({"both": (range(len(e.study)), e.text)} | (texts or {})).items():
+        fit = [s for s in sizes if s <= len(rows)]
+        if fit: out[name] = pool_retrieval_metrics(e.image[rows], vectors, fit, patients=[e.patient[i] for i in rows], seed=seed, **bootstrap) | {"n": len(rows)}
     return out | {"protocol": {"direction": "text to image", "pool_sizes": sizes, "shuffles": 100, "seed": seed, "n": len(e.study), "pools": "non-overlapping, the rest sits out"}}
 
 def evaluate_volumes(e:Embedded, **bootstrap)->dict: # section "volumes"
@@ -691,15 +670,14 @@ def evaluate_localization(
                        "interval": "none" if not promised else f"conformal, {calibration.coverage:.0%}, {calibration.patients} other patients"}
     return out
 
-# %% ../nbs/13_evaluation.ipynb #ebd26022
+# %% ../nbs/13_evaluation.ipynb #4d631953
 TASKS = ("retrieval", "pools", "volumes", "classification", "localization")
 
 def evaluate_model(
     model,                 # a `CTVLMModel`
     batches,               # held-out studies as batches of the data chapter, or what `embed_batches` made of them
-    tokenizer=None,        # the model's own if `None`
     tasks=TASKS,           # which protocols
-    findings=(),           # Q names of the columns of the batches' labels
+    findings=None,         # Q names of the columns of the batches' labels; what the batches say if `None`
     classes=None,          # "ct_rate", "rad_chestct", or a dict class -> findings; each finding a class of its own if `None`
     prompts:str="single",  # or "templates", "ensemble"
     training=None,         # DataFrame `snippet depth_mm low_mm high_mm` of training patients, for the text baselines
@@ -712,27 +690,78 @@ def evaluate_model(
     "Run the protocols on held-out studies; every number with its interval over patients."
     unknown = set(tasks) - set(TASKS)
     if unknown: raise InputError(f"no task is called {', '.join(sorted(unknown))}: use {', '.join(TASKS)}")
-    embed = lambda b: b if isinstance(b, Embedded) else embed_batches(model, b, tokenizer, quiet)
+    findings = getattr(batches, "findings", ()) if findings is None else findings
+    embed = lambda b: b if isinstance(b, Embedded) else embed_batches(model, b, quiet)
+    training_mode = getattr(model, "training", False)                               # answers switch it off; it comes back at the end
     e, bootstrap, protocol = embed(batches), {"resamples": resamples, "seed": seed}, dict(protocol or {})
     out = {"format": RESULT_FORMAT, "protocol": protocol | {"n_studies": len(e.study), "n_patients": len(set(e.patient)),
            "interval": f"95 % percentile bootstrap over patients, {resamples} resamples, seed {seed}"}}
     if "retrieval" in tasks: out["retrieval"] = evaluate_retrieval(e, duplicates, **bootstrap)
     if "pools" in tasks:
-        kinds = {} if studies is None else {k: dict(zip(studies.study, studies[k].fillna(""))) for k in ("findings", "impression")}
-        texts = {k: embed_texts(model, [t[s] for s in e.study], tokenizer) for k, t in kinds.items()}
-        out["pools"] = evaluate_pools(e, texts, **bootstrap)
+        out["pools"] = evaluate_pools(e, {} if studies is None else _text_parts(model, e, studies), **bootstrap)
     if "volumes" in tasks: out["volumes"] = evaluate_volumes(e, **bootstrap)
     if "classification" in tasks:
         from ctvlm.findings import prompts_for
         if isinstance(classes, str): classes = benchmark_classes(classes, findings)
-        scores = zero_shot_scores(model, e.disease, [prompts_for(f, style=prompts) for f in findings], tokenizer)
+        scores = zero_shot_scores(model, e.disease, [prompts_for(f, style=prompts) for f in findings])
         out["classification"] = evaluate_classification(e, scores, findings, classes, prompts, protocol.get("label_version", ""), **bootstrap)
     if "localization" in tasks:
         own = getattr(getattr(model, "config", None), "calibration", None)
         if calibration is None and own is not None and own.patients: calibration = own
         if calibration is not None and not hasattr(calibration, "coverage"): calibration = calibrate_depth(embed(calibration))
         out["localization"] = evaluate_localization(e, training, calibration, **bootstrap)
+    if training_mode: model.train()
     return check_result(out)
+
+def _text_parts(model, e, studies): # findings alone and impression alone: name -> (rows of `e` that have it, vectors)
+    from ctvlm.data import report_text
+    parts = {}
+    for name, text in (("findings", lambda r: report_text(r.findings, "")), ("impression", lambda r: report_text("", r.impression))):
+        texts = {r.study: text(r) for r in studies.itertuples()}
+        rows = [i for i, s in enumerate(e.study) if texts.get(s)]
+        if rows: parts[name] = rows, model.embed_text([texts[e.study[i]] for i in rows]).numpy()
+    return parts
+
+# %% ../nbs/13_evaluation.ipynb #4f4e7c8a
+def snippet_table(
+    studies, # table of studies
+    store,   # `FeatureStore` or its folder
+):           # DataFrame `study patient snippet depth_mm low_mm high_mm`; ends of the part of the depth bins that holds the scan
+    "All snippets with a depth inside their scan."
+    import pandas as pd
+    from safetensors import safe_open
+    from ctvlm.data import FeatureStore, scan_key
+    store, rows = store if isinstance(store, FeatureStore) else FeatureStore(store), []
+    for r in studies.itertuples():
+        pairs = [p for p in r.pairs if p["depth_mm"] is not None and not p["prior"] and (p["cleaned"] or "").strip()]
+        if not pairs or store.header(key := scan_key(r)) is None: continue
+        with safe_open(store.path(key), "np") as f: grid, mask, bins = (f.get_tensor(k) for k in ("grid", "patch_mask", "bin_depths_mm"))
+        held = bins[mask.reshape(*grid, -1).any((0, 1)).reshape(-1)]               # windows lie (x, y, z), z fastest
+        low, high = float(held.min()) - BIN_MM / 2, float(held.max()) + BIN_MM / 2
+        rows += [(r.study, r.patient, p["cleaned"], p["depth_mm"], low, high) for p in pairs if low <= p["depth_mm"] <= high]
+    return pd.DataFrame(rows, columns=["study", "patient", "snippet", "depth_mm", "low_mm", "high_mm"])
+
+def evaluate_studies(
+    model,                 # a `CTVLMModel` with its processor
+    studies,               # table of studies, all splits
+    store,                 # `FeatureStore` or its folder, with the features (or windows) of these studies
+    findings=None,         # names to classify; all that the split has labels of if `None`
+    split:str="test",      # to be evaluated
+    calibrate:str="val",   # split that sets temperature and interval where the model brings no calibration of its own
+    batch_size:int=8,      # scans
+    protocol=None, **options, # of `evaluate_model`
+)->dict:                   # as `evaluate_model`
+    "Evaluate a model on one split of a table of studies."
+    from ctvlm.data import Batches
+    from ctvlm.findings import FINDINGS
+    test, train, val = (studies[studies.split == s] for s in (split, "train", calibrate))
+    if not len(test): raise InputError(f"found 0 studies in split {split!r}, expected at least 1: the table has {dict(studies.split.value_counts())}")
+    if findings is None: findings = [f for f in FINDINGS if any(f in labels for labels in test.labels)]
+    batches = lambda table: Batches(table, store, model._processor().tokenizer, batch_size, findings, training=False)
+    held_out = val if split != calibrate and not model.config.calibration.patients and val.patient.nunique() >= 20 else None
+    about = {"source": ", ".join(sorted(set(test.source))), "split": split, "label_version": ", ".join(sorted(set(test.label_version))), "model": model.config.trained_on}
+    return evaluate_model(model, batches(test), findings=findings, training=snippet_table(train, store) if len(train) and split != "train" else None,
+                          calibration=None if held_out is None else batches(held_out), studies=test, protocol=about | dict(protocol or {}), **options)
 
 # %% ../nbs/13_evaluation.ipynb #67912c3e
 RESULT_FORMAT = "ctvlm-result-1"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plot_recall', 'plot_roc', 'plot_auc', 'plot_depths', 'plot_baselines', 'plot_reliability', 'plot_errors',
-           'plot_training', 'plot_posterior', 'localization_figure', 'draw_cases', 'write_report', 'Planes',
-           'report_sentences', 'widget_classes', 'Explorer', 'explore']
+           'plot_training', 'plot_posterior', 'localization_figure', 'draw_cases', 'pick_examples', 'write_report',
+           'Planes', 'report_sentences', 'widget_classes', 'Explorer', 'explore']
 
 # %% ../nbs/14_viewer.ipynb #7f75ed5b
 import base64, html, io, re
@@ -262,6 +262,24 @@ def _wrap(text, width): # lines of at most `width`
     import textwrap
     return textwrap.wrap(text, width) or [""]
 
+# %% ../nbs/14_viewer.ipynb #8861d5ae
+def pick_examples(
+    model,              # a `CTVLMModel` with its processor
+    localization:dict,  # section "localization" of a result
+    studies,            # table of studies
+    n:int=4,
+)->list:                # of (`DepthAnswer`, `CTVolume`, reference in mm), for `write_report`
+    "Answers at regular steps of the sorted error, with their scans."
+    import pandas as pd
+    from ctvlm.data import open_scan
+    items, rows = pd.DataFrame(localization["items"]).sort_values("error_mm", kind="stable").reset_index(drop=True), {r.study: r for r in studies.itertuples()}
+    out = []
+    for q in (np.arange(min(n, len(items))) + 0.5) / min(n, len(items)):
+        item = items.iloc[int(q * len(items))]
+        volume = open_scan(rows[item.study].scan, rows[item.study].series)
+        out.append((model.localize(volume, [item.snippet])[0], volume, float(item.depth_mm)))
+    return out
+
 # %% ../nbs/14_viewer.ipynb #c4f4b9aa
 _STYLE = """:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d4d9de; --link: #0173b2 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --paper: #14181c; --soft: #1e242a; --line: #3a434c; --link: #6bb8e8 } }
@@ -434,7 +452,7 @@ class Planes:
         for name, (left, top, w, h) in self.boxes.items():
             if left <= px < left + w and top <= py < top + h: return name, (px - left) / w, (py - top) / h
 
-# %% ../nbs/14_viewer.ipynb #594c8bc8
+# %% ../nbs/14_viewer.ipynb #bbf12bad
 def _marked(text, spans): # text and `(start, end, kind)` -> `[piece, kind]` in order, kind "" between; earlier spans win where two overlap
     kinds = [""] * len(text)
     for a, b, kind in reversed(spans): kinds[a:b] = [kind] * (b - a)
@@ -447,11 +465,11 @@ def report_sentences(
     series:int|None=None, # the scan's series number, where known
 )->list:                 # dicts `text`, `pieces`, `query`, `reference_mm` in reading order; `query` is what to ask the model
     "Cut a report into sentences with findings and references marked."
-    from ctvlm.findings import explain_report, sentences
-    from ctvlm.mining import mine_report
+    from ctvlm.findings import explain_report
+    from ctvlm.mining import mine_report, sentences, tell_language
     cited, found, out = mine_report(report), explain_report(report), []
     marks = [(*r.span, "reference") for r in cited] + [(*d.span, "asserted" if d.value else "denied") for d in found.values() if d.value is not None]
-    starts = sorted({s.tokens[0].start for s in sentences(report) if s.tokens} | {m.end() for m in re.finditer(r"\n+", report)} | {0})
+    starts = sorted({*sentences(report, tell_language(report))[:-1], *(m.end() for m in re.finditer(r"\n+", report) if m.end() < len(report))})
     inside = lambda p, spans: any(a < p < b for a, b, _ in spans)
     starts = [p for p in starts if not inside(p, marks)]
     for a, b in zip(starts, [*starts[1:], len(report)]):
@@ -542,7 +560,7 @@ def widget_classes():
         sentences, chosen, presses = t.List([]).tag(sync=True), t.Int(-1).tag(sync=True), t.Int(0).tag(sync=True)
     return PlanesWidget, ReportWidget
 
-# %% ../nbs/14_viewer.ipynb #aa317a6a
+# %% ../nbs/14_viewer.ipynb #ee1a05c3
 class Explorer:
     "Scan and report side by side; see `explore`."
     def __init__(self, volume:CTVolume, report, model, series=None, window:str="soft tissue"):
@@ -552,7 +570,7 @@ class Explorer:
             volume = load_volume(volume)
         if window not in HU_WINDOWS: raise InputError(f"no window is called {window!r}: use one of {', '.join(HU_WINDOWS)}")
         report = getattr(report, "text", report)
-        self.volume, self.model, self.answers, self.answer, self.reference_mm = volume, model, {}, None, None
+        self.volume, self.model, self.embedded, self.answers, self.answer, self.reference_mm = volume, model, None, {}, None, None
         self.planes, self.position = Planes(volume), [n // 2 for n in volume.array.shape]
         self.sentences = report_sentences(report, volume, series) if isinstance(report, str) else [{"text": s + "\n", "pieces": [[s + "\n", ""]], "query": s, "reference_mm": None} for s in report]
         Picture, Report = widget_classes()
@@ -594,7 +612,7 @@ class Explorer:
         if k == self.position[2]: self.draw()
         else: self.jump(k)
 
-# %% ../nbs/14_viewer.ipynb #28347d9d
+# %% ../nbs/14_viewer.ipynb #ffc5fa74
 @patch
 def draw(self:Explorer):
     "Draw the state: one image, one line of text."
@@ -608,7 +626,8 @@ def draw(self:Explorer):
 def _said(self:Explorer): # the answer in words
     a = self.answer
     if a is None: return ""
-    interval = f", interval {a.interval_mm[0]:.0f} to {a.interval_mm[1]:.0f} mm" if a.interval_mm is not None and np.isfinite(a.interval_mm).all() else ""
+    kind = getattr(a, "interval", "")
+    interval = f", interval {a.interval_mm[0]:.0f} to {a.interval_mm[1]:.0f} mm" + (f" ({kind})" if kind else "") if a.interval_mm is not None and np.isfinite(a.interval_mm).all() else ""
     reference = "" if self.reference_mm is None else f"<br>the radiologist cited {self.reference_mm:.0f} mm, {abs(self.reference_mm - a.depth_mm):.0f} mm away"
     unsure = "<br>The posterior is flat: this may not be in the scan." if getattr(a, "abstains", False) else ""
     trained = getattr(getattr(self.model, "config", None), "trained_on", "")
@@ -618,7 +637,8 @@ def _said(self:Explorer): # the answer in words
 def ask(self:Explorer, text:str, reference_mm=None):
     "Ask the model where `text` is, and go there."
     text = " ".join(text.split())
-    if text not in self.answers: self.answers[text] = self.model.localize(self.volume, [text])[0]
+    if self.embedded is None: self.embedded = self.model.embed(self.volume) if hasattr(self.model, "embed") else self.volume # the scan is read once
+    if text not in self.answers: self.answers[text] = self.model.localize(self.embedded, [text])[0]
     self.answer, self.reference_mm = self.answers[text], reference_mm
     k = self.volume.slice_at(self.answer.depth_mm)
     if k == self.position[2]: self.draw()

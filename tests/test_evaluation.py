@@ -170,11 +170,13 @@ def test_localization_by_scan_and_patient():
 @pytest.fixture(scope="module")
 def tiny():
     torch = pytest.importorskip("torch")
-    from ctvlm.model import CTVLMConfig, CTVLMModel
+    from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor
     from ctvlm.text import train_tokenizer
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["There is no nodule in the left lung. Cyst of the right kidney."] * 4, vocab_size=300)
-    return CTVLMModel(CTVLMConfig.tiny(vocab_size=len(tokenizer))), tokenizer
+    model = CTVLMModel(CTVLMConfig.tiny(vocab_size=len(tokenizer)))
+    model.processor = CTVLMProcessor(tokenizer, model.config.window_spec)
+    return model, tokenizer
 
 
 def batches(tokenizer, first=0, n=4, seed=0):
@@ -187,7 +189,7 @@ def batches(tokenizer, first=0, n=4, seed=0):
         text, snippet = (tokenizer(w, padding=True, return_tensors="pt") for w in (["There is a nodule", "There is no nodule in the lung"], words))
         yield dict(cls=torch.randn(5, 48, generator=g).half(), depth_tokens=torch.randn(5, 8, 48, generator=g).half(), grid=grids, bin_depths_mm=bins,
                    report_ids=text["input_ids"], report_mask=text["attention_mask"], snippet_ids=snippet["input_ids"], snippet_mask=snippet["attention_mask"],
-                   snippet_scan=torch.tensor([0, 0, 1, 1]), snippet_depth_mm=torch.tensor([0., 40., 90., 200.]), labels=torch.tensor([[1, 0], [0, 1]]),
+                   snippet_scan=torch.tensor([0, 0, 1, 1]), snippet_depth_mm=torch.tensor([0., 40., 90., 200.]), labels=torch.tensor([[1, 0], [0, 1]]), snippet_text=words,
                    study=[f"s{b}a", f"s{b}b"], patient=[f"p{b}", f"p{b}"])
 
 
@@ -196,8 +198,8 @@ def test_evaluate_model(tiny, tmp_path):
     model, tokenizer = tiny
     model.train()
     training = pd.DataFrame({"snippet": ["Cyst of the kidney", "Nodule of the lung"] * 5, "depth_mm": [30., 150.] * 5, "low_mm": 0., "high_mm": 200.})
-    result = evaluate_model(model, batches(tokenizer, n=6), tokenizer, findings=("Lung nodule", "Cardiomegaly"), training=training, calibration=batches(tokenizer, 20, 24, seed=1), resamples=200, quiet=True,
-                            studies=pd.DataFrame({"study": [f"s{b}{x}" for b in range(6) for x in "ab"], "findings": "Nodule.", "impression": None}))
+    result = evaluate_model(model, batches(tokenizer, n=6), findings=("Lung nodule", "Cardiomegaly"), training=training, calibration=batches(tokenizer, 20, 24, seed=1), resamples=200, quiet=True,
+                            studies=pd.DataFrame({"study": [f"s{b}{x}" for b in range(6) for x in "ab"], "findings": "Nodule.", "impression": ""}))
     assert model.training                                                       # left as it was found
     loc = result["localization"]
     assert loc["n_snippets"] == 24 and loc["n_patients"] == 6 and {"text_prior_mm", "organ_mm", "interval_coverage", "vs_middle_ci95"} <= set(loc)
@@ -211,12 +213,30 @@ def test_evaluate_model(tiny, tmp_path):
 
 def test_embedding_alone_equals_in_company(tiny):
     model, tokenizer = tiny
-    everything = embed_batches(model, batches(tokenizer), tokenizer, quiet=True)
+    everything = embed_batches(model, batches(tokenizer), quiet=True)
     assert everything.similarity.shape == (16, 24) and np.isnan(everything.similarity[0, 16:]).all() and np.isfinite(everything.similarity[2]).all()
     assert everything.snippets.low_mm[0] == -56 and everything.snippets.high_mm[0] == -50 + 12 * 16 - 6
     np.testing.assert_allclose(np.linalg.norm(everything.image, axis=1), 1, atol=1e-5)
     assert "kidney 1" in everything.snippets.snippet[1]
-    with pytest.raises(InputError, match="0 batches"): embed_batches(model, [], tokenizer)
+    with pytest.raises(InputError, match="0 batches"): embed_batches(model, [])
+
+
+def test_evaluate_studies_on_phantoms(tiny, tmp_path):
+    data = pytest.importorskip("ctvlm.data")
+    from ctvlm.phantoms import PhantomCohort
+    model, _ = tiny
+    studies = data.phantom_studies(PhantomCohort(10, seed=3, spacing=(6.0, 6.0, None)), truth=True)
+    studies["split"] = ["test"] * 6 + ["train"] * 4
+    store = data.embed_studies(studies, model, tmp_path, workers=0, quiet=True)["store"]
+    result = evaluate_studies(model, studies, store, resamples=50, quiet=True, tasks=("retrieval", "localization", "volumes"))
+    loc = result["localization"]
+    table = snippet_table(studies[studies.split == "test"], store)
+    assert loc["n_snippets"] == len(table) > 5 and result["retrieval"]["text_to_image"]["n"] == 6
+    np.testing.assert_allclose(sorted(loc["items"]["low_mm"]), sorted(table.low_mm), atol=0.01)
+    items = loc["items"]                                                          # padding below a scan is no place for an answer
+    assert all(low - 1e-3 <= mm <= high + 1e-3 for low, mm, high in zip(items["low_mm"], items["pred_mm"], items["high_mm"])) and np.isfinite(items["share_below"]).all()
+    assert result["protocol"]["split"] == "test" and result["protocol"]["label_version"] == "truth" and "text_prior_mm" in loc
+    with pytest.raises(InputError, match="0 studies in split 'val'"): evaluate_studies(model, studies, store, split="val")
 
 
 def test_depths_are_read_where_the_posterior_is():
