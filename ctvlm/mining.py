@@ -34,13 +34,13 @@ class SliceReference:
     language:str="en"       # "en" or "de"
     carried:bool=False      # the series was not typed here
 
-# %% ../nbs/02_mining.ipynb #9a82ffc2
+# %% ../nbs/02_mining.ipynb #f2b36773
 WORDS = dict( # one letter per kind of word
     S="series serie serien ser sers sr se seri bildserie seriennummer seriennr serienr sequence sequenz seq serious serius sereis seires siries cereals syrie sieries",
     s="s",
     I="image img ima imag bild bildnr bildnummer schicht schichtnr schichtnummer schnitt schnittbild schichtbild slice slc aufnahme einzelbild frame imagine",
     J="images imgs imas ims bilder bildern bildnummern slices schichten schnitte schnitten aufnahmen schnittbilder schnittbildern schichtbilder frames",
-    i="im i b sl",
+    i="im sl", y="i b",
     P="ax axial axiale axialer axialen axiales axialem transaxial transaxiale transaxialen transversal transversale transversaler transversalen transversales transverse tra trans "
       "cor coronal coronale coronaler coronalen kor koronar koronare koronarer koronaren koronares koronal koronale koronaler koronalen frontal frontale frontalen "
       "sag sagittal sagittale sagittaler sagittalen sagittales sagital",
@@ -63,15 +63,15 @@ PLANE = {w: p for w in WORDS["P"].split() for p, heads in dict(axial="ax tr", co
 
 @lru_cache(4096)
 def _typo(word): # the kind of a word that is one slip away from a known one: a letter lost, doubled, wrong, or two swapped
-    if len(word) < 3 or word in ("imaged", "slide", "slides", "bald", "bile", "sliced", "serier", "bid", "bold", "bind", "build", "seen"): return "w"
+    if len(word) < 3 or word in ("imaged", "slide", "slides", "bald", "bile", "sliced", "serier", "bid", "bold", "bind", "build", "seen", "lice"): return "w"
     slips = {word[:i] + word[i + 1:] for i in range(len(word))} | {word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in range(len(word) - 1)}
     for target, kind in (("series", "S"), ("serie", "S"), ("image", "I"), ("images", "J"), ("bild", "I"), ("bilder", "J"), ("schicht", "I"), ("schichten", "J"), ("slice", "I"), ("slices", "J"), ("aufnahme", "I")):
         if abs(len(word) - len(target)) > 1: continue
-        if target in slips or word in {target[:i] + target[i + 1:] for i in range(1, len(target))}: return kind
+        if target in slips or word in {target[:i] + target[i + 1:] for i in range(len(target))}: return kind
         if len(word) == len(target) and word[0] == target[0] and sum(a != b for a, b in zip(word, target)) == 1: return kind
     return "w"
 
-# %% ../nbs/02_mining.ipynb #addf23ef
+# %% ../nbs/02_mining.ipynb #a0ef721a
 _TOKEN = re.compile(r"([^\W\d_]+)|(\d+(?:\.\d+)+)|(\d+)|(\n[^\S\n]*\n)|([^\w\s])")
 _NUMBER_WORDS = re.compile(r"(?:(?:{0})(?:[ -]+(?:and )?|\b)){{1,4}}".format("|".join(sorted(NUMBERS, key=len, reverse=True))), re.I)
 _SIGN = {c: "-" for c in "-–—−‐‑"} | {"[": "(", "]": ")", "{": "(", "}": ")", "×": "*", "%": "U", "°": "U", "№": "#"}
@@ -89,18 +89,18 @@ class Tokens:
             if what == 1:
                 word = m[1].lower()
                 kind = KIND.get(word, "w")
-                if touching and before == "n" and kind not in "SIJis":
+                if touching and before == "n" and (kind not in "SIJiys" or len(word) == 1 and not text[end:end + 1].isdigit()):
                     if kind == "F" and len(word) < 3: pass
                     elif len(word) == 1 and word.isascii() and word not in "hdx": ends[-1] = end; continue # 601b
                     else: kinds[-1] = "x"
                 elif kind == "q":
-                    if before in tuple("SIJsi#:"):
+                    if before in tuple("SIJsiy#:"):
                         value, end = _spelled(text, start)
                         kind, skip = "n", end
                     else: kind = "w"
             elif what == 3:
                 kind, value = "n", int(m[3]) if end - start < 5 else None
-                if value is None or (touching and before in "wxqUhrOo&FVP#k") or (start and text[start - 1] == "_"): kind = "x"
+                if value is None or (touching and before in "wxqUhrOo&FVPk") or (start and text[start - 1] == "_"): kind = "x"
                 elif before == "w" or (before in tuple(":.#-=") and len(kinds) > 1 and kinds[-2] == "w"):
                     j = -1 if before == "w" else -2
                     kinds[j] = _typo(text[starts[j]:ends[j]].lower())
@@ -118,19 +118,19 @@ def _spelled(text, start): # "thirty-eight" -> 38 and where it ends
         value = max(value, 1) * 100 if n == 100 else value * 100 + n if 0 < value < 10 else value + n
     return value, start + len(m[0].rstrip(" -"))
 
-# %% ../nbs/02_mining.ipynb #de19f607
+# %% ../nbs/02_mining.ipynb #9b206a78
 PARTS = dict(
     tag=r"[.:=]?-?#?[.:=]?",                                # between a word and its number: "Nr.", ":", "#"
     plane=r"(?:(?P<p>P)[.,]?V{0,2}[,:(]?o?V?)?",            # "coronal", "koronare Rekonstruktion,"
-    after=r"(?:[,(]?(?P<p2>P)(?![V.]?(?:[SsIJi#n])))?",      # "image 33 coronal"
+    after=r"(?:[,(]?(?P<p2>P)(?![V.]?(?:[SsIJiy#n])))?",      # "image 33 coronal"
     ser=r"[Ss]{1,2}{tag}(?P<s>n)",
     sep=r"[,;:/.\-()&|oO=iV]{0,4}?",
     end=r"(?![U*])(?![/:]n)",                               # no unit, no start of a pair
     close=r"(?=[,;.:)(&\-rF|¶/+]|$)",                       # what may stand after "38, 41"
-    again=r"(?:[oO]?[IJi]{tag})",                            # the image word once more
-    tail=r"(?:(?:,?&{1,3}{again}?|[/+]{again}?|-{again}?|r{again}?|,{again}|;{again}|,)n{end})",
-    more=r"(?:(?:(?:,?&{1,3}|[/+,;]|-|r){again}|[/\-r]|o?O)n{end}|(?:,?&{1,3}|[,+])n{end}{close})",
-    one=r"[Ii]{1,2}{tag}(?P<i>n(?![U*x]){more}{0,40}F?)",
+    again=r"(?:[oO]?[IJiy]{tag})",                            # the image word once more
+    tail=r"(?:(?:,?(?:&\.?){1,3}{again}?|[/+]{again}?|-{again}?|r{again}?|,{again}|;{again}|,)n{end})",
+    more=r"(?:(?:(?:,?(?:&\.?){1,3}|[/+,;]|-|r){again}|[/\-r]|o?O)n{end}|(?:,?(?:&\.?){1,3}|[,+])n{end}{close})",
+    one=r"[Iiy]{1,2}{tag}(?P<i>n(?![U*x]){more}{0,40}F?)",
     many=r"J{tag}(?P<j>n(?![U*x]){tail}{0,40}F?)",
     img=r"(?:{one}|{many})",
     list=r"(?P<l>n(?![U*x])(?:(?:[,&]{1,2}n{end}{close})|-n{end}){0,40}F?)",
@@ -147,31 +147,32 @@ RULES = [
     Rule("series, image", "{plane}{ser}(?:{sep}{ser2})?{sep}(?:(?P<p3>P)[.,]?V?)?{img}{after}", "Cyst (series 4, image 38).", "Series 4 was repeated, 38 images."),
     Rule("series list", "[S]{tag}(?P<s>n)&(?P<s2>n){sep}J{tag}(?P<j>n)&n", "Cysts (series 3 and 5, images 40 and 62).", "Series 3 and 5 show 40 images."),
     Rule("image of series", "{plane}{img}(?:P)?[,(]?[oO]{1,3}[(]?{ser}{after}", "Cyst on image 38 of series 4.", "One image of series 4 was lost."),
-    Rule("image, series", "{plane}{img}[,;/:.\\-(|]{0,2}{ser}(?![,;:/.\\-(&o]{0,3}P?V?[IJi]{tag}n(?![,(]?o{0,2}S)){after}", "Cyst (image 38, series 4).", "Imaging in 38 series."),
-    Rule("series/image", "{plane}[Ss][.]?[/\\-&|:,]?[IJi]{tag}(?P<s>n)[/:\\-,|]{list}", "Cyst (Ser/Img 4/38).", "The series/image 4 was lost."),
-    Rule("image/series", "{plane}[IJi][.]?[/\\-&|:][Ss]{tag}(?P<l>n)[/:\\-,|](?P<s>n)", "Cyst (Img/Ser 38/4).", "Image and series are fine."),
+    Rule("image, series", "{plane}{img}[,;/:.\\-(|]{0,2}{ser}(?![,;:/.\\-(&o]{0,3}P?V?[IJiy]{tag}n(?![,(]?o{0,2}S)){after}", "Cyst (image 38, series 4).", "Imaging in 38 series."),
+    Rule("series/image", "{plane}[Ss][.]?[/\\-&|:,]?[IJiy]{tag}(?P<s>n)[/:\\-,|]{list}", "Cyst (Ser/Img 4/38).", "The series/image 4 was lost."),
+    Rule("image/series", "{plane}[IJiy][.]?[/\\-&|:][Ss]{tag}(?P<l>n)[/:\\-,|](?P<s>n)", "Cyst (Img/Ser 38/4).", "Image and series are fine."),
     Rule("dictated", "{plane}S(?P<s>[hr]),?{img}", "Cyst (serious for, image 38).", "A series for images."),
     Rule("series n/n", "{plane}S{tag}(?P<s>n)(?:[/:]|,?#)#?{list}{after}", "Cyst (series 4/38).", "Series 4: 38 images."),
-    Rule("image n:n", "{plane}[IJi]{tag}(?P<s>n):{list}{after}", "Cyst (image 4:38).", "Image 4: cyst."),
-    Rule("image", "{plane}{img}{after}", "Cyst on image 38.", "Image quality 3."),
+    Rule("image n:n", "{plane}[IJiy]{tag}(?P<s>n):{list}{after}", "Cyst (image 4:38).", "Image 4: cyst."),
+    Rule("image", "{plane}(?!y){img}{after}", "Cyst on image 38.", "Image quality 3."),
     Rule("pair range", "{plane}(?P<s>n)[/:](?P<l>n[-r])(?P<s2>n)[/:](?P<m>n){end}", "Cyst (3/70-3/75).", "Discs L3/4-L4/5."),
-    Rule("pair", "{plane}(?P<s>n)[/:\\-]{list}{after}", "Cyst (4/38).", "Disc L4/5, strength 4/5."),
+    Rule("pair", "{plane}(?P<s>n)[/:]{list}{after}", "Cyst (4/38).", "Disc L4/5, strength 4/5."),
+    Rule("pair-", "{plane}(?P<s>n)-(?P<l>n(?![U*x])(?:[,&]{1,2}n(?!-){end}{close}){0,40})", "Cyst (4-38).", "Ribs 4-38 mm (6-9)."),
 ]
 
 def _pattern(rule, named):
     text = rule.pattern
     parts = PARTS | {"ser2": PARTS["ser"].replace("?P<s>", "?:")}
-    for _ in range(4): text = re.sub(r"\{([a-z]\w*)\}", lambda m: parts[m[1]], text)
+    while "{" in re.sub(r"\{\d", "", text): text = re.sub(r"\{([a-z]\w*)\}", lambda m: parts[m[1]], text)
     return text if named else re.sub(r"\?P<\w+>", "?:", text)
 
 _READ = [re.compile(_pattern(r, True)) for r in RULES]
 _FIND = re.compile("|".join(f"(?P<r{k}>{_pattern(r, False)})" for k, r in enumerate(RULES)))
 
-# %% ../nbs/02_mining.ipynb #1fb94e78
+# %% ../nbs/02_mining.ipynb #195dcbcf
 def _set(words): return frozenset(words.split())
 
 _LEVELS = _set("l t c d th s bwk lwk hwk swk bws lws hws disc discs bandscheibe bandscheiben level levels höhe segment segments segmente segmenten seg rib ribs rippe rippen grade grad score scale stage stadium "
-    "strength power kraft kraftgrad motor pain schmerz schmerzen nrs vas gcs rankin mrs bp rr pressure blutdruck ratio verhältnis station stationen zone zonen type typ child ext phone tel telefon fax page pages p pp seite "
+    "strength power kraft kraftgrad motor units unit einheiten range bereich age ages alter hu he years values werte pain schmerz schmerzen nrs vas gcs rankin mrs bp rr pressure blutdruck ratio verhältnis station stationen zone zonen type typ child ext phone tel telefon fax page pages p pp seite "
     "seiten fig figure abb table tabelle ref refs al vol rads hinchey deauville bosniak gleason apgar nyha ecog asa birads lirads pirads since seit dated dob born geb um called time score birth bei um position tischposition "
     "accession acc mrn id titer dilution verdünnung kv rotterdam who ann arbor stat room raum zimmer bett bed grades rr hr spo2 isup pt tnm quadrant quadrants dose dosis day tag cycle zyklus lappen lobes")
 _COUNTED = _set("nodes node cores core lymphknoten lk segments discs levels patients fälle cases drains uhr h hr pm am strength pain power bilaterally months monate monaten weeks wochen drips tablets titer dilution")
@@ -210,7 +211,7 @@ def _line(t, i): # the text around token i, for a look at its company
     a, b = t.starts[i], t.ends[i]
     return t.text[max(t.text.rfind("\n", 0, a) + 1, a - 160):b + 60].split("\n")[0]
 
-# %% ../nbs/02_mining.ipynb #a83230d6
+# %% ../nbs/02_mining.ipynb #ce16872e
 def _trust_pair(t, m, a, b, sep, first, follows): # 2 surely a reference, 1 if others are written the same way, 0 not
     k, i, j = t.kinds, m.start(), m.end()
     before, after = k[i - 1:i], k[j:j + 1]
@@ -220,22 +221,25 @@ def _trust_pair(t, m, a, b, sep, first, follows): # 2 surely a reference, 1 if o
     if after == "-" and _touch(t, j) and k[j + 1:j + 2] in tuple("nwx"): return 0
     near = {_word(t, x) for x in range(max(0, i - 3), i)} if before in tuple(".:") else {_word(t, i - 1)}
     if near & _LEVELS or _word(t, i - 1).startswith(("bandscheib", "segment")) or _word(t, j) in _COUNTED: return 0
-    if a == b and b < 21 or (sep == ":" and (a == 1 or b == 1) and b in (1, 2, 3, 4, 5, 10, 20, 50, 100, 1000)): return 0
+    if a == b and b < 21 or a == 1 and b % 100 == 0 or (sep == ":" and (a == 1 or b == 1) and b in (1, 2, 3, 4, 5, 10, 20, 50)): return 0
     line = None
     if sep == "/" and a <= 12 and b <= 31 or sep == "/" and a <= 31 and b <= 12:
-        if any(_word(t, x) in _DATED for x in range(max(0, i - 4), i) if k[x] not in "();"): return 0
+        x = i - 1
+        while x >= 0 and k[x] in "(oO" and i - x < 4 and _word(t, x) not in _DATED: x -= 1
+        if _word(t, x) in _DATED: return 0
     if sep == ":" and a < 25 and b < 60 and len(digits_b) == 2 and _TIMES.search(_line(t, i)): return 0
     if sep == "/" and (b <= 6 or b in (10, 12, 15) and a <= b) and _SCALES.search(_line(t, i)[-120:]): return 0
     suffix = not _digits(t, m.start("s")).isdigit()
     if follows: return 2
     box = _bracket(t, i)
     series_like = a <= 30 or 200 <= a < 1000 or a in range(100, 140) and b < a
+    if box and i == box[0] and (b <= 12 or sep == "-") and _word(t, box[0] - 2) in _LEVELS: return 0
     if suffix: return 2 if a >= 100 or box and a <= 20 and b > 9 else 0
     if box:
         words = [_word(t, x) for x in range(*box) if k[x] == "w" and not i <= x < j]
-        alone = not [w for w in words if w not in _CARRIED]
+        alone = not [w for w in words if w not in _CARRIED and w not in _SITE]
         if _CITED.search(t.text[t.starts[box[0]]:t.ends[box[1] - 1]]): return 0
-        at_start = i == box[0] or before in tuple(",;:&oOPV/.-") or _word(t, i - 1) in _CARRIED
+        at_start = i == box[0] or before in tuple(",;:&oOPV/.-") or _word(t, i - 1) in _CARRIED or _word(t, i - 1) in _SITE
         at_end = j == box[1] or after in tuple(",;:&.oPO)F(")
         if sep == "-": return 2 if alone and at_start and at_end and (a <= 12 or a >= 200) and b >= 20 else 0
         if not series_like: return 2 if 30 < a < b and alone and at_start and at_end and sep == "/" and b - a > 5 else 0
@@ -258,8 +262,9 @@ def _trust_image(t, m, numbers, language): # the same for an image word without 
     if not first or first >= 1900: return 0
     while k[i - 1:i] in tuple("o#") and k[i - 1:i]: i -= 1
     if "k" in k[max(0, i - 2):i] or "#" in k[max(0, w - 3):w] or _word(t, w - 1) in ("anzahl", "total", "insgesamt") or _word(t, w - 2) in ("anzahl",): return 0
+    if _word(t, j) in ("total", "insgesamt", "altogether", "acquired") or k[j:j + 2] == "On" and t.values[j + 1] in (1, 2, 3, 4, 5, numbers[-1][1]): return 0
     if k[w - 1:w] == "-" and _touch(t, w) and k[w - 2:w - 1] in tuple("nx"): return 0
-    if k[j:j + 1] in tuple("*/x") and k[j:j + 1]: return 0
+    if k[j:j + 1] in tuple("*/x") and k[j:j + 1] or k[j:j + 2] == "-w" and _touch(t, j + 1): return 0
     box = _bracket(t, w)
     if k[w] == "J" and k[w + 1] == ":" and not box: return 0
     if word == "im":
@@ -267,11 +272,11 @@ def _trust_image(t, m, numbers, language): # the same for an image word without 
         if language == "de" and (not box or loose): return 0 if not (t.text[t.starts[w]] == "I" and k[w - 1:w] in tuple("o,")) else 1
         if not box and k[j:j + 1] not in tuple(".,;)¶") + ("",): return 1 if t.text[t.starts[w]:t.ends[w]] != "IM" else 0
         return 2 if box or t.text[t.starts[w]:t.ends[w]] != "IM" else 1
-    if k[w] == "i": return 1 if box or word == "sl" else 0
+    if word == "sl": return 2 if box else 1
     if word not in KIND or word in ("imagine", "aufnahme", "frame"): return 2 if box or k[w - 1:w] in tuple("oP(:") else 1
     return 2
 
-# %% ../nbs/02_mining.ipynb #03ebf251
+# %% ../nbs/02_mining.ipynb #57323a54
 @dataclass
 class Found: # a reference before it has a snippet
     series:int|None; image:int; image_end:int|None; plane:str|None; span:tuple; rule:str; sep:str=""; trust:int=2; carried:bool=False; prior:bool=False; first:int=0; last:int=0
@@ -303,7 +308,7 @@ def _interpret(t, m, k, language, follows, typed): # a match of rule k -> [Found
     if rule.name == "pair range":
         if g["s"] is None or t.values[m.start("s")] != t.values[m.start("s2")]: numbers = []
         else: numbers = [(numbers[0][0], t.values[m.start("m")])]
-    if rule.name in ("pair", "pair range"):
+    if rule.name.startswith("pair"):
         sep = t.kinds[m.start("s") + 1]
         trust = _trust_pair(t, m, series, numbers[0][0], sep, a, follows) if numbers else 0
         if trust and 30 < series < 200 and numbers[0][0] >= series and sep == "/": series, numbers = None, [(series, None)]
@@ -314,6 +319,7 @@ def _interpret(t, m, k, language, follows, typed): # a match of rule k -> [Found
             series, numbers = x, [(y, None)]
         if y is not None and joint in "/O" and y < 6 and group == "i": return []
         trust = _trust_image(t, m, numbers, language)
+    elif rule.name == "series, image" and _word(t, b) in ("total", "insgesamt", "altogether"): trust = 0
     elif rule.name == "image n:n" and not (_touch(t, a) and _touch(t, a - 1)): trust = 0
     elif rule.name == "series n/n":
         sep = t.kinds[m.start("s") + 1]
@@ -327,6 +333,43 @@ def _interpret(t, m, k, language, follows, typed): # a match of rule k -> [Found
     span = t.starts[m.start()], t.ends[m.end() - 1]
     return [Found(series, x, y, plane, span, rule.name, sep, trust, first=m.start(), last=m.end()) for x, y in numbers if x]
 
+_CELLS = re.compile(r"[^\S\n]*\|[^\S\n]*|\t+|[^\S\n]{3,}")
+_ROW = re.compile(r"[^\n]*(?:\||\t| {3})[^\n]*")
+
+def _cells(text, row): # (start, end, text) of the cells of a row
+    a, out = row.start(), []
+    for m in [*_CELLS.finditer(text, row.start(), row.end()), None]:
+        b = m.start() if m else row.end()
+        out.append((a, b, text[a:b].strip()))
+        if m: a = m.end()
+    return out
+
+def _with_tables(t, found): # references of tables whose head names series and image
+    text = t.text
+    if "|" not in text and "\t" not in text and "   " not in text: return found
+    columns, end, new = None, 0, []
+    for row in _ROW.finditer(text):
+        cells = _cells(text, row)
+        heads = ["".join(KIND.get(w, "w") for w in re.findall(r"[^\W\d_]+", c.lower())) for *_, c in cells]
+        named = {k: i for i, h in enumerate(heads) for k, forms in dict(s=("S", "S#"), i=("I", "J", "i", "I#"), both=("SI", "Si", "SJ", "si")).items() if h in forms}
+        if "i" in named or "both" in named: columns, end = named, row.end(); continue
+        if columns is None or text[end:row.start()].strip(" ") not in ("", "\n"): columns = None; continue
+        end = row.end()
+        value = {k: cells[i][2] for k, i in columns.items() if i < len(cells)}
+        both = re.fullmatch(r"(\d{1,4})[a-z]?\s*[/:-]\s*(\d{1,4})", value.get("both", ""))
+        image = both[2] if both else value.get("i", "")
+        series = both[1] if both else re.sub(r"[a-z]$", "", value.get("s", ""))
+        pages = re.fullmatch(r"(\d{1,4})(?:\s*[-–]\s*(\d{1,4}))?", image)
+        if not pages: continue
+        used = sorted(columns[k] for k in (("both",) if both else ("s", "i")) if k in columns)
+        if len(used) == 2 and used[1] - used[0] > 1: used = used[1:]
+        a, b = cells[used[0]][0], cells[used[-1]][1]
+        first = bisect_right(t.starts, a - 1)
+        last = bisect_right(t.starts, b - 1)
+        if first < last: new.append(Found(int(series) if series.isdigit() and len(series) < 5 else None, int(pages[1]), int(pages[2]) if pages[2] else None, None, (t.starts[first], t.ends[last - 1]), "table", "", 2, first=first, last=last))
+    lines = {text.count("\n", 0, f.span[0]) for f in new}
+    return sorted([f for f in found if not new or text.count("\n", 0, f.span[0]) not in lines] + new, key=lambda f: f.span)
+
 _JOINTS = set(",;/&-+|o:()P#VO")
 
 def find_references(t:Tokens, language:str)->list:
@@ -335,13 +378,15 @@ def find_references(t:Tokens, language:str)->list:
     while m := _FIND.search(t.kinds, at):
         k = int(m.lastgroup[1:])
         m = _READ[k].match(t.kinds, m.start())
-        follows = end >= 0 and m.start() - end < 4 and set(t.kinds[end:m.start()]) <= _JOINTS and found[-1].series is not None
+        follows = end >= 0 and found[-1].trust == 2 and m.start() - end < 4 and set(t.kinds[end:m.start()]) <= _JOINTS and found[-1].series is not None
         new = _interpret(t, m, k, language, follows, typed)
         if new:
             found += new
             end = m.end()
             typed |= "S" in m[0]
-        at = m.end()
+            at = m.end()
+        else: at = m.start() + 1
+    found = _with_tables(t, found)
     sure = {f.series for f in found if f.trust == 2}
     seps = {f.sep for f in found if f.trust == 2}
     return [f for f in found if f.trust == 2 or (f.sep in seps if f.sep else len(sure) > 0)]
@@ -384,8 +429,10 @@ def sentences(text:str, language:str="en")->list:
         if text[a] == "\n" and _line_ends(text, a, b) or text[a] != "\n" and (b - a > 1 or text[a] != "." or _dot_ends(text, a, b, language)): cuts.append(b)
     return cuts + [len(text)]
 
-# %% ../nbs/02_mining.ipynb #8cce3da3
-_HEADINGS = _set("findings finding impression impressions conclusion conclusions technique comparison history indication clinical information exam examination report results result assessment summary opinion chest abdomen pelvis neck head brain spine "
+# %% ../nbs/02_mining.ipynb #645b5f22
+_SECTIONS = _set("findings finding impression impressions conclusion conclusions technique comparison history indication clinical information exam examination report results result assessment summary opinion other others miscellaneous incidental "
+    "befund befunde beurteilung zusammenfassung diagnose technik vergleich klinik klinische angaben anamnese indikation fragestellung ergebnis sonstiges nebenbefunde nebenbefund und mit of the and imp dx ct cta scan")
+_HEADINGS = _SECTIONS | _set("findings finding impression impressions conclusion conclusions technique comparison history indication clinical information exam examination report results result assessment summary opinion chest abdomen pelvis neck head brain spine "
     "lung lungs airways pleura mediastinum heart cardiovascular cardiac vessels vascular aorta liver hepatobiliary gallbladder biliary bile ducts spleen pancreas adrenals adrenal glands kidneys kidney renal ureters bladder bowel gi tract stomach "
     "peritoneum mesentery retroperitoneum lymph nodes lymphatics nodes bones bone osseous musculoskeletal skeleton soft tissues tissue reproductive uterus prostate thyroid other others miscellaneous incidental wall breast breasts lines tubes and or of the "
     "befund befunde beurteilung zusammenfassung diagnose technik vergleich klinik klinische angaben anamnese indikation fragestellung ergebnis thorax becken hals kopf schädel wirbelsäule lunge lungen pleura herz gefäße leber galle gallenblase gallenwege "
@@ -396,7 +443,7 @@ _POINTERS = _set("on at in see seen best well clearly nicely most also e.g eg e 
     "gezeigt dokumentiert nachweisbar darstellbar bspw insbesondere especially particularly axial coronal sagittal koronar transversal reformats reformat view views the of to")
 _PREPOSITIONS = _set("on at in see auf im der den siehe vgl from bei and und the")
 _GENERIC = _set("this is it that these are there seen finding findings lesion lesions the best shown on as above below noted dies diese dieser dieses ist sind befund zu sehen sichtbar vgl siehe am besten auf es see also image images reference example key bild here hier referenz marked measurement "
-    "illustrated representative measured located visualized depicted well was were appreciated demonstrated abgrenzbar darstellbar deutlich gut erkennbar dargestellt for cf arrow pfeil they it's to be can")
+    "illustrated representative measured located visualized depicted well was were appreciated demonstrated abgrenzbar darstellbar deutlich gut erkennbar dargestellt for cf arrow pfeil they it's to be can both all each beide jeweils alle")
 
 def _trim(text, a, b): # bounds without white space, joints and loose brackets at the ends
     while a < b and text[a] in " \t\n,;:.–—-•*·|/&+": a += 1
@@ -431,11 +478,11 @@ def _without_heading(text, a, b): # "FINDINGS: 1. Lungs: nodule" -> "nodule"; "R
         if not m or m.end() >= b: return a, b
         a = m.end()
 
-# %% ../nbs/02_mining.ipynb #936cf5e4
+# %% ../nbs/02_mining.ipynb #45d44b17
 _CONTINUES = re.compile(r"\W*(?:likely|probabl|possibl|presumabl|suspicious|suggest|consistent|compatible|concerning|in keeping|favou?r|represent|most|may|could|new\b|stable|unchanged|increas|decreas|slightly|enlarg|previous|compared|measur|with\b|without|no\b|not\b|which|that\b|also|up to|"
     r"wahrscheinlich|vermutlich|möglich|verdächtig|suspekt|vereinbar|a\.\s?e|am ehesten|ehe?r|i\.\s?s|v\.\s?a|dd\b|neu\b|stabil|unverändert|konstant|zunehm|abnehm|progredient|regredient|größen|vormals|zuvor|ohne|mit\b|nicht|kein|jetzt|zentral|bis\b|maximal|\d)", re.I)
 _SPLIT = re.compile(r"\s*[;]\s*|\s*,\s*(?:and|und|sowie|while|whereas|but|aber|während|wohingegen)?\s+|\s+(?:and|und|sowie|while|whereas|während|wohingegen|as well as|plus|but|aber)\s+|\s*\n\s*")
-_NORMAL = re.compile(r"\b(?:normal|unremarkable|clear|patent|intact|negative|regelrecht|unauffällig\w*|frei|normalkalibrig|no|kein\w*)\b", re.I)
+_NORMAL = re.compile(r"^\W*(?:no|kein\w*|normal|unremarkable|regelrechte?\w*|unauffällige?\w*)\b|\b(?:normal|normal in size|unremarkable|clear|patent|intact|negative|regelrecht|unauffällig|frei|normalkalibrig|normal groß)\W*$", re.I)
 _HARD = re.compile(r";|,?\s(?:while|whereas|während|wohingegen)\s")
 
 def _between(text, a, b): # the text between two references -> where the second one's part begins
@@ -454,11 +501,12 @@ def _between(text, a, b): # the text between two references -> where the second 
 
 def _lead(text, a, b): # the clause in front of a sentence's first reference
     for m in _HARD.finditer(text, a, b):
-        if _count(text[m.end():b]) > 1: a = m.end()
-    for m in list(_SPLIT.finditer(text, a, b)): # "liver normal, cyst" -> "cyst"
+        if _count(text[m.end():b]) > (";" not in m[0]): a = m.end()
+    start = a
+    for m in list(_SPLIT.finditer(text, a, b)): # "liver and spleen normal, cyst" -> "cyst"
         if "but" in m[0] or "aber" in m[0]: break
-        if _NORMAL.search(text[a:m.start()]) and _count(text[m.end():b]) > 1 and not _CONTINUES.match(text[m.end():b]): a = m.end()
-        else: break
+        if _NORMAL.search(text[start:m.start()]) and _count(text[m.end():b]) > 1 and not _CONTINUES.match(text[m.end():b]): a = m.end()
+        start = m.end()
     return a, b
 
 def _trail(text, a, b, room): # how much of the text behind a sentence's last reference still speaks of it
@@ -478,8 +526,10 @@ def _trail(text, a, b, room): # how much of the text behind a sentence's last re
         keep = end
     return keep
 
-# %% ../nbs/02_mining.ipynb #980876bb
-_SITE = _set("rul rml rll lul lll lingula lingular right left bilateral bilaterally upper lower middle mid lobe lobes segment segments apical basal basilar anterior posterior lateral medial superior inferior central peripheral dorsal ventral proximal distal "
+# %% ../nbs/02_mining.ipynb #02af626b
+_SITE = _set("axilla axillae mesentery pelvis groin neck chest mediastinum hilum omentum pericardial prostate bladder thyroid breast breasts wall abdominal pelvic thoracic lumbar sacral upper paraspinal psoas muscle gluteal gastric stomach duodenal duodenum rectum rectal uterus uterine ovary ovarian cava ivc sma "
+    "carotid jugular subclavian brachiocephalic vein artery popliteal femoral tibial humeral clavicle scapula sternum skull skull orbit frontal parietal temporal occipital cerebellar pontine axilläre leiste hals becken mediastinum mesenterium wand magen blase harnblase prostata schilddrüse mamma rektum uterus ovar nierenbecken flexur "
+    "rul rml rll lul lll lingula lingular right left bilateral bilaterally upper lower middle mid lobe lobes segment segments apical basal basilar anterior posterior lateral medial superior inferior central peripheral dorsal ventral proximal distal "
     "hilar mediastinal subcarinal paratracheal prevascular aortopulmonary paraesophageal axillary supraclavicular inguinal iliac paraaortic para-aortic aortocaval retroperitoneal mesenteric portal periportal celiac obturator hepatic splenic renal adrenal pulmonary cervical "
     "kidney liver spleen pancreas pancreatic head body tail uncinate pole poles hilum dome base bases apex lung lungs gland i ii iii iv v vi vii viii iva ivb ix x interpolar aorta ascending descending arch infrarenal colon sigmoid cecum ileum jejunum rib femur ilium sacrum vertebral "
     "rechts links rechter rechte rechten rechtes linker linke linken linkes beidseits oberlappen unterlappen mittellappen oberlappens unterlappens mittellappens oberlappensegment unterlappensegment lebersegment apikal apikale apikalen basale basalen anterioren posterioren laterale lateralen "
@@ -493,7 +543,7 @@ def _class(word): # what kind of word, for comparing members of an enumeration
     w = word.lower()
     return "site" if w in _SITE or re.fullmatch(r"[ltcs]\d+|th\d+", w) else "size" if w in _SIZE or w[0].isdigit() or w == "x" else "link" if w in _LINK else "word"
 
-_JOINED = re.compile(r"\s*(?:\b(?:now|jetzt|aktuell|currently|measures|measuring|misst|with|mit|of|von|is|ist)\s*)+$", re.I)
+_JOINED = re.compile(r"(?:\s*,?\s*e\.g\.)?\s*(?:\b(?:now|jetzt|aktuell|currently|measures|measuring|misst|with|mit|of|von|is|ist)\s*)+$", re.I)
 
 def _head(text, first, member): # where in the enumeration's first member the words end that the others leave out: "Nodules in the" of "Nodules in the RUL"
     a, b = first
@@ -502,6 +552,8 @@ def _head(text, first, member): # where in the enumeration's first member the wo
     words = [(w[0].lower(), _class(w[0])) for w in _WORD.finditer(text, *member) if w[0].lower() not in ("and", "und", "sowie", "the")]
     kinds = [k for _, k in words]
     if not words or "word" in kinds or len(words) > 9 or set(kinds) == {"link"}: return a
+    others = {_class(w[0]) for w in _WORD.finditer(text, a, b)}
+    if "size" in kinds and "size" in others and "site" not in others and "site" in kinds: return a # "root 4.2 cm, arch 3.1 cm"
     lead = next(k for k in kinds if k != "link")
     found, links = False, b # has the finding been named; where the link words before this word start
     for w in _WORD.finditer(text, a, b):
@@ -513,9 +565,9 @@ def _head(text, first, member): # where in the enumeration's first member the wo
             links = b
             found |= kind == "word"
         elif links == b: links = w.start()
-    return b if found and lead == "site" else a
+    return b if found and lead in ("site", "size") else a
 
-# %% ../nbs/02_mining.ipynb #385c7e87
+# %% ../nbs/02_mining.ipynb #6d23e402
 _EXAM = r"(?:CTs?|CTA|CTPA|MRI?s?|MRA|MRCP|PET(?:[/-]?CT)?|scans?|exam(?:ination)?s?|stud(?:y|ies)|imag(?:es?|ing)|series|acquisitions?|radiographs?|films?|ultrasound|sonography|mammogra\w+|colonography|enterography|angiogra\w+|x-?rays?|untersuchung(?:en)?|aufnahmen?|MRTs?|Sono\w*|Röntgen\w*|Thorax-CT|PET|follow-up|time ?point|one|reports?)"
 _MONTH = r"(?:jan|feb|mar|mär|apr|may|mai|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-zä]*\.?"
 _DATE = rf"(?:\d{{1,2}}[./]\s?\d{{1,2}}[./](?:\s?\d{{2,4}})?|\d{{1,2}}/(?:19|20)\d\d|(?:19|20)\d\d-\d\d-\d\d|\d{{1,2}}-\d{{1,2}}-\d{{2,4}}|(?:\d{{1,2}}\.? )?{_MONTH} (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?(?:19|20)\d\d|(?:19|20)\d\d\b|{_MONTH} \d{{1,2}}\b)"
@@ -528,45 +580,43 @@ _OTHER = re.compile("|".join([
     rf"\b(?:vorherige|vorige|frühere|auswärtige|externe|alte|letzte|vorangegangene|vorangehende|ältere|damalige|initiale|präoperative|prätherapeutische|mitgebrachte)[nmrs]?\s+(?:[\w.-]+\s+){{0,2}}?\w*{_EXAM}\w*", r"\bfremd(?:aufnahme|untersuchung|-?CT|-?MRT|bild)\w*", r"\b(?:ausgangs|erst|basis)(?:untersuchung|befund|-?CT|staging)\w*",
     r"\b(?:damals|seinerzeit|ehemals|vormals|einst)\b",
     rf"\b(?:previously|formerly|earlier|before|prior|was|were|zuvor|vorher|früher|vorbestehend|war|waren|had been|originally|initially|ursprünglich|initial)\b{_SEEN}(?:\s+(?!is\b|are\b|now\b|ist\b)[\w-]+){{0,3}}?\s+\d+(?:[.,]\d+)?\s*(?:x\s*\d|mm|cm|\()", r"\b(?:previously|formerly|zuvor|vorher|früher)\s*[,:(]*\s*$",
-    rf"\b(?:compared|versus|vs\.?|gegenüber|verglichen|im Vergleich|statt)\s+(?:to|with|mit|zu)?\s*\d",
+    rf"\b(?:compared|versus|vs\.?|gegenüber|verglichen|im Vergleich|statt)\s+(?:to|with|mit|zu)?\s*\d+(?:[.,]\d+)?\s*(?:x|mm|cm)",
     rf"\b(?:on|of|from|dated|in|at|am|vom|von|im|vs\.?)\s+(?:the\s+)?{_DATE}", rf"(?<=[(,;])\s*{_DATE}\s*[:,]?\s*(?=$|\()",
     rf"\b(?:CT|MRI|MR|MRT|PET(?:[/-]?CT)?|exam|study|scan)\s+(?:on|of|from|vom|am|in|im)?\s*{_DATE}",
     r"\b(?:on|in|at|by|of|auf|in der|im|mit der|per)\s+(?:the\s+|dem\s+|der\s+|a\s+)?(?:MRI?|MRT|MRCP|PET(?:[/-]?CT)?|FDG[ -]PET(?:[/-]?CT)?|ultrasound|sonography|Sonogra\w+|Sono|mammography|scintigraphy|Szintigra\w+|x-?ray|radiographs?|Röntgen\w*|(?:chest|abdominal|thoracic|recent|diagnostic)\s+(?:MRI?|radiograph|x-?ray|PET))\b",
     r"\b(?:last|vor|letzte[ns]?)\s+(?:year|month|week|jahr|monat|woche|\d+\s+(?:jahr|monat|woche)\w*)\b", r"\b\d+\s+(?:years?|months?|weeks?)\s+(?:ago|earlier|prior)\b", r"\b(?:yesterday|gestern|vortag\w*)\b",
 ]), re.I)
-_NOW = re.compile(r"\b(?:now|currently|today|is|are|has|have|unchanged|stable|increased|decreased|new|larger|smaller|grown|measures|jetzt|aktuell\w*|heute|ist|sind|hat|unverändert\w*|stabil|konstant\w*|größenkonstant\w*|neu|zeigt|zeigen|misst|messen|progredient\w*|regredient\w*|derzeit|nun|nunmehr|shows?|current|remains?|persist\w*)\b", re.I)
+_NOW = re.compile(r"\b(?:now|currently|today|is|are|has|have|unchanged|stable|increased|decreased|new|larger|smaller|grown|measures|jetzt|aktuell\w*|heute|ist|sind|hat|unverändert\w*|stabil|konstant\w*|größenkonstant\w*|neu|zeigt|zeigen|misst|messen|progredient\w*|regredient\w*|derzeit|nun|nunmehr|shows?|current|remains?|persist\w*|correspond\w*|entspricht|entsprechen|represents?|appears?|demonstrates?)\b", re.I)
 _COMPARES = re.compile(r"\b(?:compared (?:to|with)|comparison (?:to|with)|since|than|versus|vs\.?|to|relative to|with|as|im Vergleich (?:zu[rm]?|mit)|gegenüber|seit|zu[rm]?|als|wie)\s*(?:the|a|an|der|dem|den|in)?(?:\s+(?:der|dem))?\s*$", re.I)
-_STABLE = re.compile(r"\b(?:unchanged|stable|similar|increas\w+|decreas\w+|grown|enlarg\w+|new|larger|smaller|unverändert\w*|stabil\w*|konstant\w*|größenkonstant\w*|idem|neu|progredient\w*|regredient\w*|zugenommen|abgenommen|zunehmend\w*|abnehmend\w*|größer|kleiner|gleich\w*|progress\w*|regress\w*)\b", re.I)
+_STABLE = re.compile(r"\b(?:unchanged|changed?|stable|similar|increas\w+|decreas\w+|grown|enlarg\w+|new|larger|smaller|unverändert\w*|stabil\w*|konstant\w*|größenkonstant\w*|idem|neu|progredient\w*|regredient\w*|zugenommen|abgenommen|zunehmend\w*|abnehmend\w*|größer|kleiner|gleich\w*|progress\w*|regress\w*)\b", re.I)
 _EVENT = re.compile(r"\b(?:surg\w+|resect\w+|fall|injury|trauma\w*|mvc|biops\w+|operat\w+|ablat\w+|sturz\w*|unfall\w*|op|resektion\w*|implant\w*|anlage|transplant\w*|born|admi\w+|dos\w+|therap\w+|seit|since)\b", re.I)
 _ELSEWHERE = re.compile(rf"^[\s,)\]]*(?:(?:on|of|in|from|at|der|des|vom|von|im|aus|zur|am|in der|auf|dated)\s+)*(?:the\s+|that\s+|her\s+|his\s+|dem\s+|den\s+)?(?:(?:[\w-]+\s+)?(?:prior|previous|outside|comparison|earlier|old|baseline|external|recent|last)\b(?!\s+(?:surg|resec|gran|infl))|vor(?:untersuchung|aufnahme|bild|studie|befund|-?(?:CT|MRT|PET))|VU\b|auswärtig|extern|früher|vorherig|ausgangs|fremd|(?:MRI?|MRT|PET|ultrasound)\b|(?:CT|exam|study|scan|untersuchung|aufnahme)\w*\s+(?:of|from|dated|vom|on|am)|{_DATE})", re.I)
 _GONE = re.compile(r"\b(?:no longer|resolved|not seen today|nicht mehr|verschwunden|disappeared|has (?:been )?remov)", re.I)
 
-def _is_prior(left, right, report, follows): # the text between the last reference (or the sentence's start) and this one; what comes after
+def _is_prior(left, header, follows): # does the text between the last reference (or the sentence's start) and this one speak of another examination?
     if re.match(r"\W*(?:COMPARISONS?|VERGLEICH\w*|VORAUFNAHMEN?|VORUNTERSUCHUNG(?:EN)?|PRIORS?)\b[^.]{0,12}:", left, re.I): return True
-    m = _ELSEWHERE.match(right)
-    if m and not (re.match(r"[\s,)\]]*(?:at|in|,)", right) and m[0].strip(" ,)").isdigit()): return True
     marks = list(_OTHER.finditer(left))
     if not marks: return False
     m = marks[-1]
     before, after, what = left[:m.start()], left[m.end():], m[0].lower()
     if re.search(r"\b(?:pet|mri?|mrt|ultra|sono)", what) and not re.search(r"prior|prev|outside|\d|last|recent|extern|vor", what):
         modality = re.search(r"pet|mr|ultra|sono|mammo|x-?ray|radiogr|szint|scint|r.ntg", what)
-        if modality and modality[0] in report[:100].lower() or len(after) > 40 or re.search(r"recommend|empfohlen|suggest", left, re.I): return False
-    if _NOW.search(after) and not _GONE.search(right): return False
+        if modality and modality[0] in header.lower() or len(after) > 40 or re.search(r"recommend|empfohlen|suggest", left, re.I): return False
+    if _NOW.search(after): return False
     dated = re.search(r"\d[./-]\d|(?:19|20)\d\d", what) and not re.search(r"prior|prev|outside|exam|ct|mr|pet|study|scan|vor|baseline|\bcompar", what)
     if dated and (_EVENT.search(before[-60:]) or not (re.search(r"\d\s*(?:mm|cm)|\d\s*x\s*\d", before + after) or follows or _count(after) < 3)): return False
-    if _COMPARES.search(before) or re.match(r"(?:vom|zum|zur|to|since)\b", what):
+    if _COMPARES.search(before) or re.match(r"(?:zum|zur|to|since|from)\b", what):
         if not follows and (_count(after) > 2 or _STABLE.search(left)): return bool(re.search(r"\d\s*(?:mm|cm)\W*$", after)) and not _NOW.search(after) and not _STABLE.search(after)
     return True
 
-# %% ../nbs/02_mining.ipynb #8868ef7c
+# %% ../nbs/02_mining.ipynb #cda008d5
 def _groups(t, found): # references that stand together have one snippet
     groups = []
     for f in found:
         if groups:
             g = groups[-1]
             gap = range(g[-1].last, f.first)
-            if f.span == g[-1].span or len(gap) < 8 and all(t.kinds[x] in _JOINTS or _word(t, x) in _CARRIED for x in gap): g.append(f); continue
+            if f.span == g[-1].span or len(gap) < 8 and "))" not in t.kinds[g[-1].last:f.first] and all(t.kinds[x] in _JOINTS or _word(t, x) in _CARRIED for x in gap): g.append(f); continue
         groups.append([f])
     return groups
 
@@ -591,15 +641,20 @@ def _tidy(text, ranges): # the report's words in these ranges, as one line
 
 _SHOWS = re.compile(r"\W*(?:shows?|showing|demonstrates?|demonstrating|depicts?|reveals?|for|zeigt|zeigen|stellt|dokumentiert)\s+")
 
+_LINKED = re.compile(r"(?:and|und|sowie|as well as|plus|then|then also)\s+", re.I)
+
 def _says(text, a, b): # does this stretch name anything?
     return any(w[0].lower() not in _GENERIC for w in _WORD.finditer(text, a, b)) and not _OTHER.fullmatch(text[a:b].strip(" ,:("))
 
 def _parts(text, a, b, cuts): # [head, core, trail] for every group of the sentence a..b, ranges of characters; None where the sentence has no words of its own
     starts, ends = [a] + [y for _, y in cuts], [x for x, _ in cuts] + [b]
     if not any(_says(text, x, y) for x, y in zip(starts, ends)): return None
-    direct = len(cuts) == 1 and text[cuts[0][0]] not in "([" and re.match(r"\s*[^\W\d_]", text[cuts[0][1]:b])
+    behind = [w[0].lower() for w in _WORD.finditer(text, starts[1], ends[1])]
+    direct = len(cuts) == 1 and text[cuts[0][0]] not in "([" and re.match(r"\s*[^\W\d_]", text[cuts[0][1]:b]) and not _POINTERS.issuperset(behind)
     first = _trim(text, *_without_carrier(text, *_trim(text, a, ends[0]), _PREPOSITIONS if direct else _POINTERS))
     if not _says(text, *first) and (not _count(text[first[0]:first[1]]) or _says(text, starts[1], ends[1])): return _parts_behind(text, starts[1:], ends[1:])
+    if text[:ends[0]].rstrip(" (").endswith(":") and len(cuts) == 1 and not _POINTERS.issuperset(behind): # "RUL: (4/38) nodule"
+        return [[first if any(w[0].lower() in _SITE for w in _WORD.finditer(text, *first)) else None, *_parts_behind(text, starts[1:], ends[1:])[0][1:]]]
     core = first = _lead(text, *first)
     paren = text.rfind("(", *first) if text[first[0]:first[1]].count("(") > text[first[0]:first[1]].count(")") else -1
     parts = [[None, core, None]]
@@ -607,6 +662,8 @@ def _parts(text, a, b, cuts): # [head, core, trail] for every group of the sente
         z = _between(text, x, y)
         parts[-1][2] = x, z
         new = _trim(text, *_without_carrier(text, z, y))
+        link = _LINKED.match(text, *new)
+        if link: new = link.end(), new[1]
         if not _says(text, *new): parts.append([parts[-1][0], parts[-1][1], None])
         elif paren > 0 and ")" not in text[paren:y]: parts.append([(first[0], paren), new, None])
         else: parts.append([(first[0], _head(text, first, new)), new, None])
@@ -635,15 +692,34 @@ def _snippets(t, groups, language): # (snippet, span) of each group
         last = at
         while last + 1 < len(groups) and cuts[last + 1][0] < bounds[k + 1]: last += 1
         a, b = bounds[k], max(bounds[k + 1], cuts[last][1])
-        a = min(_without_heading(text, a, cuts[at][0])[0], cuts[at][0])
-        parts = _parts(text, a, b, cuts[at:last + 1])
+        bare = min(_without_heading(text, a, cuts[at][0])[0], cuts[at][0])
+        parts = _parts(text, bare, b, cuts[at:last + 1])
         if parts is None: parts = [_neighbour(text, bounds, k, out, cuts[at][0])] * (last + 1 - at)
+        listed = _list_head(text, bounds, k) or _label(text, a, bare)
         for head, core, trail in parts:
+            if listed and not (head and head[0] < head[1]) and not any(_class(w[0]) == "word" for w in _WORD.finditer(text, *core)): head = listed
             ranges = [r for r in (head, core, trail) if r and r[0] < r[1]]
             own = [r for r in (core, trail) if r and r[0] < r[1]] or [cuts[at]]
             out.append((_tidy(text, ranges), (own[0][0], max(y for _, y in own)), ranges))
         at = last + 1
     return out
+
+def _label(text, a, b): # the last heading in front of a finding: "Lymph nodes" of "FINDINGS: Lymph nodes: left axilla 2 cm"
+    head = text[a:b].rstrip()
+    if not head.endswith(":"): return None
+    a = a + max(head.rfind(":", 0, -1), head.rfind("\n")) + 1
+    a, b = _trim(text, a, b)
+    return (a, b) if a < b and _count(text[a:b]) < 4 and not _SECTIONS.issuperset(w[0].lower() for w in _WORD.finditer(text, a, b)) else None
+
+_BULLET = re.compile(r"\s*(?:[-*•–·>]|\(?\d{1,2}[.)]\s|[a-z]\)\s)")
+
+def _list_head(text, bounds, k): # "Nodules:" above a list that sentence k is an item of
+    if not _BULLET.match(text, bounds[k]) or "\n" not in text[max(0, bounds[k] - 2):bounds[k]]: return None
+    for j in range(k - 1, max(-1, k - 30), -1):
+        a, b = _trim(text, bounds[j], bounds[j + 1])
+        if a < b and text[b:b + 1] == ":" and "\n" in text[b:bounds[j + 1]]: return (a, b) if _count(text[a:b]) <= 6 and not all(w[0].lower() in _HEADINGS for w in _WORD.finditer(text, a, b)) else None
+        if a < b and not _BULLET.match(text, bounds[j]) and "\n" in text[max(0, bounds[j] - 2):bounds[j]]: return None
+    return None
 
 def _neighbour(text, bounds, k, out, start): # the finding of a reference that has a sentence of its own: the one before, or after a colon the one behind
     behind = text[bounds[k]:bounds[k + 1]].rstrip().endswith(":")
@@ -710,7 +786,7 @@ def without_history(
     out = re.sub(r"\s+(?=[,;.])", "", " ".join(_HISTORY.sub(" ", snippet).split())).strip(" ,;")
     return out[:1].upper() + out[1:] if snippet[:1].isupper() and _count(out) else out if _count(out) else snippet
 
-# %% ../nbs/02_mining.ipynb #74eab19b
+# %% ../nbs/02_mining.ipynb #8e2f1d92
 def mine_report(
     text:str,              # a radiology report, or any text
     language:str|None=None,# "en" or "de"; told from the text if `None`
@@ -739,12 +815,14 @@ def _mark_prior(t, groups, snippets, language): # tell references to another exa
         start, stop = bounds[s], bounds[s + 1]
         follows = last is not None and last >= start
         left = text[max(start, last or 0):a]
+        if follows and ")" in left and "(" not in left[:left.index(")")]: left = left[left.index(")") + 1:]
         next_ = groups[k + 1][0].span[0] if k + 1 < len(groups) else stop
-        right = text[b:min(max(stop, b), next_, b + 80)]
-        right = re.split(r";|\)\s*[,.;]", right)[0]
-        prior = _is_prior(left, right, text, follows)
+        right = re.split(r";|\)\s*[,.;]", text[b:min(max(stop, b), next_, b + 80)])[0]
+        m = _ELSEWHERE.match(right)
+        behind = m and not (re.match(r"[\s,)\]]*(?:at|in|,)", right) and m[0].strip(" ,)").isdigit())
+        prior = bool(behind) or _is_prior(left, text[:min(start, 100)], follows)
         for f in g: f.prior = prior
-        last = b
+        last = b + m.end() if behind else b
 
 # %% ../nbs/02_mining.ipynb #732f633a
 COLUMNS = ["study", "series", "instance", "depth_mm", "plane", "localizer", "frame_of_reference", "series_uid", "description"]
