@@ -87,33 +87,32 @@ def check_geometry(
         raise InputError(f"{name} is {_x(spacing * shape, '{:.0f}')} mm large, expected at most 3000: correct the voxel size in the header")
     check_memory(shape, name)
 
-# %% ../nbs/04_preprocessing.ipynb #3652b7d7
+# %% ../nbs/04_preprocessing.ipynb #a3a5e1ec
 def _share(values, low, high): return float(np.mean((values >= low) & (values < high)))
+def _like_hu(values): return float(np.mean((values == 0) | (np.abs(values) >= 0.5) & (values > -4100) & (values < 6000)))
 
 def check_values(
     array:np.ndarray,       # `(X, Y, Z)`, supposedly HU
     name:str,               # for the message
-    stored:tuple|None=None, # `(dtype, slope, intercept)` of the file, to recognise swapped bytes
+    stored:tuple|None=None, # a plane of it as the file stores it, slope, intercept; to recognise swapped bytes
 )->None:
     "Refuse values that cannot be a CT in Hounsfield units."
-    sample = array[tuple(slice(None, None, max(1, n // 64)) for n in array.shape)]
-    plausible = _share(sample, -4100, 6000)
-    if plausible < 0.6 and stored is not None and stored[0].itemsize > 1:
-        dtype, slope, intercept = stored
-        with np.errstate(all="ignore"): swapped = ((sample - intercept) / slope).astype(dtype).byteswap() * slope + intercept
-        if _share(swapped, -4100, 6000) > 0.95:
-            raise InputError(f"{name}: {plausible:.0%} of the values are possible HU, {_share(swapped, -4100, 6000):.0%} with their bytes swapped: "
-                             "the byte order is wrong, convert the scan again")
+    if stored is not None and stored[0].itemsize > 1:
+        plane, slope, intercept = stored
+        with np.errstate(all="ignore"): as_is, swapped = (_like_hu(p * float(slope) + intercept) for p in (plane, plane.byteswap()))
+        if as_is < 0.6 and swapped > 0.95:
+            raise InputError(f"{name}: {as_is:.0%} of the values look like HU, {swapped:.0%} with their bytes swapped: the byte order is wrong, convert the scan again")
     low, high = float(array.min()), float(array.max())
     if not np.isfinite(low + high):
         raise InputError(f"{name}: {array.size - int(np.isfinite(array).sum())} of {array.size} voxels are not finite numbers, all must be: replace them by -1000 (air)")
     if low == high:
         raise InputError(f"{name}: all {array.size} voxels are {low:.4g}, a scan varies: the file is empty, convert or download it again")
-    if plausible < 0.6:
-        raise InputError(f"{name}: values from {low:.4g} to {high:.4g}, {plausible:.0%} of them possible HU (-4100 to 6000), expected nearly all: "
-                         "apply its rescale slope and intercept, load_volume(..., rescale=(slope, intercept))")
     if high - low < 100:
         raise InputError(f"{name}: values from {low:.4g} to {high:.4g} span {high - low:.3g}, HU span over 1000: give the scan in HU, not normalised")
+    sample = array[tuple(slice(None, None, max(1, n // 64)) for n in array.shape)]
+    if _share(sample, -4100, 6000) < 0.6:
+        raise InputError(f"{name}: values from {low:.4g} to {high:.4g}, {_share(sample, -4100, 6000):.0%} of them possible HU (-4100 to 6000), expected nearly all: "
+                         "apply its rescale slope and intercept, load_volume(..., rescale=(slope, intercept))")
     _check_hounsfield(sample, low, high, name)
 
 def _check_hounsfield(sample, low, high, name):
@@ -167,7 +166,7 @@ def empty_ras(
     file_order = buffer[tuple(slice(None, None, -1 if f else 1) for f in flips)]
     return buffer.transpose(order), file_order, reorient(buffer, affine)[1]
 
-# %% ../nbs/04_preprocessing.ipynb #391c28c9
+# %% ../nbs/04_preprocessing.ipynb #cde1eb0d
 @dataclass
 class Reading:
     "What a reader found in a file."
@@ -175,7 +174,7 @@ class Reading:
     affine:np.ndarray         # `(4, 4)` to RAS mm, perhaps tilted
     image_numbers:np.ndarray|None=None # `(Z,)`
     note:str=""               # for people
-    stored:tuple|None=None    # `(dtype, slope, intercept)`
+    stored:tuple|None=None    # a plane as the file stores it, slope, intercept
 
 def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
 
@@ -197,7 +196,7 @@ def check_forms(
     except ValueError: agree = False                             # the quaternion is none
     if not agree: raise InputError(f"{name}: sform and qform turn the axes differently: correct the wrong one, or set its code to 0")
 
-# %% ../nbs/04_preprocessing.ipynb #b82f210b
+# %% ../nbs/04_preprocessing.ipynb #5def0c91
 def _open(path):
     "The file at `path`, inflated if it is gzipped."
     with open(path, "rb") as f: packed = f.read(2) == b"\x1f\x8b"
@@ -229,11 +228,12 @@ def read_nifti(
                 got += len(plane)
                 if len(plane) < size: raise EOFError
                 plane = np.frombuffer(plane, dtype).reshape(shape[1], shape[0]).T
+                if k == shape[2] // 2: stored = plane, proxy.slope, proxy.inter
                 file_order[:, :, k] = plane if (proxy.slope, proxy.inter) == (1, 0) else plane * np.float64(proxy.slope) + proxy.inter
             f.read(1)                                            # the checksum is looked at when the end is reached
     except EOFError: raise InputError(f"{path.name} is cut off: {got} of {size * shape[2]} bytes are there: download it again") from None
     except Exception as e: raise InputError(f"{path.name} is damaged ({_first_line(e)}) after {got} of {size * shape[2]} bytes: download it again") from None
-    return Reading(array, ras, stored=(dtype, proxy.slope, proxy.inter))
+    return Reading(array, ras, stored=stored)
 
 # %% ../nbs/04_preprocessing.ipynb #0631ded2
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ def choose_series(
     left = sum(i.series_uid == of.series_uid for i in placed) - len(best)
     return best, note + (f", {left} images on another grid left out" if left else "")
 
-# %% ../nbs/04_preprocessing.ipynb #710ab981
+# %% ../nbs/04_preprocessing.ipynb #c251be89
 def order_slices(
     images:list, # of `DicomImage`, one stack
     name:str="", # for messages
@@ -347,7 +347,7 @@ def order_slices(
     p = np.array([along(i) for i in ordered])
     if len(p) < 2: raise InputError(f"{name}: {len(images)} images lie at {len(p)} place, a volume has at least 2: give the whole series")
     places, step = np.arange(len(p), dtype=float), (p[-1] - p[0]) / (len(p) - 1)
-    if np.abs(p - p[0] - places * step).max() > max(0.05 * step, 0.06):          # uneven, or slices are missing; positions are often rounded to 0.1 mm
+    if np.abs(p - p[0] - places * step).max() > max(0.05 * step, 0.12):          # uneven, or slices are missing; positions are often rounded to 0.1 mm
         gaps = np.diff(p)
         step, k = float(np.median(gaps)), int(gaps.argmax())
         if gaps[k] > 2.05 * step:
@@ -480,7 +480,7 @@ def read_zip(
         except Exception as e: raise InputError(f"{path.name} cannot be unpacked ({_first_line(e)}): download it again, or unpack it and give the folder") from None
         return read_dicom(Path(folder), series, workers, path.name)
 
-# %% ../nbs/04_preprocessing.ipynb #cad43f6b
+# %% ../nbs/04_preprocessing.ipynb #31c75c47
 def read_itk(
     path:Path, # `.nrrd`, `.nhdr`, `.mha` or `.mhd`
 )->Reading:
@@ -504,9 +504,9 @@ def read_itk(
     values = sitk.GetArrayViewFromImage(image)
     array, file_order, ras = empty_ras(shape, affine)
     file_order[:] = values.T
-    return Reading(array, ras, stored=(values.dtype, 1, 0))
+    return Reading(array, ras, stored=(values[len(values) // 2].copy(), 1, 0))
 
-# %% ../nbs/04_preprocessing.ipynb #d191dc65
+# %% ../nbs/04_preprocessing.ipynb #a7e26807
 def read_npz(
     path:Path, # as Rad-ChestCT publishes its scans
 )->Reading:
@@ -526,7 +526,7 @@ def read_npz(
     except Exception as e: raise InputError(f"{path.name} cannot be read ({_first_line(e)}): download it again") from None
     array, file_order, ras = empty_ras(shape, affine)
     file_order[:] = values
-    return Reading(array, ras, stored=(dtype, 1, 0))
+    return Reading(array, ras, stored=(values[len(values) // 2], 1, 0))
 
 # %% ../nbs/04_preprocessing.ipynb #d6a4eca1
 _KINDS = {(".nii", ".nii.gz", ".hdr", ".img", ".img.gz"): read_nifti, (".nrrd", ".nhdr", ".mha", ".mhd"): read_itk, (".npz",): read_npz}
@@ -704,7 +704,7 @@ def make_windows(
     mask = torch.from_numpy(mask.transpose(0, 2, 4, 1, 3, 5).reshape(-1, *spec.patches))
     return Windows(windows.view(-1, 1, *spec.window), torch.tensor(grid), affine, bins, mask, held[2], spec)
 
-# %% ../nbs/04_preprocessing.ipynb #d1f8a6aa
+# %% ../nbs/04_preprocessing.ipynb #bc932795
 def find_scans(
     paths, # files and folders
 )->list:   # files of a known kind, and folders that hold DICOM files
@@ -723,11 +723,11 @@ def check_scan(
     path:Path, # one scan
 )->dict:       # a row of the table
     "Read one scan and say what it is, or why it is refused."
-    row = dict(path=str(path), status="ok", reason="", name="", shape="", spacing_mm="", low_mm=None, high_mm=None, hu_min=None, hu_max=None)
+    row = dict(path=str(path), status="ok", reason="", name="", voxels="", spacing_mm="", low_mm=None, high_mm=None, hu_min=None, hu_max=None)
     try:
         v = load_volume(path, workers=1)
         resampled_shape(v, WindowSpec())
-        row.update(name=v.name, shape=_x(v.array.shape), spacing_mm=_x(v.spacing, "{:.4g}"), low_mm=round(float(v.depths_mm[0]), 2), high_mm=round(float(v.depths_mm[-1]), 2),
+        row.update(name=v.name, voxels=_x(v.array.shape), spacing_mm=_x(v.spacing, "{:.4g}"), low_mm=round(float(v.depths_mm[0]), 2), high_mm=round(float(v.depths_mm[-1]), 2),
                    hu_min=float(v.array.min()), hu_max=float(v.array.max()))
     except InputError as e: row.update(status="refused", reason=str(e))
     except Exception as e: row.update(status="failed", reason=f"{type(e).__name__}: {_first_line(e)}")
