@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FINDINGS', 'CT_RATE_CLASSES', 'CT_RATE_FINDINGS', 'RAD_CHESTCT_FINDINGS', 'MERLIN_FINDINGS', 'Match', 'Token',
            'Sentence', 'Cue', 'Scope', 'Finding', 'Prompts', 'prompts_for', 'fold', 'tokenize', 'sentences', 'Decision',
-           'explain_report', 'label_report', 'colour_report']
+           'explain_report', 'label_report', 'colour_report', 'Question', 'AnswerStore', 'Unreachable', 'LanguageModel',
+           'label_reports', 'rewrite_reports', 'label_table', 'label_version']
 
 # %% ../nbs/03_findings.ipynb #02b4744d
 import csv, functools, hashlib, json, os, re, unicodedata
@@ -158,8 +159,8 @@ class _Phrases:
                 level = [node[0][w] for node in level for w in ids[j] if w in node[0]] if j < len(ids) else ()
                 j += 1
 
-# %% ../nbs/03_findings.ipynb #46c3d209
-_WEAK = {"with", "or", "and", "fill", "of", "inside", "news", "place", "state", "seen", "procedure", "partly", "persist", "size", "calibre", "density", "thickness", "normal"}
+# %% ../nbs/03_findings.ipynb #766eb70b
+_WEAK = {"with", "or", "and", "fill", "of", "inside", "news", "place", "state", "seen", "procedure", "partly", "persist", "size", "calibre", "density", "thickness", "normal", "prefix"}
 
 def _grammar():
     "The tree of phrases, the home of each sign, the region of each site, and `{sign: {site: findings}}`."
@@ -488,7 +489,7 @@ def _judge(scopes, a, b, positive=1, history=False):
         if s.value is None and not history: return None, s.rule, s.cue
     return (1, "asserted", None) if positive else (0, "normal", None)
 
-# %% ../nbs/03_findings.ipynb #6f627260
+# %% ../nbs/03_findings.ipynb #ba16ba8c
 _ADJECTIVES = {"enlarged", "dilated", "thickened", "calcification", "fatty", "aneurysm", "consolidated"} # signs that may stand before their site
 _FAR = 30 # tokens between a sign and a site in one part, at most
 
@@ -500,12 +501,13 @@ def _cost(v, sign, site):
     if b - a > _FAR: return None
     other = {i for x in v.sites if a <= x.start < b for i in range(x.start, x.end)}
     cost, preposition = 0.6 * behind, False
-    for i in range(a, b):
+    listed = behind and sign.name[0] in _ADJECTIVES and all(i in other or v.words[i] == "," or v.has(i, "and", "or", "fill", "place", "prefix") for i in range(a, b))
+    for i in range(a, b):                                      # listed: enlarged hilar and mediastinal nodes, dilated intra- and extrahepatic ducts
         if v.words[i] in _MARKS or v.has(i, "and", "or"):
-            if behind: return None
-            cost += 2
+            if behind and not listed: return None
+            cost += 0.1 if listed else 2
         elif v.has(i, "of"): preposition = True; cost += 0.1
-        else: cost += 0.1 if i in other or v.has(i, "fill", "place") else 1
+        else: cost += 0.1 if i in other or v.has(i, "fill", "place", "prefix") else 1
     cost += 3 * sum(a <= s.start and s.end <= b and s.name[1] for s in v.signs)
     if behind:
         if any(a <= c.start and c.end <= b and c.kinds & {"no", "not"} for c in v.cues): return None
@@ -534,7 +536,7 @@ def _joined(v, k, step):
         k += step; group.append(v.sites[k].name)
     return group
 
-# %% ../nbs/03_findings.ipynb #8419bbfd
+# %% ../nbs/03_findings.ipynb #75d5fea3
 _CARRIED = {"lesion", "cyst", "stone", "calcification", "dilated", "enlarged", "thickened", "aneurysm", "fatty", "haemangioma", "cystic lesion", "fluid"}
 
 def _within(v, sign, site):
@@ -561,18 +563,22 @@ def _sites_of(v, sign, header, topic):
 
 def _sites_elsewhere(v, sign, header, topic, known):
     "Names of the sites of a `sign` that has none in its part."
-    (name, positive), home = sign.name, _HOME.get(sign.name[0])
+    (name, positive), home, p = sign.name, _HOME.get(sign.name[0]), v.part[sign.start]
+    if p + 1 < len(v.bounds) and v.words[v.bounds[p + 1][0] - 1] == ",":   # "calculus, left kidney": a part that only says where
+        a, b = v.bounds[p + 1]
+        if not any(a <= s < b for s in v.strong) and not any(v.has(i, "state", "normal") for i in range(a, b)) and not any(a <= s[0] < b for s in v.said):
+            if there := [x.name for x in v.sites if a <= x.start < b and x.name in known]: return there
     if positive and home and header not in known:              # a nodule is in the lung, unless the sentence is about one other organ
         others = {s.name for s in v.sites if s.name in known}
         elsewhere = name in ("nodule", "effusion") and len(others) == 1 and home not in others and v.sites[0].end <= sign.start
-        if not elsewhere or any(v.has(i, "place") for i in range(*v.bounds[v.part[sign.start]])): return [home]
+        if not elsewhere or any(v.has(i, "place") for i in range(*v.bounds[p])): return [home]
     for k in range(len(v.sites) - 1, -1, -1):
         if v.sites[k].end <= sign.start and v.sites[k].name in known: return [s for s in _joined(v, k, -1) if s in known]
     if header in known: return [header]
     if topic in known and name in _CARRIED: return [topic]
     return [home] if home and positive else []
 
-# %% ../nbs/03_findings.ipynb #60a097d0
+# %% ../nbs/03_findings.ipynb #87fc9661
 _MORE = {"exceed", "exceeds", "exceeding", "over", "above", "larger", "greater", "more", ">", "über", "ueber", "größer", "groesser", "mehr", "oberhalb"}
 _LIMITS = {"lymph node": ("Lymphadenopathy", 10.01), "abdominal aorta": ("Abdominal aortic aneurysm", 30.)} # from this many mm on
 _SAME_PLACE = {"lung", "mediastinum", "bronchi", "artery", "aorta", "chest wall", "groin", "retroperitoneum", "trachea", "liver", "peritoneum", "hilum"}
@@ -599,7 +605,7 @@ def _sizes(v):
         finding, limit = _LIMITS[x.name]
         yield finding, x.start, x.end, mm + 0.1 * any(w.lower() in _MORE for w in v.words[max(0, i - 3):i]) >= limit
 
-_EXPLAINED = {"lesion": {"cyst"}, "opacity": {"scar", "collapse", "Atelectasis", "artery", "vein"}}
+_EXPLAINED = {"lesion": {"cyst"}, "nodule": {"artery", "vein"}, "opacity": {"scar", "collapse", "Atelectasis", "artery", "vein"}}
 
 def _drop_explained(v):
     "A lesion that is likely a cyst, an opacity that is likely a scar: only the explanation counts."
@@ -608,7 +614,7 @@ def _drop_explained(v):
         behind = {m.name[0] if isinstance(m.name, tuple) else m.name for m in v.signs + v.named + v.sites if m.start >= c.end}
         v.signs = [s for s in v.signs if s.end > c.start or _EXPLAINED.get(s.name[0], set()).isdisjoint(behind)]
 
-# %% ../nbs/03_findings.ipynb #bb7fc504
+# %% ../nbs/03_findings.ipynb #f1b480ce
 def _brackets(tokens):
     "Numbers of the tokens outside of brackets, then of those inside each; a bracket of sizes only stays in its sentence."
     outside, groups, inside = [], [], None
@@ -646,7 +652,7 @@ def _read(words, question, header, topic, region):
             value, rule, cue = _judge(scopes, a, b)
             say(name, value if big else 0 if value == 1 else None, "size" if rule == "asserted" else rule, a, b, cue)
         if v.sites:
-            topic = v.sites[-1].name
+            topic = next(x.name for x in v.sites if v.part[x.start] == v.part[v.sites[-1].start])   # what the last part is about
             if header not in {x.name for x in v.sites}: header = None
     return tuple(out), header, topic, region
 
@@ -706,3 +712,318 @@ def colour_report(
         cue = f" ({text[slice(*d.cue)]})" if d.cue else ""
         out.append("\n").append({1: "+ ", 0: "- ", None: "? "}[d.value] + name, styles[d.value]).append(f"  {text[slice(*d.span)]!r}: {d.rule}{cue}", "dim")
     return out
+
+# %% ../nbs/03_findings.ipynb #d66403c2
+_WORDS = {"present": 1, "absent": 0, "not stated": None}
+_SYSTEM = ("You read radiology reports. For each finding answer 'present' if the report asserts it as present now, also where it is hedged (suspicious for, likely); "
+           "'absent' if the report denies it, calls it resolved or removed, or says only that it cannot be excluded; 'not stated' if the report does not mention it, "
+           "or only in the history, the indication or the family. Answer with the JSON object asked for and nothing else.")
+
+@dataclass(frozen=True)
+class Question:
+    "What is asked of a language model, the form of its answer, and how an answer is checked."
+    stage:str           # what it is for
+    system:str; text:str
+    schema:dict         # JSON schema of the answer
+    check:object        # function from the parsed answer to its value; raises ValueError if it cannot be believed
+
+    def key(self, model): # of the store: text, model and prompt
+        return hashlib.sha256(json.dumps([model, self.stage, self.system, self.text, self.schema], sort_keys=True).encode()).hexdigest()
+
+def _schema(properties):
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+def _label_questions(text, findings):
+    "One question for each system of organs that has one of `findings`."
+    systems = {}
+    for name in findings: systems.setdefault(_ORGANS[FINDINGS[name].organ]["system"], []).append(name)
+    for system, names in systems.items():
+        ids = {FINDINGS[n].id: n for n in names}
+        def check(answer, ids=ids):
+            if not isinstance(answer, dict) or set(answer) != set(ids) or not all(isinstance(a, str) and a in _WORDS for a in answer.values()): raise ValueError("not the form asked for")
+            return {ids[i]: _WORDS[a] for i, a in answer.items()}
+        listed = "\n".join(f"{i}: {n}" for i, n in ids.items())
+        yield Question(f"label {system}", _SYSTEM, f"Report:\n{text}\n\nFindings:\n{listed}", _schema({i: {"type": "string", "enum": list(_WORDS)} for i in ids}), check)
+
+# %% ../nbs/03_findings.ipynb #8494afee
+class AnswerStore:
+    "Answers of a language model in an SQLite file, by key; safe between threads."
+    def __init__(self, path:str|Path=":memory:"): # a file, made if it is not there
+        import sqlite3, threading
+        if str(path) != ":memory:": Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.lock = threading.Lock()
+        try:
+            self.db = sqlite3.connect(path, check_same_thread=False)
+            self.db.execute("PRAGMA journal_mode=WAL")
+            self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, stage TEXT, answer TEXT, tokens INTEGER)")
+        except sqlite3.DatabaseError as e: raise InputError(f"{path} is no store of answers ({e}): name another file") from None
+
+    def get(self, key): # `None` if unknown, else `(answer,)`, with `None` for an answer that stayed invalid
+        with self.lock: row = self.db.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        return None if row is None else (None if row[0] is None else json.loads(row[0]),)
+
+    def put(self, key, stage, answer, tokens):
+        with self.lock, self.db: self.db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, stage, None if answer is None else json.dumps(answer), tokens))
+
+    def __len__(self):
+        with self.lock: return self.db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+    def close(self): self.db.close()
+
+# %% ../nbs/03_findings.ipynb #4f1e76fe
+class Unreachable(Exception):
+    "The server gave no answer to this question, after all tries."
+
+_LATER = (408, 409, 425, 429, 500, 502, 503, 504) # states of a server that may pass
+
+class LanguageModel:
+    "A language model behind an OpenAI-compatible server."
+    def __init__(self,
+        base_url:str,              # "http://localhost:8000/v1"
+        model:str,                 # as the server calls it
+        key:str|None=None,         # sent as bearer token; the variable OPENAI_API_KEY if `None`
+        concurrency:int=16,        # questions under way at once
+        timeout:float=120,         # seconds for one answer
+        tries:int=6,               # for one question
+        wait:float=1,              # seconds before the second try, doubled for each more
+        max_tokens:int=4096,       # of an answer
+    ):
+        import httpx, threading
+        if not re.match(r"https?://", base_url): raise InputError(f"found base_url {base_url!r}, expected an address like 'http://localhost:8000/v1': give the server's with http:// and /v1")
+        self.base_url, self.model, self.concurrency, self.tries, self.wait, self.max_tokens = base_url.rstrip("/"), model, concurrency, tries, wait, max_tokens
+        key = key or os.environ.get("OPENAI_API_KEY")
+        self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}, limits=httpx.Limits(max_connections=concurrency))
+        self.tokens, self.asked, self.not_before, self.lock = 0, 0, 0., threading.Lock()
+
+    def _pause(self, response, n):
+        "Wait after the n-th try, as long as the server says or the tries suggest."
+        import random, time
+        from email.utils import parsedate_to_datetime
+        seconds = self.wait * 2 ** n * (0.5 + random.random())
+        said = response.headers.get("retry-after", "") if response is not None else ""
+        if said:
+            try: seconds = float(said)
+            except ValueError:
+                try: seconds = parsedate_to_datetime(said).timestamp() - time.time()
+                except ValueError: pass
+            with self.lock: self.not_before = max(self.not_before, time.monotonic() + min(max(seconds, 0), 600)) # for all threads
+        time.sleep(min(max(seconds, 0), 600))
+
+    def _post(self, body):
+        "The server's answer to one request, as a dictionary."
+        import httpx, time
+        for n in range(self.tries):
+            time.sleep(max(0, self.not_before - time.monotonic()))
+            response = None
+            try:
+                response = self.client.post(f"{self.base_url}/chat/completions", json=body)
+                if response.status_code == 200: return response.json()
+            except (httpx.TransportError, ValueError): pass                            # cut off, too slow, or not JSON
+            if response is not None and response.status_code != 200 and response.status_code not in _LATER:
+                raise InputError(f"{self.base_url} answered {response.status_code} to a question for the model {self.model!r}: check address, model and key")
+            if n + 1 < self.tries: self._pause(response, n)
+        raise Unreachable(f"{self.base_url} gave no answer in {self.tries} tries")
+
+# %% ../nbs/03_findings.ipynb #c59d5306
+from fastcore.basics import patch
+
+@patch
+def ask(self:LanguageModel,
+    q:Question,
+    store:AnswerStore, # where known answers are and new ones go
+):                     # the checked value, or `None` if the answers stayed invalid
+    "The answer to `q`, from the store or from the server."
+    known = store.get(q.key(self.model))
+    if known is not None: return None if known[0] is None else q.check(known[0])
+    body = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens, "messages": [{"role": "system", "content": q.system}, {"role": "user", "content": q.text}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": q.schema}}}
+    answer, value, tokens = None, None, 0
+    for seed in range(2):
+        reply = self._post({**body, "seed": seed})
+        tokens += int(((reply.get("usage") or {}) if isinstance(reply, dict) else {}).get("total_tokens") or 0)
+        try: answer = json.loads(reply["choices"][0]["message"]["content"]); value = q.check(answer); break
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError): answer = None
+    store.put(q.key(self.model), q.stage, answer, tokens)
+    with self.lock: self.tokens += tokens; self.asked += 1
+    return value
+
+@patch
+def ask_all(self:LanguageModel,
+    questions,                # an iterable of `Question`, taken as needed
+    store:AnswerStore,
+    total:int|None=None,      # how many, for the bar
+    price:float=0,            # per million tokens, for the bar
+):                            # yields a value, `None` (invalid) or `...` (unreachable) for each question, in order
+    "Answers to all `questions`, `concurrency` at a time."
+    from collections import deque
+    from concurrent.futures import ThreadPoolExecutor
+    def answers(pool):
+        running = deque()
+        for q in questions:
+            running.append(pool.submit(self.ask, q, store))
+            if len(running) >= 2 * self.concurrency: yield running.popleft()
+        while running: yield running.popleft()
+    lost = 0
+    with ThreadPoolExecutor(self.concurrency) as pool:
+        try:
+            bar = progress(answers(pool), "asking", total=total)
+            for future in bar:
+                try: value, lost = future.result(), 0
+                except Unreachable as e:
+                    value, lost = ..., lost + 1
+                    if lost == 10: raise InputError(f"{e}, ten questions in a row: see that the server runs, and start again; what was answered is stored") from None
+                bar.set_postfix_str(f"{self.tokens:,} tokens" + (f", {self.tokens * price / 1e6:.2f} spent" if price else ""))
+                yield value
+        finally: pool.shutdown(wait=True, cancel_futures=True)
+
+# %% ../nbs/03_findings.ipynb #177f2b11
+def _given(base_url, model):
+    if not base_url or not model: raise InputError(f"found base_url {base_url!r} and model {model!r}, expected both for the engine 'llm': name the server, for example base_url='http://localhost:8000/v1', and the model it serves")
+
+def label_reports(
+    texts,                      # reports
+    engine:str="rules",         # "rules" or "llm"
+    base_url:str|None=None,     # of the server, for "llm"
+    model:str|None=None,        # the model's name there
+    store:str|Path|AnswerStore=":memory:", # where answers are kept
+    findings=None,              # names; the whole catalogue if `None`
+    workers:int=1,              # processes, for "rules"
+    price:float=0,              # per million tokens, shown while asking
+    **options,                  # of `LanguageModel`
+)->list:                        # for each report {finding: 1 | 0 | None}; with "llm" unknown ones are missing
+    "What each of `texts` asserts and denies."
+    texts, findings = list(texts), list(FINDINGS if findings is None else findings)
+    if unknown := [f for f in findings if f not in FINDINGS]: raise InputError(f"no finding is called {unknown[0]!r}: use names of FINDINGS")
+    if engine == "rules":
+        if workers > 1 and len(texts) > 200:
+            from concurrent.futures import ProcessPoolExecutor
+            with ProcessPoolExecutor(workers) as pool: labels = list(pool.map(label_report, texts, chunksize=100))
+        else: labels = [label_report(t) for t in texts]
+        return [{f: l[f] for f in findings} for l in labels]
+    if engine != "llm": raise InputError(f"no engine is called {engine!r}: use 'rules' or 'llm'")
+    _given(base_url, model)
+    server, out = LanguageModel(base_url, model, **options), [{} for _ in texts]
+    kept = store if isinstance(store, AnswerStore) else AnswerStore(store)
+    groups = sum(1 for _ in _label_questions("", findings))
+    asked = (q for t in texts for q in _label_questions(t, findings))
+    for n, value in enumerate(server.ask_all(asked, kept, len(texts) * groups, price)):
+        if isinstance(value, dict): out[n // groups].update(value)
+    return out
+
+# %% ../nbs/03_findings.ipynb #8c202a75
+_STAGES = {
+    "remove comparisons": "Rewrite the radiology report so that nothing refers to earlier examinations: leave out comparisons, changes and dates of earlier scans, keep every finding as it is now. Change nothing else.",
+    "by organ": "Reorder the sentences of the radiology report by organ, head to foot, one line for each organ beginning with its name. Use the report's own words, leave nothing out and add nothing.",
+    "translate": "Translate the radiology report into English as a radiologist would write it. Keep numbers, units, sides and image references exactly.",
+    "de-identify": "Remove from the radiology report all names of persons, hospitals and places, all dates and times, addresses, telephone and identification numbers. Change nothing else."}
+_LEFT, _RIGHT, _BOTH = (re.compile(rf"(?i)(?<!\w)(?:{p})(?!\w)") for p in (r"left|links\w*|linke[rnms]?|li\.|LUL|LLL|lingula", r"right|rechts\w*|rechte[rnms]?|re\.|RUL|RML|RLL", r"bilateral\w*|both|beidseit\w*|beidseits|beide[rnms]?|bds|bihil\w*|bibas\w*"))
+_DATE = re.compile(r"(?<!\d)(?:\d{1,2}\.\s?\d{1,2}\.\s?(?:19|20)?\d\d|(?:19|20)\d\d-\d\d-\d\d|\d{1,2}/\d{1,2}/(?:19|20)?\d\d)(?!\d)")
+_SPELLED = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "ein": "1", "eine": "1", "einen": "1", "zwei": "2", "drei": "3", "vier": "4", "fünf": "5"}
+
+def _numbers(text):
+    digits = {n.replace(",", ".").lstrip("0") or "0" for n in re.findall(r"\d+(?:[.,]\d+)?", text)}
+    return digits | {_SPELLED[w] for w in re.findall(r"\w+", text.lower()) if w in _SPELLED}
+
+def _sides(text):
+    both = bool(_BOTH.search(text))
+    return {side for side, p in (("left", _LEFT), ("right", _RIGHT)) if both or p.search(text)}
+
+def _check_rewriting(stage, source, answer):
+    "The rewritten text, if it could be true."
+    text = answer.get("report") if isinstance(answer, dict) and set(answer) == {"report"} else None
+    if not isinstance(text, str) or not text.strip() or len(text) > 3 * len(source) + 200: raise ValueError("not the form asked for")
+    digits = {n.replace(",", ".").lstrip("0") or "0" for n in re.findall(r"\d+(?:[.,]\d+)?", text)}
+    if not digits <= _numbers(source): raise ValueError("a number that the report does not have")
+    if not _sides(text) <= _sides(source): raise ValueError("a side that the report does not have")
+    if stage == "de-identify" and _DATE.search(text): raise ValueError("a date")
+    if stage == "by organ" and not digits >= {n for n in _numbers(source) if re.search(rf"(?<!\d){re.escape(n)}(?!\d)", source.replace(",", "."))}: raise ValueError("a number was lost")
+    return text
+
+def rewrite_reports(
+    texts,                      # reports
+    stage:str,                  # "remove comparisons", "by organ", "translate" or "de-identify"
+    base_url:str, model:str,    # server, and the model's name there
+    store:str|Path|AnswerStore=":memory:",
+    price:float=0,
+    **options,                  # of `LanguageModel`
+)->list:                        # the rewritten reports, `None` where none could be believed
+    "Each of `texts` rewritten by a language model and checked."
+    if stage not in _STAGES: raise InputError(f"no stage is called {stage!r}: use one of {', '.join(_STAGES)}")
+    _given(base_url, model)
+    texts = list(texts)
+    kept = store if isinstance(store, AnswerStore) else AnswerStore(store)
+    ask = lambda t: Question(stage, _STAGES[stage] + " Answer with a JSON object with the key 'report' and nothing else.", t, _schema({"report": {"type": "string"}}), functools.partial(_check_rewriting, stage, t))
+    return [None if a is ... else a for a in LanguageModel(base_url, model, **options).ask_all(map(ask, texts), kept, len(texts), price)]
+
+# %% ../nbs/03_findings.ipynb #47f8ea63
+_TEXT_COLUMNS = (("findings_en", "impressions_en"), ("findings", "impression"), ("findings", "impressions"), ("befund", "beurteilung"), ("report",), ("report_text",), ("text",), ("findings_en",), ("findings",), ("befund",), ("impressions",), ("impression",))
+
+def _pieces(path, rows):
+    "Data frames of at most `rows` rows of a CSV, Parquet or Excel file."
+    import pandas as pd
+    path = Path(path)
+    if not path.is_file(): raise InputError(f"found no file {path}, expected a table of reports: name a .csv, .parquet or .xlsx file")
+    kind = path.suffix.lower()
+    try:
+        if kind in (".csv", ".tsv"): yield from pd.read_csv(path, chunksize=rows, sep="\t" if kind == ".tsv" else ",", dtype=str, keep_default_na=False)
+        elif kind == ".parquet":
+            import pyarrow.parquet as pq
+            for batch in pq.ParquetFile(path).iter_batches(rows): yield batch.to_pandas()
+        elif kind == ".xlsx":
+            import itertools, openpyxl
+            lines = openpyxl.load_workbook(path, read_only=True).worksheets[0].iter_rows(values_only=True)
+            head = [str(c) for c in next(lines, ())]
+            while block := list(itertools.islice(lines, rows)): yield pd.DataFrame(block, columns=head).astype(object).fillna("").astype(str)
+        else: raise InputError(f"found a file ending in {kind or 'nothing'!r}, expected .csv, .tsv, .parquet or .xlsx: convert {path.name}")
+    except (UnicodeDecodeError, ValueError, OSError) as e:
+        if isinstance(e, InputError): raise
+        raise InputError(f"{path} cannot be read as {kind[1:]} ({type(e).__name__}): save it again as UTF-8 CSV or Parquet") from None
+
+def _text_columns(columns, wanted):
+    "The columns that hold the report."
+    if wanted:
+        if missing := [c for c in wanted if c not in columns]: raise InputError(f"found columns {', '.join(map(str, columns))}, expected {missing[0]!r}: name one that is there")
+        return list(wanted)
+    lower = {str(c).lower(): c for c in columns}
+    for names in _TEXT_COLUMNS:
+        if all(n in lower for n in names): return [lower[n] for n in names]
+    raise InputError(f"found columns {', '.join(map(str, columns))}, expected one called report, text, findings or Findings_EN: name the column that holds the reports")
+
+# %% ../nbs/03_findings.ipynb #795f61af
+def label_table(
+    path:str|Path,          # .csv, .tsv, .parquet or .xlsx, one report in each row
+    output:str|Path,        # .parquet
+    engine:str="rules",     # "rules" or "llm"
+    text_columns=None,      # names of the columns with the report; guessed if `None`
+    findings=None,          # names; the whole catalogue if `None`
+    workers:int|None=None,  # processes for the rules; as many as there are cores if `None`
+    rows:int=2000,          # of one piece
+    **llm,                  # base_url, model, store, price and options of `LanguageModel`
+)->dict:                    # reports, asserted and denied (by finding), unanswered, output
+    "Label a table of reports; Parquet with a column for each finding."
+    import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
+    findings, workers = list(findings or FINDINGS), workers or os.cpu_count() or 1
+    if llm.get("store") and engine == "llm" and not isinstance(llm["store"], AnswerStore): llm["store"] = AnswerStore(llm["store"])
+    asserted, denied, reports, unanswered, writer = dict.fromkeys(findings, 0), dict.fromkeys(findings, 0), 0, 0, None
+    with write_atomically(output) as temporary:
+        try:
+            for piece in _pieces(path, rows):
+                columns = _text_columns(list(piece.columns), text_columns)
+                texts = ["\n".join(str(t) for t in row if t is not None and t == t and str(t).strip()) for row in piece[columns].itertuples(index=False)]
+                labels = label_reports(texts, engine, findings=findings, workers=workers, **llm)
+                out = piece.drop(columns=columns).astype(str).reset_index(drop=True)
+                out = pd.concat([out, pd.DataFrame({f: pd.array([l.get(f) for l in labels], dtype="Int8") for f in findings}, index=out.index)], axis=1)
+                out["unanswered"] = [[f for f in findings if f not in l] for l in labels]
+                schema = pa.schema([(c, pa.int8() if c in asserted else pa.list_(pa.string()) if c == "unanswered" else pa.string()) for c in out.columns], metadata={"label_version": label_version(engine, llm.get("model"))})
+                writer = writer or pq.ParquetWriter(temporary, schema)
+                writer.write_table(pa.Table.from_pandas(out, schema=schema, preserve_index=False))
+                reports += len(out); unanswered += int(out["unanswered"].map(len).sum())
+                for f in findings: asserted[f] += int((out[f] == 1).sum()); denied[f] += int((out[f] == 0).sum())
+            if writer is None: raise InputError(f"found no row in {path}, expected reports: see that the file is not empty")
+        finally:
+            if writer is not None: writer.close()
+    return {"reports": reports, "asserted": asserted, "denied": denied, "unanswered": unanswered, "output": str(output)}
+
+def label_version(engine="rules", model=None)->str: # changes with the catalogue and the words, or the model
+    "What the labels were made with."
+    data = b"".join((files("ctvlm")/"data"/n).read_bytes() for n in ("findings.csv", "words.csv", "organs.csv"))
+    return f"{engine}-{model or 'v1'}-{hashlib.sha256(data).hexdigest()[:8]}"
