@@ -7,11 +7,11 @@ __all__ = ['log', 'QWEN3', 'PREFIXES', 'SUFFIXES', 'SPECTRE', 'CTVLMConfig', 'He
            'copy_slice_projection', 'take', 'rename', 'place_adapters', 'load_exactly', 'fold_depth', 'CTVLMProcessor',
            'model_card', 'fast_dtype', 'VolumeEmbedding', 'DepthAnswer', 'FindingAnswer', 'RankAnswer']
 
-# %% ../nbs/10_model.ipynb #666c3fd1
-import contextlib, logging, math
+# %% ../nbs/10_model.ipynb #3bb4b0a2
+import contextlib, logging, math, sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F, transformers
 from torch import nn, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from fastcore.basics import patch
@@ -21,11 +21,12 @@ from .core import CTVolume, InputError
 from .findings import FINDINGS, Prompts, prompts_for
 from .preprocessing import WindowSpec, Windows, load_volume, make_windows
 from .vision import Encoder, EncoderSizes, ScanEncoder, WindowEncoder, rotary_periods, window_bins
-from .text import AdapterSizes, TextEncoder, freeze_all_but_adapters, from_hub, hub_options
+from .text import AdapterSizes, TextEncoder, freeze_all_but_adapters, from_hub, local_or_hub
 from .localization import DepthCalibration, decode_depth, depth_similarity
 
-# %% ../nbs/10_model.ipynb #4da55909
+# %% ../nbs/10_model.ipynb #71be698b
 log = logging.getLogger("ctvlm")
+if not (sys.stderr and sys.stderr.isatty()): transformers.utils.logging.disable_progress_bar()
 
 # %% ../nbs/10_model.ipynb #1d72942d
 QWEN3 = dict(model_type="qwen3", vocab_size=151669, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
@@ -428,7 +429,7 @@ AutoConfig.register("ctvlm", CTVLMConfig, exist_ok=True)
 AutoModel.register(CTVLMConfig, CTVLMModel, exist_ok=True)
 AutoProcessor.register(CTVLMConfig, CTVLMProcessor, exist_ok=True)
 
-# %% ../nbs/10_model.ipynb #2fc16366
+# %% ../nbs/10_model.ipynb #db659b76
 def model_card(
     model:CTVLMModel,
 )->str: # README.md of a saved model
@@ -470,14 +471,14 @@ def from_pretrained(cls:CTVLMModel,
     *args, **options,
 ):
     "A saved model with its processor, ready to answer."
-    options = {**hub_options(folder), **options, "output_loading_info": True}
-    try: model, info = PreTrainedModel.from_pretrained.__func__(cls, folder, *args, **options)
-    except OSError as e: raise InputError(f"{folder} holds no saved ctvlm model, or the hub cannot be reached ({str(e).splitlines()[0]}): give the folder that `save_pretrained` wrote") from None
+    place = local_or_hub(folder)
+    try: model, info = PreTrainedModel.from_pretrained.__func__(cls, place, *args, **{**options, "output_loading_info": True})
+    except OSError as e: raise InputError(f"{folder} holds no saved ctvlm model ({str(e).splitlines()[0]}): give the folder that `save_pretrained` wrote") from None
     lost = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if lost: raise InputError(f"{folder} lacks or does not know {', '.join(lost[:8])}: its weights and its config.json do not belong together")
     if model.config.adapters: freeze_all_but_adapters(model.text_encoder)
-    try: model.processor = CTVLMProcessor.from_pretrained(folder, **hub_options(folder))
-    except OSError: pass                                           # saved without one
+    try: model.processor = CTVLMProcessor.from_pretrained(place)
+    except (OSError, ValueError): pass                             # saved without one
     return model.eval()
 
 # %% ../nbs/10_model.ipynb #c902cffa
