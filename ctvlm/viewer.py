@@ -7,13 +7,13 @@ __all__ = ['plot_recall', 'plot_roc', 'plot_auc', 'plot_depths', 'plot_baselines
            'plot_training', 'plot_posterior', 'localization_figure', 'draw_cases', 'pick_examples', 'write_report',
            'Planes', 'report_sentences', 'widget_classes', 'Explorer', 'explore']
 
-# %% ../nbs/14_viewer.ipynb #7f75ed5b
+# %% ../nbs/14_viewer.ipynb #709db8b9
 import base64, html, io, re
 from functools import cache
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import BLUE, GREEN, HU_WINDOWS, ORANGE, CTVolume, InputError, write_atomically
+from .core import BLUE, GREEN, HU_WINDOWS, ORANGE, CTVolume, InputError, use_theme, write_atomically
 from .evaluation import bootstrap_ci, organ_of, roc_curve
 
 # %% ../nbs/14_viewer.ipynb #550308c6
@@ -280,21 +280,22 @@ def pick_examples(
         out.append((model.localize(volume, [item.snippet])[0], volume, float(item.depth_mm)))
     return out
 
-# %% ../nbs/14_viewer.ipynb #c4f4b9aa
+# %% ../nbs/14_viewer.ipynb #e7a51970
 _STYLE = """:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d4d9de; --link: #0173b2 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --paper: #14181c; --soft: #1e242a; --line: #3a434c; --link: #6bb8e8 } }
 * { box-sizing: border-box } body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) } figure { margin: 1rem 0 } figcaption { font-size: .9rem }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px } a { color: var(--link) } .table { overflow-x: auto } .note { background: var(--soft); padding: .6rem .9rem; border-radius: 6px }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 6px } .wide { overflow-x: auto } .wide img { min-width: 38rem } a { color: var(--link) } .table { overflow-x: auto } .note { background: var(--soft); padding: .6rem .9rem; border-radius: 6px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem } th, td { padding: .25rem .7rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: normal } th { font-weight: 600 }"""
 
 def _image(fig, text, caption=""): # figure -> HTML with the PNG inside
     import matplotlib.pyplot as plt
     fig, png = getattr(fig, "figure", fig), io.BytesIO()
+    wide = ' class="wide"' if fig.get_size_inches()[0] > 7 else ""           # scrolls in its own box on a telephone
     fig.savefig(png, format="png", dpi=110, metadata={"Software": None})
     plt.close(fig)
     data = base64.b64encode(png.getvalue()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(text, quote=True)}">' + (f"<figcaption>{html.escape(caption)}</figcaption>" if caption else "") + "</figure>"
+    return f'<figure{wide}><img src="data:image/png;base64,{data}" alt="{html.escape(text, quote=True)}">' + (f"<figcaption>{html.escape(caption)}</figcaption>" if caption else "") + "</figure>"
 
 def _table(head, rows): # -> HTML; cells are text
     cells = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in row) + "</tr>"
@@ -303,7 +304,7 @@ def _table(head, rows): # -> HTML; cells are text
 def _number(x): # for people
     if x is None: return "none"
     if isinstance(x, (bool, str)): return str(x)
-    return str(x) if isinstance(x, int) else f"{x:.3f}" if abs(x) < 1 else f"{x:.1f}"
+    return str(x) if isinstance(x, int) else f"{x:.3f}" if abs(x) <= 1 else f"{x:.1f}"
 
 def _with_interval(section, key): # "12.3", "11.0 to 13.5"
     ci = section.get(f"{key}_ci95")
@@ -340,7 +341,7 @@ def _other_part(m): # any section: its numbers
     flat = lambda d, path="": [r for k, v in d.items() if k not in ("items", "protocol") and not k.endswith("_ci95") for r in (flat(v, f"{path}{k} ") if isinstance(v, dict) else [[path + k.replace("_", " "), *_with_interval(d, k)]] if isinstance(v, (int, float, str)) else [])]
     return _table(["measure", "value", "95 % interval"], flat(m))
 
-# %% ../nbs/14_viewer.ipynb #2931224f
+# %% ../nbs/14_viewer.ipynb #3b337029
 _PARTS = {"localization": ("Where: depth of a snippet", _localization_part), "retrieval": ("Which scan fits this report", _retrieval_part), "classification": ("Is the finding there: zero-shot AUC", _classification_part)}
 
 def write_report(
@@ -352,6 +353,13 @@ def write_report(
     notes=(),         # sentences to stand first
 )->None:
     "Write one self-contained HTML page: tables, curves, example scans with predicted and true depth."
+    import matplotlib.pyplot as plt
+    with plt.rc_context():
+        use_theme()
+        page = _page(metrics, history, examples, title, notes)
+    with write_atomically(path) as t: t.write_text(page, encoding="utf-8")
+
+def _page(metrics, history, examples, title, notes): # the HTML
     parts = [f'<p class="note">{html.escape(n)}</p>' for n in notes]
     for name, (heading, part) in _PARTS.items():
         if name in metrics: parts.append(f"<h2>{heading}</h2>" + part(metrics[name]))
@@ -366,10 +374,9 @@ def write_report(
     rest = {k: v for k, v in metrics.items() if k not in (*_PARTS, "format", "protocol")}
     for k in [k for k, v in rest.items() if isinstance(v, dict)]: parts.append(f"<h2>{html.escape(k.replace('_', ' ').capitalize())}</h2>" + _other_part(rest.pop(k)))
     if rest: parts.append("<h2>Further numbers</h2>" + _other_part(rest))
-    protocol = {k: v for m in (metrics, *(metrics.get(k, {}) for k in _PARTS)) for k, v in m.get("protocol", {}).items()}
-    if protocol: parts.append("<h2>Protocol</h2>" + _table(["", ""], [[k.replace("_", " "), v] for k, v in protocol.items()]))
-    page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>\n<style>\n{_STYLE}\n</style></head>\n<body><main><h1>{html.escape(title)}</h1>\n' + "\n".join(parts) + "\n</main></body></html>\n"
-    with write_atomically(path) as t: t.write_text(page, encoding="utf-8")
+    protocol = [[f"{name} {k}".strip().replace("_", " "), v] for name, m in (("", metrics), *((k, metrics.get(k, {})) for k in _PARTS)) for k, v in m.get("protocol", {}).items() if v not in ("", None)]
+    if protocol: parts.append("<h2>Protocol</h2>" + _table(["what", "how"], protocol))
+    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>\n<style>\n{_STYLE}\n</style></head>\n<body><main><h1>{html.escape(title)}</h1>\n' + "\n".join(parts) + "\n</main></body></html>\n"
 
 # %% ../nbs/14_viewer.ipynb #006b7a35
 _COLOURS = {"green": GREEN, "orange": ORANGE, "white": "#ffffff", "band": "#0b4636", "dim": "#6f7780"} # palette entries after the grays

@@ -252,6 +252,22 @@ def test_depths_are_read_where_the_posterior_is():
     assert read_depths(e, calibration)[0].interval_low_mm.notna().all() or calibration.margin_mm == np.inf
 
 
+REAL = Path(__file__).parents[2] / "shared/data/thorax_abdomen"
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared")
+def test_organ_check_on_a_real_scan():
+    from types import SimpleNamespace
+    from ctvlm.preprocessing import load_volume
+    volume, extents = load_volume(REAL / "example_ct_sm.nii.gz"), organ_extents(REAL / "example_seg.nii.gz")
+    assert {"liver", "spleen", "right kidney", "left kidney", "aorta"} <= set(extents)
+    assert all(volume.depths_mm[0] - 3 <= low < high <= volume.depths_mm[-1] + 3 for low, high in extents.values())
+    middle = lambda organ: sum(extents[organ]) / 2
+    assert middle("liver") > middle("right kidney")                              # head is up
+    knows = SimpleNamespace(localize=lambda volume, texts: [SimpleNamespace(depth_mm=middle(t)) for t in texts])
+    check = organ_check(knows, volume, extents)
+    assert (check.outside_mm == 0).all() and (check.from_middle_mm == 0).all() and check.scan_middle_from_middle_mm.max() > 20
+
+
 # ---------------------------------------------------------------- comparison
 
 def test_permutation_is_uniform_when_nothing_differs():

@@ -253,3 +253,57 @@ def test_scripts_of_the_widgets(tmp_path):
     done = subprocess.run(["node", tmp_path / "run.mjs"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [-1, -3, 7, 0.5, 0.5, False, 0, 1, "true"]  # one step at once, two more when the picture came
+
+
+# ---------------------------------------------------------------- and in a real one
+
+NOTEBOOK = """
+from types import SimpleNamespace
+import numpy as np
+from ctvlm.core import CTVolume
+from ctvlm.viewer import explore
+array = np.random.default_rng(0).integers(-200, 300, size=(128, 128, 80)).astype(np.float32)
+scan = CTVolume(array, np.diag([3., 3, 5, 1]))
+bins = np.arange(6, 400, 12.)
+class Model:
+    def localize(self, volume, texts): return [SimpleNamespace(text=t, depth_mm=300., image_number=None, interval_mm=(280., 320.), bin_depths_mm=bins, probabilities=np.ones(len(bins)) / len(bins)) for t in texts]
+explore(scan, ["Nodule in the lung."], Model())
+"""
+
+
+@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("jupyter-lab")), reason="needs Chromium and JupyterLab")
+def test_in_a_real_browser(tmp_path):
+    pytest.importorskip("anywidget")
+    playwright = pytest.importorskip("playwright.sync_api")
+    import nbformat, os, sys
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.strip())], metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
+    nbformat.write(nb, tmp_path / "view.ipynb")
+    log = open(tmp_path / "server.log", "w+")
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", "--IdentityProvider.token=t", f"--ServerApp.root_dir={tmp_path}"], stdout=log, stderr=log,
+                              env=os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data")})
+    try:
+        for _ in range(300):
+            port = re.search(r"http://127\.0\.0\.1:(\d+)/lab", (tmp_path / "server.log").read_text())
+            if port: break
+            time.sleep(0.1)
+        with playwright.sync_playwright() as p:
+            page = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"]).new_page(viewport={"width": 1400, "height": 900})
+            page.goto(f"http://127.0.0.1:{port[1]}/lab/tree/view.ipynb?token=t")
+            page.locator(".jp-Cell .cm-content").first.click(timeout=60_000)
+            page.wait_for_timeout(1500)
+            page.keyboard.press("Shift+Enter")
+            image, status = page.locator(".jp-OutputArea img"), page.locator(".widget-html-content", has_text="z =")
+            image.wait_for(timeout=60_000)
+            page.wait_for_function("() => [...document.querySelectorAll('.jp-OutputArea img')].some(i => i.naturalWidth > 500)")
+            assert "z = 200 mm" in status.inner_text()
+            image.hover()
+            page.mouse.wheel(0, 100)                                             # towards the feet
+            page.get_by_text("z = 195 mm").wait_for(timeout=5000)
+            page.get_by_role("button", name="Nodule in the lung.").click()
+            page.get_by_text("predicted 300 mm").wait_for(timeout=5000)
+            assert "z = 300 mm" in status.inner_text() and "predicted depth 300 mm" in image.get_attribute("alt")
+            page.keyboard.press("Tab")
+            page.screenshot(path=tmp_path / "viewer.png")
+    finally:
+        server.terminate()
+        server.wait(20)
