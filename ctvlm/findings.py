@@ -769,7 +769,7 @@ class AnswerStore:
         with self.lock: return self.db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
     def close(self): self.db.close()
 
-# %% ../nbs/03_findings.ipynb #4f1e76fe
+# %% ../nbs/03_findings.ipynb #0a343f49
 class Unreachable(Exception):
     "The server gave no answer to this question, after all tries."
 
@@ -818,10 +818,11 @@ class LanguageModel:
                 response = self.client.post(f"{self.base_url}/chat/completions", json=body)
                 if response.status_code == 200: return response.json()
             except (httpx.TransportError, ValueError): pass                            # cut off, too slow, or not JSON
+            if response is not None and response.status_code in (400, 413, 422): break      # this question is refused: too long, perhaps
             if response is not None and response.status_code != 200 and response.status_code not in _LATER:
                 raise InputError(f"{self.base_url} answered {response.status_code} to a question for the model {self.model!r}: check address, model and key")
             if n + 1 < self.tries: self._pause(response, n)
-        raise Unreachable(f"{self.base_url} gave no answer in {self.tries} tries")
+        raise Unreachable(f"{self.base_url} " + (f"answered {response.status_code}" if response is not None else f"gave no answer in {self.tries} tries"))
 
 # %% ../nbs/03_findings.ipynb #c59d5306
 from fastcore.basics import patch
@@ -988,7 +989,7 @@ def _text_columns(columns, wanted):
         if all(n in lower for n in names): return [lower[n] for n in names]
     raise InputError(f"found columns {', '.join(map(str, columns))}, expected one called report, text, findings or Findings_EN: name the column that holds the reports")
 
-# %% ../nbs/03_findings.ipynb #795f61af
+# %% ../nbs/03_findings.ipynb #3d0f0cfb
 def label_table(
     path:str|Path,          # .csv, .tsv, .parquet or .xlsx, one report in each row
     output:str|Path,        # .parquet
@@ -1008,6 +1009,7 @@ def label_table(
         try:
             for piece in _pieces(path, rows):
                 columns = _text_columns(list(piece.columns), text_columns)
+                if not len(piece): continue
                 texts = ["\n".join(str(t) for t in row if t is not None and t == t and str(t).strip()) for row in piece[columns].itertuples(index=False)]
                 labels = label_reports(texts, engine, findings=findings, workers=workers, **llm)
                 out = piece.drop(columns=columns).astype(str).reset_index(drop=True)
