@@ -7,12 +7,13 @@ __all__ = ['WORDS', 'NUMBERS', 'HOMOPHONES', 'KIND', 'PLANE', 'PARTS', 'RULES', 
            'Rule', 'Found', 'find_references', 'sentences', 'tell_language', 'without_history', 'mine_report',
            'Resolution', 'SeriesIndex', 'mine_study']
 
-# %% ../nbs/02_mining.ipynb #a86c5333
+# %% ../nbs/02_mining.ipynb #4f3d1429
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 import numpy as np
 from .core import InputError, write_atomically, progress
@@ -71,44 +72,57 @@ def _typo(word): # the kind of a word that is one slip away from a known one: a 
         if len(word) == len(target) and word[0] == target[0] and sum(a != b for a, b in zip(word, target)) == 1: return kind
     return "w"
 
-# %% ../nbs/02_mining.ipynb #a0ef721a
-_TOKEN = re.compile(r"([^\W\d_]+)|(\d+(?:\.\d+)+)|(\d+)|(\n[^\S\n]*\n)|([^\w\s])")
+# %% ../nbs/02_mining.ipynb #da1429a0
+_TOKEN = re.compile(r"[a-z\xdf-\xf6\xf8-\xff]+|\d+(?:\.\d+)+|\d+(?:[abcefgijklmnopqrstuvwyz](?![^\W_]))?|\n[^\S\n]*\n|[^\w\s]|[^\W\d_]+")
 _NUMBER_WORDS = re.compile(r"(?:(?:{0})(?:[ -]+(?:and )?|\b)){{1,4}}".format("|".join(sorted(NUMBERS, key=len, reverse=True))), re.I)
 _SIGN = {c: "-" for c in "-–—−‐‑"} | {"[": "(", "]": ")", "{": "(", "}": ")", "×": "*", "%": "U", "°": "U", "№": "#"}
+
+class _Kinds(dict): # kinds of tokens, remembered
+    def __missing__(self, token):
+        if token[0].isalpha(): kind = "w"
+        elif token[0].isdigit(): kind = "n" if "." not in token and len(token.rstrip("abcefgijklmnopqrstuvwyz")) < 5 and token.isascii() else "x"
+        else: kind = "¶" if token[0] == "\n" else _SIGN.get(token, token)
+        if len(self) < 100_000: self[token] = kind
+        return kind
+_kinds = _Kinds(KIND)
 
 class Tokens:
     "A report as a string of one-letter kinds, with the characters that each letter stands for."
     def __init__(self, text:str):
-        self.text, self.starts, self.ends, self.values = text, [], [], []
-        kinds, starts, ends, values = [], self.starts, self.ends, self.values
-        skip = 0
-        for m in _TOKEN.finditer(text):
-            what, (start, end) = m.lastindex, m.span()
+        low = text.lower()
+        if len(low) != len(text): low = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+        matches = list(_TOKEN.finditer(low))
+        words = [m[0] for m in matches]
+        kinds = [_kinds[w] for w in words]
+        self.text, self.values, self.words, self.starts, self.ends = text, {}, words, [m.start() for m in matches], [m.end() for m in matches]
+        if "q" in kinds: kinds = self._with_number_words(kinds)
+        i = -1
+        try: # look closer at the numbers only
+            while True:
+                i = kinds.index("n", i + 1)
+                self._number(kinds, i)
+        except ValueError: self.kinds = "".join(kinds)
+
+    def _number(self, kinds, i): # a number glued to a word is none ("L4", "4mm"); the word before may hold a slip of the keys
+        a, b, before, after = self.starts[i], self.ends[i], kinds[i - 1] if i else "", kinds[i + 1] if i + 1 < len(kinds) else ""
+        if before and self.ends[i - 1] == a and before in "wxqUhrOo&FVPkn" or a and self.text[a - 1] == "_": kinds[i] = "x"; return
+        if after and self.starts[i + 1] == b and after in "wqUhrOo&VPk": kinds[i] = "x"; return
+        if i not in self.values: self.values[i] = int(self.words[i].rstrip("abcefgijklmnopqrstuvwyz"))
+        j = i - 1 if before == "w" else i - 2 if before and before in ":.#-=" and i > 1 and kinds[i - 2] == "w" else -1
+        if j >= 0: kinds[j] = _typo(self.words[j])
+
+    def _with_number_words(self, kinds): # "series four", "image thirty-eight": the words become one number
+        out, skip = [], 0
+        for word, start, end, kind in zip(self.words, self.starts, self.ends, kinds):
             if start < skip: continue
-            value, before, touching = None, kinds[-1] if kinds else "", bool(ends) and ends[-1] == start
-            if what == 1:
-                word = m[1].lower()
-                kind = KIND.get(word, "w")
-                if touching and before == "n" and (kind not in "SIJiys" or len(word) == 1 and not text[end:end + 1].isdigit()):
-                    if kind == "F" and len(word) < 3: pass
-                    elif len(word) == 1 and word.isascii() and word not in "hdx": ends[-1] = end; continue # 601b
-                    else: kinds[-1] = "x"
-                elif kind == "q":
-                    if before in tuple("SIJsiy#:"):
-                        value, end = _spelled(text, start)
-                        kind, skip = "n", end
-                    else: kind = "w"
-            elif what == 3:
-                kind, value = "n", int(m[3]) if end - start < 5 else None
-                if value is None or (touching and before in "wxqUhrOo&FVPk") or (start and text[start - 1] == "_"): kind = "x"
-                elif before == "w" or (before in tuple(":.#-=") and len(kinds) > 1 and kinds[-2] == "w"):
-                    j = -1 if before == "w" else -2
-                    kinds[j] = _typo(text[starts[j]:ends[j]].lower())
-            elif what == 2: kind = "x"
-            elif what == 4: kind = "¶"
-            else: kind = _SIGN.get(m[5], m[5])
-            kinds.append(kind); starts.append(start); ends.append(end); values.append(value)
-        self.kinds = "".join(kinds)
+            if kind == "q":
+                kind = "w"
+                if out and (out[-1][3] in "SIJsiy#:" or len(out) > 1 and out[-1][3] in "r&" and out[-2][3] == "n"):
+                    value, end = _spelled(self.text, start)
+                    self.values[len(out)], kind, word, skip = value, "n", str(value), end
+            out.append((word, start, end, kind))
+        self.words, self.starts, self.ends, kinds = map(list, zip(*out))
+        return kinds
 
 def _spelled(text, start): # "thirty-eight" -> 38 and where it ends
     m = _NUMBER_WORDS.match(text, start)
@@ -118,7 +132,7 @@ def _spelled(text, start): # "thirty-eight" -> 38 and where it ends
         value = max(value, 1) * 100 if n == 100 else value * 100 + n if 0 < value < 10 else value + n
     return value, start + len(m[0].rstrip(" -"))
 
-# %% ../nbs/02_mining.ipynb #9b206a78
+# %% ../nbs/02_mining.ipynb #ed45adb7
 PARTS = dict(
     tag=r"[.:=]?-?#?[.:=]?",                                # between a word and its number: "Nr.", ":", "#"
     plane=r"(?:(?P<p>P)[.,]?V{0,2}[,:(]?o?V?)?",            # "coronal", "koronare Rekonstruktion,"
@@ -133,7 +147,7 @@ PARTS = dict(
     one=r"[Iiy]{1,2}{tag}(?P<i>n(?![U*x]){more}{0,40}F?)",
     many=r"J{tag}(?P<j>n(?![U*x]){tail}{0,40}F?)",
     img=r"(?:{one}|{many})",
-    list=r"(?P<l>n(?![U*x])(?:(?:[,&]{1,2}n{end}{close})|-n{end}){0,40}F?)",
+    list=r"(?P<l>n(?![U*x])(?:(?:[,&+]{1,2}n{end}{close})|-n{end}){0,40}F?)",
 )
 
 @dataclass(frozen=True)
@@ -146,7 +160,7 @@ class Rule:
 RULES = [
     Rule("series, image", "{plane}{ser}(?:{sep}{ser2})?{sep}(?:(?P<p3>P)[.,]?V?)?{img}{after}", "Cyst (series 4, image 38).", "Series 4 was repeated, 38 images."),
     Rule("series list", "[S]{tag}(?P<s>n)&(?P<s2>n){sep}J{tag}(?P<j>n)&n", "Cysts (series 3 and 5, images 40 and 62).", "Series 3 and 5 show 40 images."),
-    Rule("image of series", "{plane}{img}(?:P)?[,(]?[oO]{1,3}[(]?{ser}{after}", "Cyst on image 38 of series 4.", "One image of series 4 was lost."),
+    Rule("image of series", "{plane}{img}P?[,(.]?[oO]{1,3}[(]?{ser}{after}", "Cyst on image 38 of series 4.", "One image of series 4 was lost."),
     Rule("image, series", "{plane}{img}[,;/:.\\-(|]{0,2}{ser}(?![,;:/.\\-(&o]{0,3}P?V?[IJiy]{tag}n(?![,(]?o{0,2}S)){after}", "Cyst (image 38, series 4).", "Imaging in 38 series."),
     Rule("series/image", "{plane}[Ss][.]?[/\\-&|:,]?[IJiy]{tag}(?P<s>n)[/:\\-,|]{list}", "Cyst (Ser/Img 4/38).", "The series/image 4 was lost."),
     Rule("image/series", "{plane}[IJiy][.]?[/\\-&|:][Ss]{tag}(?P<l>n)[/:\\-,|](?P<s>n)", "Cyst (Img/Ser 38/4).", "Image and series are fine."),
@@ -166,9 +180,9 @@ def _pattern(rule, named):
     return text if named else re.sub(r"\?P<\w+>", "?:", text)
 
 _READ = [re.compile(_pattern(r, True)) for r in RULES]
-_FIND = re.compile("|".join(f"(?P<r{k}>{_pattern(r, False)})" for k, r in enumerate(RULES)))
+_FIND = re.compile("(?=[PSsIJiyn])(?:" + "|".join(f"(?P<r{k}>{_pattern(r, False)})" for k, r in enumerate(RULES)) + ")")
 
-# %% ../nbs/02_mining.ipynb #195dcbcf
+# %% ../nbs/02_mining.ipynb #bb6af2c0
 def _set(words): return frozenset(words.split())
 
 _LEVELS = _set("l t c d th s bwk lwk hwk swk bws lws hws disc discs bandscheibe bandscheiben level levels höhe segment segments segmente segmenten seg rib ribs rippe rippen grade grad score scale stage stadium "
@@ -184,8 +198,8 @@ _TIMES = re.compile(r"\b(?:called|paged|discuss\w*|notif\w*|inform\w*|communicat
 _SCALES = re.compile(r"\b(?:pain|schmerz\w*|nrs|vas|gcs|strength|kraft\w*|apgar|score|scale|skala|rankin|grade|grad)\b", re.I)
 _CITED = re.compile(r"\b(?:et al|radiology|radiologie|ajr|lancet|nejm|jama|chest 20|eur j|eur radiol|j |doi|pmid|vol|guideline|leitlinie|seiten?|pages?|pp?\.)|(?:19|20)\d\d\s*[;:]", re.I)
 
-def _digits(t, i): return t.text[t.starts[i]:t.ends[i]]
-def _word(t, i): return t.text[t.starts[i]:t.ends[i]].lower() if 0 <= i < len(t.kinds) else ""
+def _digits(t, i): return t.words[i]
+def _word(t, i): return t.words[i] if 0 <= i < len(t.kinds) else ""
 def _touch(t, i): return 0 < i < len(t.kinds) and t.ends[i - 1] == t.starts[i] # does token i touch the one before?
 
 def _bracket(t, i): # first and last token inside the innermost bracket around token i, or None
@@ -209,9 +223,10 @@ def _bracket(t, i): # first and last token inside the innermost bracket around t
 
 def _line(t, i): # the text around token i, for a look at its company
     a, b = t.starts[i], t.ends[i]
-    return t.text[max(t.text.rfind("\n", 0, a) + 1, a - 160):b + 60].split("\n")[0]
+    start = max(a - 160, 0)
+    return t.text[max(t.text.rfind("\n", start, a) + 1, start):b + 60].split("\n")[0]
 
-# %% ../nbs/02_mining.ipynb #ce16872e
+# %% ../nbs/02_mining.ipynb #96328d86
 def _trust_pair(t, m, a, b, sep, first, follows): # 2 surely a reference, 1 if others are written the same way, 0 not
     k, i, j = t.kinds, m.start(), m.end()
     before, after = k[i - 1:i], k[j:j + 1]
@@ -250,6 +265,7 @@ def _trust_pair(t, m, a, b, sep, first, follows): # 2 surely a reference, 1 if o
     if before in tuple("PV") and before: return 2
     carrier = before and before in "o" and (_word(t, i - 2) in _CARRIED or _word(t, i - 1) in ("see", "siehe"))
     if carrier or _word(t, i - 1) in ("vgl", "siehe", "arrow", "pfeil"): return 2 if b > 12 else 1
+    if sep == "/" and (a <= 12 or a >= 200 and a % 100 < 20) and _digits(t, first).isdigit() and 31 < b < 1000 and b not in (50, 100) and before and before in "w,-UPF" and (after in tuple(".,;)¶") or j == len(k)): return 2
     if b > 31 and before in tuple("o,w:") and after in tuple(".,;¶w)") + ("",): return 1
     return 0
 
@@ -266,7 +282,7 @@ def _trust_image(t, m, numbers, language): # the same for an image word without 
     if k[w - 1:w] == "-" and _touch(t, w) and k[w - 2:w - 1] in tuple("nx"): return 0
     if k[j:j + 1] in tuple("*/x") and k[j:j + 1] or k[j:j + 2] == "-w" and _touch(t, j + 1): return 0
     box = _bracket(t, w)
-    if k[w] == "J" and k[w + 1] == ":" and not box: return 0
+    if k[w] == "J" and (k[w + 1] == ":" or numbers[0][0] == 1 and numbers[0][1]) and not box: return 0
     if word == "im":
         loose = k[j:j + 1] == "." and k[j + 1:j + 2] == "w" and _touch(t, j)
         if language == "de" and (not box or loose): return 0 if not (t.text[t.starts[w]] == "I" and k[w - 1:w] in tuple("o,")) else 1
@@ -276,7 +292,7 @@ def _trust_image(t, m, numbers, language): # the same for an image word without 
     if word not in KIND or word in ("imagine", "aufnahme", "frame"): return 2 if box or k[w - 1:w] in tuple("oP(:") else 1
     return 2
 
-# %% ../nbs/02_mining.ipynb #57323a54
+# %% ../nbs/02_mining.ipynb #73a7762a
 @dataclass
 class Found: # a reference before it has a snippet
     series:int|None; image:int; image_end:int|None; plane:str|None; span:tuple; rule:str; sep:str=""; trust:int=2; carried:bool=False; prior:bool=False; first:int=0; last:int=0
@@ -299,7 +315,7 @@ def _interpret(t, m, k, language, follows, typed): # a match of rule k -> [Found
     group = next(x for x in "ijl" if g.get(x))
     a, b = m.span(group)
     numbers = _numbers(t, a, b, group == "i")
-    series, trust, sep = t.values[m.start("s")] if g.get("s") else None, 2, ""
+    series, trust, sep = t.values.get(m.start("s")) if g.get("s") else None, 2, ""
     planes = [_word(t, m.start(p)) for p in ("p", "p3", "p2") if g.get(p)]
     plane = PLANE[planes[0]] if planes else None
     if rule.name == "dictated": series = HOMOPHONES[_word(t, m.start("s"))]
@@ -334,12 +350,13 @@ def _interpret(t, m, k, language, follows, typed): # a match of rule k -> [Found
     return [Found(series, x, y, plane, span, rule.name, sep, trust, first=m.start(), last=m.end()) for x, y in numbers if x]
 
 _CELLS = re.compile(r"[^\S\n]*\|[^\S\n]*|\t+|[^\S\n]{3,}")
-_ROW = re.compile(r"[^\n]*(?:\||\t| {3})[^\n]*")
+_BOTH = re.compile(r"(\d{1,4})[a-z]?\s*[/:-]\s*(\d{1,4})")
+_PAGES = re.compile(r"(\d{1,4})(?:\s*[-–]\s*(\d{1,4}))?")
 
-def _cells(text, row): # (start, end, text) of the cells of a row
-    a, out = row.start(), []
-    for m in [*_CELLS.finditer(text, row.start(), row.end()), None]:
-        b = m.start() if m else row.end()
+def _cells(text, a, end): # (start, end, text) of the cells of a row
+    out = []
+    for m in [*_CELLS.finditer(text, a, end), None]:
+        b = m.start() if m else end
         out.append((a, b, text[a:b].strip()))
         if m: a = m.end()
     return out
@@ -347,29 +364,32 @@ def _cells(text, row): # (start, end, text) of the cells of a row
 def _with_tables(t, found): # references of tables whose head names series and image
     text = t.text
     if "|" not in text and "\t" not in text and "   " not in text: return found
-    columns, end, new = None, 0, []
-    for row in _ROW.finditer(text):
-        cells = _cells(text, row)
-        heads = ["".join(KIND.get(w, "w") for w in re.findall(r"[^\W\d_]+", c.lower())) for *_, c in cells]
-        named = {k: i for i, h in enumerate(heads) for k, forms in dict(s=("S", "S#"), i=("I", "J", "i", "I#"), both=("SI", "Si", "SJ", "si")).items() if h in forms}
-        if "i" in named or "both" in named: columns, end = named, row.end(); continue
-        if columns is None or text[end:row.start()].strip(" ") not in ("", "\n"): columns = None; continue
-        end = row.end()
+    columns, new, taken, b = None, [], [], -1
+    for line in text.split("\n"):
+        a, b = b + 1, b + 1 + len(line)
+        if not _CELLS.search(line): columns = None; continue
+        cells = _cells(text, a, b)
+        if columns is None or not any(c[:1].isdigit() for *_, c in cells): # the table's head?
+            heads = ["".join(KIND.get(w, "w") for w in re.findall(r"[^\W\d_]+", c.lower())[:4]) for *_, c in cells]
+            named = {k: i for i, h in enumerate(heads) for k, forms in _COLUMNS.items() if h in forms}
+            if "image" in named or "both" in named: columns = named; continue
+            if columns is None: continue
         value = {k: cells[i][2] for k, i in columns.items() if i < len(cells)}
-        both = re.fullmatch(r"(\d{1,4})[a-z]?\s*[/:-]\s*(\d{1,4})", value.get("both", ""))
-        image = both[2] if both else value.get("i", "")
-        series = both[1] if both else re.sub(r"[a-z]$", "", value.get("s", ""))
-        pages = re.fullmatch(r"(\d{1,4})(?:\s*[-–]\s*(\d{1,4}))?", image)
+        both = _BOTH.fullmatch(value.get("both", ""))
+        series, image = both.groups() if both else (value.get("series", "").rstrip("abc"), value.get("image", ""))
+        pages = _PAGES.fullmatch(image)
         if not pages: continue
-        used = sorted(columns[k] for k in (("both",) if both else ("s", "i")) if k in columns)
+        used = sorted(columns[k] for k in (("both",) if both else ("series", "image")) if k in columns)
         if len(used) == 2 and used[1] - used[0] > 1: used = used[1:]
-        a, b = cells[used[0]][0], cells[used[-1]][1]
-        first = bisect_right(t.starts, a - 1)
-        last = bisect_right(t.starts, b - 1)
-        if first < last: new.append(Found(int(series) if series.isdigit() and len(series) < 5 else None, int(pages[1]), int(pages[2]) if pages[2] else None, None, (t.starts[first], t.ends[last - 1]), "table", "", 2, first=first, last=last))
-    lines = {text.count("\n", 0, f.span[0]) for f in new}
-    return sorted([f for f in found if not new or text.count("\n", 0, f.span[0]) not in lines] + new, key=lambda f: f.span)
+        first, last = bisect_left(t.starts, cells[used[0]][0]), bisect_left(t.starts, cells[used[-1]][1])
+        if first == last: continue
+        taken.append((a, b))
+        new.append(Found(int(series) if series.isascii() and series.isdigit() and len(series) < 5 else None, int(pages[1]), int(pages[2]) if pages[2] else None, None, (t.starts[first], t.ends[last - 1]), "table", first=first, last=last))
+    rows = [a for a, _ in taken]
+    def outside(f): k = bisect_right(rows, f.span[0]) - 1; return k < 0 or f.span[0] > taken[k][1]
+    return sorted([f for f in found if outside(f)] + new, key=lambda f: f.span)
 
+_COLUMNS = dict(series=("S", "S#"), image=("I", "J", "i", "I#"), both=("SI", "Si", "SJ", "sy"))
 _JOINTS = set(",;/&-+|o:()P#VO")
 
 def find_references(t:Tokens, language:str)->list:
@@ -381,7 +401,9 @@ def find_references(t:Tokens, language:str)->list:
         follows = end >= 0 and found[-1].trust == 2 and m.start() - end < 4 and set(t.kinds[end:m.start()]) <= _JOINTS and found[-1].series is not None
         new = _interpret(t, m, k, language, follows, typed)
         if new:
-            found += new
+            if len(new) == 1 and found and t.kinds[end:m.start()] == "r" and new[0].series == found[-1].series and not found[-1].image_end: # "image 44 of series 3 to image 50 of series 3"
+                found[-1] = replace(found[-1], image_end=new[0].image, span=(found[-1].span[0], new[0].span[1]), last=new[0].last)
+            else: found += new
             end = m.end()
             typed |= "S" in m[0]
             at = m.end()
@@ -391,14 +413,14 @@ def find_references(t:Tokens, language:str)->list:
     seps = {f.sep for f in found if f.trust == 2}
     return [f for f in found if f.trust == 2 or (f.sep in seps if f.sep else len(sure) > 0)]
 
-# %% ../nbs/02_mining.ipynb #53038dc4
+# %% ../nbs/02_mining.ipynb #b63f9c9f
 _SHORT = _set("z zn v va vs dr no nr se im ser img ima approx ca incl inkl re li bds ggf bzw evtl sog max min abb fig st art aa vv lig proc seg segm lt vgl cf mr mrs ms prof fr tel ext ra fa bd resp ant post lat med sup inf "
     "bilat vol ref al est pat bspw insb allg chron klin musc lk lnn bildnr schichtnr ehem rechn linksbds e.g i.e")
 _OPENERS = _set("kein keine keinen die der das es im in am sonst sonstige übrige ansonsten no the there this a an both")
-_STOP = re.compile(r"[.!?]+[\"'”)\]]*(?=\s+[\"'(\[*•–-]*[A-ZÄÖÜ\d])|\n")
+_STOP = re.compile(r"[.!?]{1,3}[\"'”)\]]{0,2}(?=\s+[\"'(\[*•–-]{0,3}[A-ZÄÖÜ\d])|\n")
 _ITEM = re.compile(r"[^\S\n]*(?:[-*•–·>#]|\(?\d{1,2}[.)](?=\s)|[A-Za-z]\)\s|[A-ZÄÖÜ][^\n:]{0,40}:)")
 _LAST = re.compile(r"[^\W\d_]+$|\d+$")
-_ORDINAL = re.compile(r"\b(?:im|am|der|den|des|dem|vom|zum|die|das|ab|bis|seit|zur|vor)\s+$", re.I)
+_ORDINAL = re.compile(r"(?:\b(?:im|am|der|den|des|dem|vom|zum|die|das|ab|bis|seit|zur|vor|und)|,)\s+$", re.I)
 
 def _line_ends(text, a, b): # does the line that ends at `a`, followed by one that starts at `b`, end a sentence?
     line, rest = text[text.rfind("\n", 0, a) + 1:a].rstrip(), text[b:b + 80].split("\n")[0].strip()
@@ -406,7 +428,8 @@ def _line_ends(text, a, b): # does the line that ends at `a`, followed by one th
     if not line or not rest or _ITEM.match(rest): return True
     if line[-1] in ".;:!?": return True
     if line[-1] == ",": return False
-    return rest[0] in "|(" and len(line) < 40 or len(line) < 60 and (rest[0].isupper() or rest[0].isdigit())
+    if rest[0] == "(": return False
+    return rest[0] == "|" or len(line) < 60 and (rest[0].isupper() or rest[0].isdigit())
 
 def _dot_ends(text, a, b, language): # does the full stop at `a`, before `b`, end a sentence?
     after = text[b:b + 12].split()[0] if text[b:b + 12].split() else ""
@@ -415,26 +438,30 @@ def _dot_ends(text, a, b, language): # does the full stop at `a`, before `b`, en
     if word.isdigit():
         if before.endswith("."): return after[:1].isupper() # the end of a date
         if not before.strip(" (") or before.rstrip(" (").endswith("\n"): return False # an item's number
-        return not (language == "de" and int(word[:4]) < 32 and _ORDINAL.search(before))
+        return after.strip(".,:").lower() in _OPENERS or not (language == "de" and int(word[:4]) < 32 and _ORDINAL.search(before))
     if after.strip(".,:").lower() in _OPENERS: return True
     if word.lower() in _SHORT: return False
     if len(word) == 1: return not (before.rstrip().endswith(".") or language == "de" and word.isupper())
     return True
+
+_LONG = {w[-4:] for w in _SHORT if len(w) > 3}
 
 def sentences(text:str, language:str="en")->list:
     "Where sentences start: sentence k runs from `[k]` to `[k + 1]`."
     cuts = [0]
     for m in _STOP.finditer(text):
         a, b = m.span()
-        if text[a] == "\n" and _line_ends(text, a, b) or text[a] != "\n" and (b - a > 1 or text[a] != "." or _dot_ends(text, a, b, language)): cuts.append(b)
+        tail = text[a - 4:a]
+        if text[a] == "." and (tail.isalpha() and tail.lower() not in _LONG or tail[3:] == ")"): cuts.append(b)
+        elif text[a] == "\n" and _line_ends(text, a, b) or text[a] != "\n" and (b - a > 1 or text[a] != "." or _dot_ends(text, a, b, language)): cuts.append(b)
     return cuts + [len(text)]
 
-# %% ../nbs/02_mining.ipynb #645b5f22
+# %% ../nbs/02_mining.ipynb #e6f8e421
 _SECTIONS = _set("findings finding impression impressions conclusion conclusions technique comparison history indication clinical information exam examination report results result assessment summary opinion other others miscellaneous incidental "
     "befund befunde beurteilung zusammenfassung diagnose technik vergleich klinik klinische angaben anamnese indikation fragestellung ergebnis sonstiges nebenbefunde nebenbefund und mit of the and imp dx ct cta scan")
 _HEADINGS = _SECTIONS | _set("findings finding impression impressions conclusion conclusions technique comparison history indication clinical information exam examination report results result assessment summary opinion chest abdomen pelvis neck head brain spine "
     "lung lungs airways pleura mediastinum heart cardiovascular cardiac vessels vascular aorta liver hepatobiliary gallbladder biliary bile ducts spleen pancreas adrenals adrenal glands kidneys kidney renal ureters bladder bowel gi tract stomach "
-    "peritoneum mesentery retroperitoneum lymph nodes lymphatics nodes bones bone osseous musculoskeletal skeleton soft tissues tissue reproductive uterus prostate thyroid other others miscellaneous incidental wall breast breasts lines tubes and or of the "
+    "peritoneum mesentery retroperitoneum lymph nodes lymphatics nodes bones bone osseous musculoskeletal skeleton soft tissues tissue reproductive uterus prostate thyroid other others miscellaneous incidental wall breast breasts lines tubes and or of the series image images "
     "befund befunde beurteilung zusammenfassung diagnose technik vergleich klinik klinische angaben anamnese indikation fragestellung ergebnis thorax becken hals kopf schädel wirbelsäule lunge lungen pleura herz gefäße leber galle gallenblase gallenwege "
     "milz pankreas nebennieren nieren niere harnblase blase darm magen peritoneum retroperitoneum lymphknoten knochen skelett weichteile schilddrüse sonstiges nebenbefunde nebenbefund und mit voruntersuchung voraufnahmen imp dx ct cta scan")
 _POINTERS = _set("on at in see seen best well clearly nicely most also e.g eg e g i.e cf shown visible visualized visualised demonstrated appreciated depicted noted identified illustrated marked annotated is are was were being as for example "
@@ -456,36 +483,42 @@ def _trim(text, a, b): # bounds without white space, joints and loose brackets a
         if text[b - 1:b] == ")": return _trim(text, a, b - 1)
     return a, b
 
+_LETTERS = re.compile(r"[^\W\d_]+")
 _WORD = re.compile(r"[^\W_]+(?:[.'’][^\W\d_])*")
 def _count(text): return len(_WORD.findall(text))
 
+_POINTING = _set("on at in see auf im siehe vgl cf best besten z zb bspw e.g eg g i.e example arrow arrows pfeil pfeile refer compare to of from here hier s")
+
 def _without_carrier(text, a, b, words=_POINTERS): # "... is best seen on" -> "..."
-    end = b
+    end, tail = b, set()
     for m in reversed(list(_WORD.finditer(text, max(a, b - 120), b))):
-        if m[0].lower() not in words or ". " in text[m.end():end]: break
-        b = m.start()
-    return a, b
+        word = m[0].lower()
+        if word not in words or ". " in text[m.end():end]: break
+        end = m.start()
+        tail.add(word)
+    return (a, end) if tail & _POINTING or not _count(text[a:end]) else (a, b)
+
+_NUMBERED = re.compile(r"[\s,;:.–—•*·|/&+-]*(?:\(?\d{1,2}[.)]\s+|[A-Za-z]\)\s+|#\d+[:.]?\s)?")
+_LABEL = re.compile(r"([A-ZÄÖÜ][\w /,&()-]{1,44}):\s")
 
 def _without_heading(text, a, b): # "FINDINGS: 1. Lungs: nodule" -> "nodule"; "RUL: nodule" stays
     while True:
-        a = _trim(text, a, b)[0]
-        m = re.compile(r"\(?\d{1,2}[.)]\s+|[A-Za-z]\)\s+|#\d+[:.]?\s").match(text, a, b)
-        if not m:
-            m = re.compile(r"([A-ZÄÖÜ][\w /,&()-]{1,44}):\s").match(text, a, b)
-            if m:
-                words = re.findall(r"[^\W\d_]+", m[1].lower())
-                if not all(w in _HEADINGS for w in words) and not (m[1].isupper() and len(m[1]) > 4 and not set(words) & {"right", "left", "rechts", "links"}): m = None
+        a = _NUMBERED.match(text, a, b).end()
+        m = _LABEL.match(text, a, b)
         if not m or m.end() >= b: return a, b
+        words = _LETTERS.findall(m[1].lower())
+        if not _HEADINGS.issuperset(words) and not (m[1].isupper() and len(m[1]) > 4 and not {"right", "left", "rechts", "links"} & set(words)): return a, b
         a = m.end()
 
-# %% ../nbs/02_mining.ipynb #45d44b17
+# %% ../nbs/02_mining.ipynb #c335679b
 _CONTINUES = re.compile(r"\W*(?:likely|probabl|possibl|presumabl|suspicious|suggest|consistent|compatible|concerning|in keeping|favou?r|represent|most|may|could|new\b|stable|unchanged|increas|decreas|slightly|enlarg|previous|compared|measur|with\b|without|no\b|not\b|which|that\b|also|up to|"
     r"wahrscheinlich|vermutlich|möglich|verdächtig|suspekt|vereinbar|a\.\s?e|am ehesten|ehe?r|i\.\s?s|v\.\s?a|dd\b|neu\b|stabil|unverändert|konstant|zunehm|abnehm|progredient|regredient|größen|vormals|zuvor|ohne|mit\b|nicht|kein|jetzt|zentral|bis\b|maximal|\d)", re.I)
-_SPLIT = re.compile(r"\s*[;]\s*|\s*,\s*(?:and|und|sowie|while|whereas|but|aber|während|wohingegen)?\s+|\s+(?:and|und|sowie|while|whereas|während|wohingegen|as well as|plus|but|aber)\s+|\s*\n\s*")
+_SPLIT = re.compile(r";\s*|,\s*(?:(?:and|und|sowie|while|whereas|but|aber|während|wohingegen)\b)?\s+|(?<=\s)(?:and|und|sowie|while|whereas|während|wohingegen|as well as|plus|but|aber)\s+|\n\s*")
 _NORMAL = re.compile(r"^\W*(?:no|kein\w*|normal|unremarkable|regelrechte?\w*|unauffällige?\w*)\b|\b(?:normal|normal in size|unremarkable|clear|patent|intact|negative|regelrecht|unauffällig|frei|normalkalibrig|normal groß)\W*$", re.I)
-_HARD = re.compile(r";|,?\s(?:while|whereas|während|wohingegen)\s")
+_HARD = re.compile(r";|,? (?:while|whereas|während|wohingegen)\s")
 
 def _between(text, a, b): # the text between two references -> where the second one's part begins
+    a = max(a, b - 600)
     cuts = [m for m in _SPLIT.finditer(text, a, b)]
     start = a
     if not cuts: return a
@@ -499,9 +532,14 @@ def _between(text, a, b): # the text between two references -> where the second 
     p = pieces[-1]
     return p if _count(text[p:b]) else pieces[0] if _count(text[pieces[0]:b]) else a
 
+_INTRO = re.compile(r"(?:as |when )?(?:compared|in comparison|since|relative to)\b[^,;]*,", re.I)
+
 def _lead(text, a, b): # the clause in front of a sentence's first reference
     for m in _HARD.finditer(text, a, b):
-        if _count(text[m.end():b]) > (";" not in m[0]): a = m.end()
+        if _count(text[m.end():b]) > (";" not in m[0]) and any(w[0].lower() not in _GENERIC for w in _WORD.finditer(text, m.end(), b)): a = m.end()
+        elif _count(text[a:m.start()]): return a, m.start()
+    m = _INTRO.match(text, a, b)
+    if m and _count(m[0]) >= _count(text[m.end():b]) > 1: a = m.end()
     start = a
     for m in list(_SPLIT.finditer(text, a, b)): # "liver and spleen normal, cyst" -> "cyst"
         if "but" in m[0] or "aber" in m[0]: break
@@ -509,7 +547,10 @@ def _lead(text, a, b): # the clause in front of a sentence's first reference
         start = m.end()
     return a, b
 
+_GOES_ON = re.compile(r"\s*(?:in|of|at|with|which|is|are|im|am|der|des|mit|ohne|ist|sind)\b")
+
 def _trail(text, a, b, room): # how much of the text behind a sentence's last reference still speaks of it
+    b = min(b, a + 600)
     m = _HARD.search(text, a, b)
     if m: b = m.start()
     if not _count(text[a:b]): return a
@@ -520,13 +561,13 @@ def _trail(text, a, b, room): # how much of the text behind a sentence's last re
         start = cuts[k - 1].end() if k else a
         if start >= end: continue
         piece = text[start:end]
-        direct = k == 0 and not re.match(r"\s*[,;]", text[a:b])
-        if direct and _count(piece) > max(room, 4) + 4 and not re.match(r"\s*(?:in|of|at|with|which|is|are|im|am|der|des|mit|ohne|ist|sind)\b", piece): break
+        direct = k == 0 and text[a:b].lstrip()[:1] not in (",", ";")
+        if direct and _count(piece) > max(room, 4) + 4 and not _GOES_ON.match(piece): break
         if not direct and not (_CONTINUES.match(piece) and _count(piece) <= max(room, 4)) or _count(text[a:end]) > max(2 * room, 12): break
         keep = end
     return keep
 
-# %% ../nbs/02_mining.ipynb #02af626b
+# %% ../nbs/02_mining.ipynb #6ec9f27f
 _SITE = _set("axilla axillae mesentery pelvis groin neck chest mediastinum hilum omentum pericardial prostate bladder thyroid breast breasts wall abdominal pelvic thoracic lumbar sacral upper paraspinal psoas muscle gluteal gastric stomach duodenal duodenum rectum rectal uterus uterine ovary ovarian cava ivc sma "
     "carotid jugular subclavian brachiocephalic vein artery popliteal femoral tibial humeral clavicle scapula sternum skull skull orbit frontal parietal temporal occipital cerebellar pontine axilläre leiste hals becken mediastinum mesenterium wand magen blase harnblase prostata schilddrüse mamma rektum uterus ovar nierenbecken flexur "
     "rul rml rll lul lll lingula lingular right left bilateral bilaterally upper lower middle mid lobe lobes segment segments apical basal basilar anterior posterior lateral medial superior inferior central peripheral dorsal ventral proximal distal "
@@ -537,13 +578,11 @@ _SITE = _set("axilla axillae mesentery pelvis groin neck chest mediastinum hilum
     "lappen lunge lingula seite flanke aszendens deszendens sigma bwk lwk hwk rippe ol ul ml")
 _SIZE = _set("mm cm largest smaller larger largest approximately about ca up to measuring measures size großer große großes groß bis zu etwa max maximal with mit maximum one another second third ein eine weiterer weitere further additional smallest kleiner größer größter")
 _LINK = _set("in the a an and at of der die das dem den des im am und on bei von within")
-_NUMERIC = re.compile(r"\d|[LTCS]\d")
+_VERTEBRA = re.compile(r"[ltcs]\d+|th\d+")
 
 def _class(word): # what kind of word, for comparing members of an enumeration
     w = word.lower()
-    return "site" if w in _SITE or re.fullmatch(r"[ltcs]\d+|th\d+", w) else "size" if w in _SIZE or w[0].isdigit() or w == "x" else "link" if w in _LINK else "word"
-
-_JOINED = re.compile(r"(?:\s*,?\s*e\.g\.)?\s*(?:\b(?:now|jetzt|aktuell|currently|measures|measuring|misst|with|mit|of|von|is|ist)\s*)+$", re.I)
+    return "site" if w in _SITE or _VERTEBRA.fullmatch(w) else "size" if w in _SIZE or w[0].isdigit() or w == "x" else "link" if w in _LINK else "word"
 
 def _head(text, first, member): # where in the enumeration's first member the words end that the others leave out: "Nodules in the" of "Nodules in the RUL"
     a, b = first
@@ -555,19 +594,15 @@ def _head(text, first, member): # where in the enumeration's first member the wo
     others = {_class(w[0]) for w in _WORD.finditer(text, a, b)}
     if "size" in kinds and "size" in others and "site" not in others and "site" in kinds: return a # "root 4.2 cm, arch 3.1 cm"
     lead = next(k for k in kinds if k != "link")
-    found, links = False, b # has the finding been named; where the link words before this word start
+    end = links = a # behind the last word that names the finding, and behind the link words that follow it
     for w in _WORD.finditer(text, a, b):
         kind = _class(w[0])
-        if kind != "link": 
-            if found and kind == lead:
-                end = links if kinds[0] == "link" or lead == "size" else w.start()
-                return a + len(_JOINED.sub("", text[a:end])) if lead == "size" else end
-            links = b
-            found |= kind == "word"
-        elif links == b: links = w.start()
-    return b if found and lead in ("site", "size") else a
+        if kind == "word" or lead == "size" and kind == "site": end = links = w.end()
+        elif kind == "link" and links == end or kind == "link" and not text[links:w.start()].strip(): links = w.end()
+    if end == a: return a
+    return end if kinds[0] == "link" or lead == "size" else links
 
-# %% ../nbs/02_mining.ipynb #6d23e402
+# %% ../nbs/02_mining.ipynb #c8ebee8c
 _EXAM = r"(?:CTs?|CTA|CTPA|MRI?s?|MRA|MRCP|PET(?:[/-]?CT)?|scans?|exam(?:ination)?s?|stud(?:y|ies)|imag(?:es?|ing)|series|acquisitions?|radiographs?|films?|ultrasound|sonography|mammogra\w+|colonography|enterography|angiogra\w+|x-?rays?|untersuchung(?:en)?|aufnahmen?|MRTs?|Sono\w*|Röntgen\w*|Thorax-CT|PET|follow-up|time ?point|one|reports?)"
 _MONTH = r"(?:jan|feb|mar|mär|apr|may|mai|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-zä]*\.?"
 _DATE = rf"(?:\d{{1,2}}[./]\s?\d{{1,2}}[./](?:\s?\d{{2,4}})?|\d{{1,2}}/(?:19|20)\d\d|(?:19|20)\d\d-\d\d-\d\d|\d{{1,2}}-\d{{1,2}}-\d{{2,4}}|(?:\d{{1,2}}\.? )?{_MONTH} (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?(?:19|20)\d\d|(?:19|20)\d\d\b|{_MONTH} \d{{1,2}}\b)"
@@ -586,6 +621,13 @@ _OTHER = re.compile("|".join([
     r"\b(?:on|in|at|by|of|auf|in der|im|mit der|per)\s+(?:the\s+|dem\s+|der\s+|a\s+)?(?:MRI?|MRT|MRCP|PET(?:[/-]?CT)?|FDG[ -]PET(?:[/-]?CT)?|ultrasound|sonography|Sonogra\w+|Sono|mammography|scintigraphy|Szintigra\w+|x-?ray|radiographs?|Röntgen\w*|(?:chest|abdominal|thoracic|recent|diagnostic)\s+(?:MRI?|radiograph|x-?ray|PET))\b",
     r"\b(?:last|vor|letzte[ns]?)\s+(?:year|month|week|jahr|monat|woche|\d+\s+(?:jahr|monat|woche)\w*)\b", r"\b\d+\s+(?:years?|months?|weeks?)\s+(?:ago|earlier|prior)\b", r"\b(?:yesterday|gestern|vortag\w*)\b",
 ]), re.I)
+_HINTS = _set("pri pre ear out old bas las ini com rem ext rec sta pla ref nad vor vu voru früh frü ausw aus alt ält dam mit fre ers sei ehe ein for bef was wer had ori ver vs geg jan feb mar mär apr may mai jun jul aug sep okt oct nov dec dez mri mrt mr pet fdg ult son mam sci szi x-r rad rön yea mon wee jah woc ago yes ges let ct- stud zuv war urs")
+_DATED_TEXT = re.compile(r"(?:19|20)\d\d|\d[./-]\d")
+_COMPARED = re.compile(r"\W{0,4}(?:COMPARISONS?|VERGLEICH\w*|VORAUFNAHMEN?|VORUNTERSUCHUNG(?:EN)?|PRIORS?)\b[^.:]{0,12}:", re.I)
+_FOLLOWS = re.compile(r"\bfollow-?up\s*$", re.I)
+_MODALITY = re.compile(r"pet|mr|ultra|sono|mammo|x-?ray|radiogr|szint|scint|r.ntg")
+_STATED = re.compile(r"prior|prev|outside|exam|ct|mr|pet|study|scan|vor|baseline|\bcompar")
+_SIZED = re.compile(r"\d\s{0,2}(?:mm|cm)|\d\s?x\s?\d")
 _NOW = re.compile(r"\b(?:now|currently|today|is|are|has|have|unchanged|stable|increased|decreased|new|larger|smaller|grown|measures|jetzt|aktuell\w*|heute|ist|sind|hat|unverändert\w*|stabil|konstant\w*|größenkonstant\w*|neu|zeigt|zeigen|misst|messen|progredient\w*|regredient\w*|derzeit|nun|nunmehr|shows?|current|remains?|persist\w*|correspond\w*|entspricht|entsprechen|represents?|appears?|demonstrates?)\b", re.I)
 _COMPARES = re.compile(r"\b(?:compared (?:to|with)|comparison (?:to|with)|since|than|versus|vs\.?|to|relative to|with|as|im Vergleich (?:zu[rm]?|mit)|gegenüber|seit|zu[rm]?|als|wie)\s*(?:the|a|an|der|dem|den|in)?(?:\s+(?:der|dem))?\s*$", re.I)
 _STABLE = re.compile(r"\b(?:unchanged|changed?|stable|similar|increas\w+|decreas\w+|grown|enlarg\w+|new|larger|smaller|unverändert\w*|stabil\w*|konstant\w*|größenkonstant\w*|idem|neu|progredient\w*|regredient\w*|zugenommen|abgenommen|zunehmend\w*|abnehmend\w*|größer|kleiner|gleich\w*|progress\w*|regress\w*)\b", re.I)
@@ -594,22 +636,25 @@ _ELSEWHERE = re.compile(rf"^[\s,)\]]*(?:(?:on|of|in|from|at|der|des|vom|von|im|a
 _GONE = re.compile(r"\b(?:no longer|resolved|not seen today|nicht mehr|verschwunden|disappeared|has (?:been )?remov)", re.I)
 
 def _is_prior(left, header, follows): # does the text between the last reference (or the sentence's start) and this one speak of another examination?
-    if re.match(r"\W*(?:COMPARISONS?|VERGLEICH\w*|VORAUFNAHMEN?|VORUNTERSUCHUNG(?:EN)?|PRIORS?)\b[^.]{0,12}:", left, re.I): return True
+    if _COMPARED.match(left): return True
+    left = left[-300:]
+    if _LETTERS.search(left[left.rfind(";") + 1:]): left = left[left.rfind(";") + 1:]
+    if _HINTS.isdisjoint([w[:3] for w in _LETTERS.findall(left.lower())]) and not _DATED_TEXT.search(left): return False
     marks = list(_OTHER.finditer(left))
     if not marks: return False
     m = marks[-1]
     before, after, what = left[:m.start()], left[m.end():], m[0].lower()
     if re.search(r"\b(?:pet|mri?|mrt|ultra|sono)", what) and not re.search(r"prior|prev|outside|\d|last|recent|extern|vor", what):
-        modality = re.search(r"pet|mr|ultra|sono|mammo|x-?ray|radiogr|szint|scint|r.ntg", what)
+        modality = _MODALITY.search(what)
         if modality and modality[0] in header.lower() or len(after) > 40 or re.search(r"recommend|empfohlen|suggest", left, re.I): return False
-    if _NOW.search(after): return False
-    dated = re.search(r"\d[./-]\d|(?:19|20)\d\d", what) and not re.search(r"prior|prev|outside|exam|ct|mr|pet|study|scan|vor|baseline|\bcompar", what)
-    if dated and (_EVENT.search(before[-60:]) or not (re.search(r"\d\s*(?:mm|cm)|\d\s*x\s*\d", before + after) or follows or _count(after) < 3)): return False
+    if _NOW.search(after) or _FOLLOWS.search(before): return False
+    dated = _DATED_TEXT.search(what) and not _STATED.search(what)
+    if dated and (_EVENT.search(before[-60:]) or not (_SIZED.search(before + after) or follows or _count(after) < 3)): return False
     if _COMPARES.search(before) or re.match(r"(?:zum|zur|to|since|from)\b", what):
         if not follows and (_count(after) > 2 or _STABLE.search(left)): return bool(re.search(r"\d\s*(?:mm|cm)\W*$", after)) and not _NOW.search(after) and not _STABLE.search(after)
     return True
 
-# %% ../nbs/02_mining.ipynb #cda008d5
+# %% ../nbs/02_mining.ipynb #8879a3cb
 def _groups(t, found): # references that stand together have one snippet
     groups = []
     for f in found:
@@ -630,30 +675,31 @@ def _cut(t, group): # the characters that go: the references, and their bracket 
 def _tidy(text, ranges): # the report's words in these ranges, as one line
     out = ""
     for a, b in ranges:
-        raw = text[max(0, a - 3):a]
         a, b = _trim(text, a, b)
         piece = " ".join(text[a:b].split())
         if not piece: continue
-        glue = "" if not out else ", " if re.search(r"[,;]\s*$", text[max(0, a - 3):a]) and not out.endswith(":") else " "
+        glue = "" if not out else ", " if text[max(0, a - 3):a].rstrip().endswith((",", ";")) and not out.endswith(":") else " "
         out += glue + piece
+    if "(" not in out and ")" not in out and "[" not in out: return out
     if out.count("(") != out.count(")"): out = re.sub(r"\(([^()]*)$", r"\1", re.sub(r"^([^()]*)\)", r"\1", out)).strip()
     return re.sub(r"\(\s*\)|\s+(?=[,;.)])", "", out)
 
 _SHOWS = re.compile(r"\W*(?:shows?|showing|demonstrates?|demonstrating|depicts?|reveals?|for|zeigt|zeigen|stellt|dokumentiert)\s+")
 
+_SHARED = re.compile(r"\s*(?:are|were|both|all|sind|waren|jeweils|beide)\b")
 _LINKED = re.compile(r"(?:and|und|sowie|as well as|plus|then|then also)\s+", re.I)
 
 def _says(text, a, b): # does this stretch name anything?
     return any(w[0].lower() not in _GENERIC for w in _WORD.finditer(text, a, b)) and not _OTHER.fullmatch(text[a:b].strip(" ,:("))
 
 def _parts(text, a, b, cuts): # [head, core, trail] for every group of the sentence a..b, ranges of characters; None where the sentence has no words of its own
-    starts, ends = [a] + [y for _, y in cuts], [x for x, _ in cuts] + [b]
+    starts, ends = [max(a, cuts[0][0] - 600)] + [y for _, y in cuts], [x for x, _ in cuts] + [b]
     if not any(_says(text, x, y) for x, y in zip(starts, ends)): return None
     behind = [w[0].lower() for w in _WORD.finditer(text, starts[1], ends[1])]
-    direct = len(cuts) == 1 and text[cuts[0][0]] not in "([" and re.match(r"\s*[^\W\d_]", text[cuts[0][1]:b]) and not _POINTERS.issuperset(behind)
-    first = _trim(text, *_without_carrier(text, *_trim(text, a, ends[0]), _PREPOSITIONS if direct else _POINTERS))
+    direct = len(cuts) == 1 and text[cuts[0][0]] not in "([" and text[starts[1]:ends[1]].lstrip()[:1].isalpha() and not _POINTERS.issuperset(behind)
+    first = _trim(text, *_without_carrier(text, *_trim(text, starts[0], ends[0]), _PREPOSITIONS if direct else _POINTERS))
     if not _says(text, *first) and (not _count(text[first[0]:first[1]]) or _says(text, starts[1], ends[1])): return _parts_behind(text, starts[1:], ends[1:])
-    if text[:ends[0]].rstrip(" (").endswith(":") and len(cuts) == 1 and not _POINTERS.issuperset(behind): # "RUL: (4/38) nodule"
+    if text[max(0, ends[0] - 4):ends[0]].rstrip(" (").endswith(":") and len(cuts) == 1 and not _POINTERS.issuperset(behind): # "RUL: (4/38) nodule"
         return [[first if any(w[0].lower() in _SITE for w in _WORD.finditer(text, *first)) else None, *_parts_behind(text, starts[1:], ends[1:])[0][1:]]]
     core = first = _lead(text, *first)
     paren = text.rfind("(", *first) if text[first[0]:first[1]].count("(") > text[first[0]:first[1]].count(")") else -1
@@ -669,7 +715,7 @@ def _parts(text, a, b, cuts): # [head, core, trail] for every group of the sente
         else: parts.append([(first[0], _head(text, first, new)), new, None])
     x, core = starts[-1], parts[-1][1]
     parts[-1][2] = x, _trail(text, x, b, _count(text[core[0]:core[1]]))
-    if re.match(r"\s*(?:are|were|both|all|sind|waren|jeweils|beide)\b", text[x:b]):
+    if _SHARED.match(text, x, b):
         for p in parts[:-1]: p[2] = parts[-1][2]
     return parts
 
@@ -684,8 +730,8 @@ def _parts_behind(text, starts, ends): # the same where the references stand in 
         parts.append([None, _trim(text, x, y), None] if _count(text[x:y]) or not parts else list(parts[-1]))
     return parts
 
-def _snippets(t, groups, language): # (snippet, span) of each group
-    text, bounds, out, at = t.text, sentences(t.text, language), [], 0
+def _snippets(t, groups, bounds): # (snippet, span) of each group
+    text, out, at = t.text, [], 0
     cuts = [_cut(t, g) for g in groups]
     while at < len(groups):
         k = bisect_right(bounds, cuts[at][0]) - 1
@@ -714,23 +760,24 @@ def _label(text, a, b): # the last heading in front of a finding: "Lymph nodes" 
 _BULLET = re.compile(r"\s*(?:[-*•–·>]|\(?\d{1,2}[.)]\s|[a-z]\)\s)")
 
 def _list_head(text, bounds, k): # "Nodules:" above a list that sentence k is an item of
-    if not _BULLET.match(text, bounds[k]) or "\n" not in text[max(0, bounds[k] - 2):bounds[k]]: return None
+    if "\n" not in text[max(0, bounds[k] - 2):bounds[k]]: return None
     for j in range(k - 1, max(-1, k - 30), -1):
         a, b = _trim(text, bounds[j], bounds[j + 1])
-        if a < b and text[b:b + 1] == ":" and "\n" in text[b:bounds[j + 1]]: return (a, b) if _count(text[a:b]) <= 6 and not all(w[0].lower() in _HEADINGS for w in _WORD.finditer(text, a, b)) else None
-        if a < b and not _BULLET.match(text, bounds[j]) and "\n" in text[max(0, bounds[j] - 2):bounds[j]]: return None
+        if a < b and text[b:b + 1] == ":" and "\n" in text[b:bounds[j + 1]]: b = _trim(text, a, text.find("(", a, b))[1] if "(" in text[a:b] else b; return (a, b) if _count(text[a:b]) <= 6 and not all(w[0].lower() in _HEADINGS for w in _WORD.finditer(text, a, b)) else None
+        if a < b and (not _BULLET.match(text, bounds[j]) and b - a > 60 or "\n\n" in text[b:bounds[j + 1]]): return None
     return None
 
 def _neighbour(text, bounds, k, out, start): # the finding of a reference that has a sentence of its own: the one before, or after a colon the one behind
     behind = text[bounds[k]:bounds[k + 1]].rstrip().endswith(":")
     for j in ([*range(k + 1, min(k + 3, len(bounds) - 1))] if behind else []) + [*range(k - 1, max(k - 4, -1), -1)] + [k + 1]:
         if not 0 <= j < len(bounds) - 1: continue
-        a, b = _trim(text, *_without_heading(text, *_trim(text, bounds[j], bounds[j + 1])))
+        a, b = _trim(text, *_without_heading(text, bounds[j], bounds[j + 1]))
+        a = max(a, b - 600)
         if out and a <= out[-1][1][0] < b: return [None, *((out[-1][2] + [None])[:2])] if len(out[-1][2]) < 3 else out[-1][2]
         if _says(text, a, b): return [None, (a, b), None]
     return [None, (start, start), None]
 
-# %% ../nbs/02_mining.ipynb #02ba36e9
+# %% ../nbs/02_mining.ipynb #b1aa81eb
 _REFERS = re.compile(r"\b(?:refer|relat|correspond|unless|otherwise|bezieh|bezogen|gelten|sofern|falls nicht|wenn nicht|numbers? (?:are|is)|all (?:image|slice)|alle (?:bild|schicht)|bildnummern|image numbers)", re.I)
 
 def _mentions(t, found): # [(token, series, how far it reaches)] of series that are named without an image
@@ -739,7 +786,7 @@ def _mentions(t, found): # [(token, series, how far it reaches)] of series that 
         if m.start() in taken: continue
         line, i = _line(t, m.start()), m.end()
         after = t.kinds[i:i + 1]
-        heading = _REFERS.search(line) or after in (":", ")") and t.kinds[i + 1:i + 2] not in ("n",) and t.text[t.ends[i - 1]:].lstrip(" :)")[:1] in ("\n", "") or t.text[t.starts[m.start()] - 1:t.starts[m.start()]] in ("\n", "") and after == ":"
+        heading = _REFERS.search(line) or after in (":", ")") and t.kinds[i + 1:i + 2] not in ("n",) and t.text[t.ends[i - 1]:t.ends[i - 1] + 20].lstrip(" :)")[:1] in ("\n", "") or t.text[t.starts[m.start()] - 1:t.starts[m.start()]] in ("\n", "") and after == ":"
         yield m.start(), t.values[m.start(1)], bool(heading)
 
 def _carry(t, found): # give image numbers without a series the latest series of this examination, plane by plane
@@ -749,9 +796,9 @@ def _carry(t, found): # give image numbers without a series the latest series of
         while n < len(named) and named[n][0] < f.first:
             token, series, heading = named[n]
             n += 1
-            same = "." not in t.kinds[token:f.first] and "¶" not in t.kinds[token:f.first] and "S" not in t.kinds[token + 1:f.first] and t.ends[token] + 200 > t.starts[f.first]
+            same = f.first - token < 60 and "." not in t.kinds[token:f.first] and "¶" not in t.kinds[token:f.first] and "S" not in t.kinds[token + 1:f.first] and t.ends[token] + 200 > t.starts[f.first]
             if heading: latest, last_plane = {None: series}, None
-            elif same and f.series is None and not f.prior and not re.search(_OTHER, t.text[t.starts[token]:f.span[0]]): f.series, f.carried = series, True
+            elif same and f.series is None and not f.prior and not _OTHER.search(t.text[t.starts[token]:f.span[0]]): f.series, f.carried = series, True
         if f.prior: continue
         if f.series is None:
             if f.plane in latest: f.series, f.carried = latest[f.plane], True
@@ -759,16 +806,17 @@ def _carry(t, found): # give image numbers without a series the latest series of
             if f.plane is None and last_plane not in (None, "axial") and f.carried: f.series, f.carried = None, False
         if f.series is not None: latest[f.plane], last_plane = f.series, f.plane
 
-# %% ../nbs/02_mining.ipynb #577a8286
+# %% ../nbs/02_mining.ipynb #67411c64
 _GERMAN = _set("der die das und mit ohne im in am bei keine kein links rechts nach ist sind nicht zur zum vom des dem den ein eine einer auf bild serie schicht beurteilung befund rechten linken")
 _ENGLISH = _set("the and with without of in is are no there left right on at for image series seen impression findings to from not normal size unremarkable")
 
+_LEAN = dict.fromkeys(_ENGLISH, -1) | dict.fromkeys(_GERMAN, 1) | dict.fromkeys(_ENGLISH & _GERMAN, 0)
+
 def tell_language(text:str)->str:
     "\"de\" or \"en\", by counting small words."
-    words = _WORD.findall(text[:3000].lower())
-    german, english = sum(w in _GERMAN for w in words), sum(w in _ENGLISH for w in words)
-    german += 2 * bool(re.search(r"[äöüß]", text[:3000]))
-    return "de" if german > english else "en"
+    return _language(_LETTERS.findall(text[:1500].lower()))
+
+def _language(words): return "de" if sum(map(_LEAN.get, words[:300], repeat(0))) > 0 else "en"
 
 _HISTORY = re.compile("|".join([
     rf"[,;(]?\s*\b(?:(?:essentially|grossly|overall|slightly|mildly|significantly|weitgehend|deutlich|gering|im Wesentlichen|leicht)\s+)?(?:unchanged|stable|similar|increas(?:ed|ing)|decreas(?:ed|ing)|enlarged|larger|smaller|new|progressed|unverändert\w*|stabil|größenkonstant|konstant|neu|zunehmend|abnehmend|progredient|regredient|größer|kleiner)?(?:\s+in size|\s+in appearance)?\s*(?:when\s+|as\s+)?(?:compared (?:to|with)|in comparison (?:to|with)|since|than|relative to|versus|from|im Vergleich zu[rm]?|verglichen mit|gegenüber|seit|zur|zum)\s+(?:the\s+|der\s+|dem\s+|den\s+)?(?:prior|previous|earlier|last|outside|baseline|comparison|most recent|recent|exam\w*|study|CTs?\b|MRI|chest tube|{_DATE}|vor\w+|letzte\w*|CT\b|MRT)[^,;()]*",
@@ -779,14 +827,17 @@ _HISTORY = re.compile("|".join([
     r"\b(?:now|currently|jetzt|aktuell|nunmehr)\s+(?=\d|measur|miss)", r"\s+(?:is|are|remains?|ist|sind)\s+(?:essentially\s+)?(?:unchanged|stable|unverändert|stabil|größenkonstant)\s*$",
 ]), re.I)
 
+_PAST = _set("cha unc sta sim inc dec enl lar sma new pro reg unv kon neu zun abn grö kle com sin tha rel ver fro geg sei zur zum pre for vor zuv ehe am on aga kno red re bek bes now cur jet akt nun rem wei lei")
+
 def without_history(
     snippet:str, # a finding
 )->str:          # the finding as this examination shows it
     "Take comparisons with other examinations out of a snippet: an image cannot show them."
+    if _PAST.isdisjoint([w[:3] for w in _LETTERS.findall(snippet.lower())]): return snippet
     out = re.sub(r"\s+(?=[,;.])", "", " ".join(_HISTORY.sub(" ", snippet).split())).strip(" ,;")
     return out[:1].upper() + out[1:] if snippet[:1].isupper() and _count(out) else out if _count(out) else snippet
 
-# %% ../nbs/02_mining.ipynb #8e2f1d92
+# %% ../nbs/02_mining.ipynb #c366b2a8
 def mine_report(
     text:str,              # a radiology report, or any text
     language:str|None=None,# "en" or "de"; told from the text if `None`
@@ -794,12 +845,13 @@ def mine_report(
     "The image references of a report, each with the finding that it belongs to."
     text = text or ""
     t = Tokens(text)
-    language = language or tell_language(text)
+    language = language or _language(t.words)
     found = find_references(t, language)
     if not found: return []
     groups = _groups(t, found)
-    snippets = _snippets(t, groups, language)
-    _mark_prior(t, groups, snippets, language)
+    bounds = sentences(text, language)
+    snippets = _snippets(t, groups, bounds)
+    _mark_prior(t, groups, bounds)
     _carry(t, found)
     out = []
     for group, (snippet, span, _) in zip(groups, snippets):
@@ -807,8 +859,10 @@ def mine_report(
         out += [SliceReference(f.series, f.image, f.image_end, f.plane, f.prior, snippet, f.span, clean, span, f.rule, language, f.carried) for f in group]
     return out
 
-def _mark_prior(t, groups, snippets, language): # tell references to another examination's images
-    text, bounds, last = t.text, sentences(t.text, language), None
+_ENDS = re.compile(r";|\)\s{0,3}[,.;]")
+
+def _mark_prior(t, groups, bounds): # tell references to another examination's images
+    text, last = t.text, None
     for k, g in enumerate(groups):
         a, b = g[0].span[0], g[-1].span[1]
         s = bisect_right(bounds, a) - 1
@@ -817,7 +871,7 @@ def _mark_prior(t, groups, snippets, language): # tell references to another exa
         left = text[max(start, last or 0):a]
         if follows and ")" in left and "(" not in left[:left.index(")")]: left = left[left.index(")") + 1:]
         next_ = groups[k + 1][0].span[0] if k + 1 < len(groups) else stop
-        right = re.split(r";|\)\s*[,.;]", text[b:min(max(stop, b), next_, b + 80)])[0]
+        right = _ENDS.split(text[b:min(max(stop, b), next_, b + 80)])[0]
         m = _ELSEWHERE.match(right)
         behind = m and not (re.match(r"[\s,)\]]*(?:at|in|,)", right) and m[0].strip(" ,)").isdigit())
         prior = bool(behind) or _is_prior(left, text[:min(start, 100)], follows)
