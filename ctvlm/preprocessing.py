@@ -7,7 +7,7 @@ __all__ = ['ras_axes', 'reorient', 'free_memory', 'check_memory', 'check_geometr
            'empty_ras', 'Reading', 'check_forms', 'read_nifti', 'DicomImage', 'dicom_images', 'choose_series',
            'order_slices', 'decode_image', 'share_out', 'read_dicom', 'read_zip', 'read_itk', 'read_npz', 'load_volume',
            'resampled_length', 'resample_matrix', 'apply_matrices', 'WindowSpec', 'place_windows', 'Windows',
-           'resampled_shape', 'make_windows', 'find_scans', 'check_scan', 'check_paths']
+           'resampled_shape', 'fill_windows', 'make_windows', 'find_scans', 'check_scan', 'check_paths']
 
 # %% ../nbs/04_preprocessing.ipynb #72bb100a
 import gzip, math, mmap, multiprocessing, os, shutil, stat, sys, tempfile, warnings, zipfile
@@ -673,7 +673,35 @@ def _tiles(n, a, b, start, count, window, tile):
         touched, weights = resample_matrix(n, a, b, start + t * tile, tile)
         if weights.size: yield t * tile // window, slice(t * tile % window, t * tile % window + tile), touched, weights
 
-# %% ../nbs/04_preprocessing.ipynb #1e9405f5
+# %% ../nbs/04_preprocessing.ipynb #a0338afe
+def fill_windows(
+    windows,          # `(gx, gy, gz, x, y, z)` zeros, float16
+    array:np.ndarray, # `(X, Y, Z)` HU
+    axes:list,        # for x, y, z the list of `_tiles`
+)->None:
+    "Clip, scale and resample what the windows hold of a scan, tile by tile."
+    import torch
+    from concurrent.futures import ThreadPoolExecutor
+    device, threads = windows.device, torch.get_num_threads()
+    workers = threads if device.type == "cpu" else 1
+    room = math.prod(max(max(m.shape) for *_, m in axis) for axis in axes)
+    axes = [[(g, at, touched, torch.from_numpy(m).to(device)) for g, at, touched, m in axis] for axis in axes]
+    tiles = list(product(*axes))
+    def work(first):
+        scratch = torch.empty((2, room), device=device)
+        for (gx, x, rx, mx), (gy, y, ry, my), (gz, z, rz, mz) in tiles[first::workers]:
+            voxels = array[rx, ry, rz].T                         # (z, y, x): as they lie in memory
+            if min(voxels.strides) < 0 or not voxels.flags.writeable: voxels = voxels.copy()     # torch takes no others
+            block = scratch[0, :voxels.size].view(voxels.shape)
+            block.copy_(torch.from_numpy(voxels)).clamp_(-1000, 1000).add_(1000).mul_(1 / 2000)
+            windows[gx, gy, gz, x, y, z] = apply_matrices(block, mx, my, mz, scratch)
+    if workers == 1: return work(0)
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool: list(pool.map(work, range(workers)))
+    finally: torch.set_num_threads(threads)
+
+# %% ../nbs/04_preprocessing.ipynb #699e7173
 def make_windows(
     volume:CTVolume,              # the scan
     fit:str="pad",                # "pad" keeps everything; "crop" is what the released weights were trained with
@@ -686,16 +714,9 @@ def make_windows(
     device, shape = pick_device(device or "cpu"), resampled_shape(volume, spec)
     starts, grid = zip(*(place_windows(m, w, fit) for m, w in zip(shape, spec.window)))
     check_memory((*grid, *spec.window), f"{volume.name or 'the scan'} in windows", 2)
-    tile = [w // 2 if w % 2 == 0 else w for w in spec.window[:2]] + [spec.window[2]]
-    axes = [[(g, at, touched, torch.from_numpy(m).to(device)) for g, at, touched, m in _tiles(*axis)]
-            for axis in zip(volume.array.shape, volume.spacing, spec.spacing, starts, grid, spec.window, tile)]
+    tile = [w // 4 if device.type == "cpu" and w % 4 == 0 else w for w in spec.window[:2]] + [spec.window[2]]    # a GPU takes whole windows
     windows = torch.zeros((*grid, *spec.window), dtype=torch.float16, device=device)
-    scratch = torch.empty((2, math.prod(max(t, *(m.shape[1] for *_, m in axis)) for t, axis in zip(tile, axes))), device=device)
-    for (gx, x, rx, mx), (gy, y, ry, my), (gz, z, rz, mz) in product(*axes):
-        voxels = torch.from_numpy(np.ascontiguousarray(volume.array[rx, ry, rz].T))      # (z, y, x): as they lie in memory
-        block = scratch[0, :voxels.numel()].view(voxels.shape)
-        block.copy_(voxels).clamp_(-1000, 1000).add_(1000).mul_(1 / 2000)
-        windows[gx, gy, gz, x, y, z] = apply_matrices(block, mx, my, mz, scratch)
+    fill_windows(windows, volume.array, [list(_tiles(*axis)) for axis in zip(volume.array.shape, volume.spacing, spec.spacing, starts, grid, spec.window, tile)])
     affine = np.diag([*spec.spacing, 1.0])
     affine[:3, 3] = volume.affine[:3, 3] + np.multiply(starts, spec.spacing)
     held = [(np.arange(0, g * w, p) + s < m) & (np.arange(0, g * w, p) + s + p > 0) for s, m, g, w, p in zip(starts, shape, grid, spec.window, spec.patch)]
