@@ -596,7 +596,7 @@ def evaluate_classification(
     rule = f"a class with fewer than {min_positives} positives or negatives is named in left_out and not part of the mean"
     return out | {"items": items, "protocol": {"prompts": prompts, "label_version": label_version, "n": len(e.study), "operating_point": "Youden's J on the same studies", "rule": rule}}
 
-# %% ../nbs/13_evaluation.ipynb #5083a599
+# %% ../nbs/13_evaluation.ipynb #53ec79a4
 def calibrate_depth(
     e:Embedded,         # held-out patients, neither trained on nor tested
     coverage:float=0.9, # what the interval promises
@@ -610,7 +610,7 @@ def calibrate_depth(
 def read_depths(
     e:Embedded,       # what the model said
     calibration=None, # `DepthCalibration`; temperature 0.1 and no interval if `None`
-):                    # DataFrame of the snippets with `pred_mm argmax_mm interval_low_mm interval_high_mm share_below abstains`; posterior `(S, D)`
+):                    # DataFrame of the snippets with `pred_mm argmax_mm true_bin_mm interval_low_mm interval_high_mm share_below abstains`; posterior `(S, D)`
     "Decode every snippet's posterior: median and argmax, interval, abstention."
     import torch
     from ctvlm.localization import DepthCalibration, decode_depth
@@ -619,8 +619,10 @@ def read_depths(
     posterior = read.posterior(torch.from_numpy(e.similarity).float().nan_to_num(), depths.isfinite())
     interval = read.interval_mm(posterior, depths).numpy() if read.patients else np.full((len(depths), 2), np.nan)
     columns = {"pred_mm": decode_depth(posterior, depths, "median"), "argmax_mm": decode_depth(posterior, depths, "argmax"), "abstains": read.abstains(posterior, depths.isfinite())}
+    bins = depths.numpy()
+    own = np.nanargmin(np.abs(bins - e.snippets.depth_mm.to_numpy(np.float32)[:, None]), axis=1)                # the bin of the true slice
     below = _share_below(posterior.numpy(), e.bin_depths_mm, e.snippets.depth_mm.to_numpy(float))
-    found = e.snippets.assign(**{k: v.numpy() for k, v in columns.items()}, interval_low_mm=interval[:, 0], interval_high_mm=interval[:, 1], share_below=below)
+    found = e.snippets.assign(**{k: v.numpy() for k, v in columns.items()}, interval_low_mm=interval[:, 0], interval_high_mm=interval[:, 1], share_below=below, true_bin_mm=np.take_along_axis(bins, own[:, None], 1)[:, 0])
     return found, posterior.numpy()
 
 def _share_below(posterior, bin_depths_mm, depth_mm): # `(S, D)`, `(S, D)`, `(S,)` -> `(S,)` share of the posterior below the truth
@@ -629,7 +631,7 @@ def _share_below(posterior, bin_depths_mm, depth_mm): # `(S, D)`, `(S, D)`, `(S,
     inside = np.take_along_axis(posterior, k, 1)[:, 0]
     return np.clip(np.take_along_axis(posterior.cumsum(1), k, 1)[:, 0] - inside * (1 - np.clip(x - k[:, 0], 0, 1)), 0, 1)
 
-# %% ../nbs/13_evaluation.ipynb #3d9cbbcd
+# %% ../nbs/13_evaluation.ipynb #ee209274
 def ratio_ci(
     numerator, denominator,    # `(n,)` per item
     patients=None, resamples:int=10_000, level:float=0.95, seed:int=0,
@@ -654,6 +656,7 @@ def evaluate_localization(
     patients, error = list(found.patient), np.abs(found.pred_mm - found.depth_mm)
     m = localization_metrics(found.pred_mm, found.depth_mm, found.scan, patients, **bootstrap)
     out = {k.removeprefix("loc_"): v for k, v in m.items()} | {"n_scans": m["n_scans_with_snippets"]}
+    out["by_bins"] = localization_metrics(found.argmax_mm, found.true_bin_mm, found.scan, patients, **bootstrap)  # as published
     baselines = localization_baselines(found, training)
     others = {f"{k}_mm": v for k, v in baselines.items()} | {"argmax_mm": np.abs(found.argmax_mm - found.depth_mm), "abstained": found.abstains}
     if promised:
@@ -666,6 +669,7 @@ def evaluate_localization(
     items = found.drop(columns="scan").assign(error_mm=error, **{f"{k}_mm": v for k, v in baselines.items()})
     out["items"] = {k: (np.round(v, 3) if v.dtype.kind == "f" else v).tolist() for k, v in items.items()}
     out["protocol"] = {"decode": "posterior median, interpolated inside the bin", "truth": "depth of the cited slice in scanner mm",
+                       "by_bins": "most similar bin against the bin of the cited slice, as published",
                        "random": "exact expectation of a uniform slice", "text_baselines": "none" if training is None else f"learned on {len(training)} training snippets",
                        "interval": "none" if not promised else f"conformal, {calibration.coverage:.0%}, {calibration.patients} other patients"}
     return out

@@ -280,13 +280,22 @@ def pick_examples(
         out.append((model.localize(volume, [item.snippet])[0], volume, float(item.depth_mm)))
     return out
 
-# %% ../nbs/14_viewer.ipynb #e7a51970
-_STYLE = """:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d4d9de; --link: #0173b2 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --paper: #14181c; --soft: #1e242a; --line: #3a434c; --link: #6bb8e8 } }
-* { box-sizing: border-box } body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
-h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) } figure { margin: 1rem 0 } figcaption { font-size: .9rem }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px } .wide { overflow-x: auto } .wide img { min-width: 38rem } a { color: var(--link) } .table { overflow-x: auto } .note { background: var(--soft); padding: .6rem .9rem; border-radius: 6px }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem } th, td { padding: .25rem .7rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: normal } th { font-weight: 600 }"""
+# %% ../nbs/14_viewer.ipynb #88ab54c0
+_STYLE = """:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d4d9de }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --paper: #14181c; --soft: #1e242a; --line: #3a434c } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
+h1 { font-size: 1.6rem; line-height: 1.25 }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
+.note { background: var(--soft); padding: .6rem .9rem; border-radius: 6px }
+figure { margin: 1rem 0 }
+figcaption { font-size: .9rem }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 6px }
+.wide, .table { overflow-x: auto }
+.wide img { min-width: 38rem }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: normal }
+th { font-weight: 600 }"""
 
 def _image(fig, text, caption=""): # figure -> HTML with the PNG inside
     import matplotlib.pyplot as plt
@@ -310,7 +319,7 @@ def _with_interval(section, key): # "12.3", "11.0 to 13.5"
     ci = section.get(f"{key}_ci95")
     return [_number(section.get(key)), f"{_number(ci[0])} to {_number(ci[1])}" if ci else ""]
 
-# %% ../nbs/14_viewer.ipynb #5691236a
+# %% ../nbs/14_viewer.ipynb #e43e8191
 def _localization_part(m): # section -> HTML
     names = {"random_mm": "random slice", "middle_mm": "middle slice", "organ_mm": "organ height", "text_prior_mm": "text-only prior", "argmax_mm": "model, best bin", "mae_mm": "model, median of the posterior"}
     rows = [[n, *_with_interval(m, k)] for k, n in names.items() if k in m]
@@ -331,17 +340,24 @@ def _retrieval_part(m):
 
 def _classification_part(m):
     auc, detail = m["per_class"], m.get("detail", {})
-    rows = [["mean", *_with_interval(m, "mean_auroc"), ""]] + [[c, _number(auc[c]), " to ".join(map(_number, m["per_class_ci95"][c])) if "per_class_ci95" in m else "", detail.get(f"{c}_n_positive", "")] for c in sorted(auc, key=auc.get, reverse=True)]
+    rows = [["mean", *_with_interval(m, "mean_auroc"), ""]]
+    for c in sorted(auc, key=auc.get, reverse=True):
+        ci = m.get("per_class_ci95", {}).get(c)
+        rows.append([c, _number(auc[c]), " to ".join(map(_number, ci)) if ci else "", detail.get(f"{c}_n_positive", "")])
     part = _table(["finding", "AUC", "95 % interval", "positives"], rows)
     if m.get("left_out"): part += f"<p>Too few to judge, left out of the mean: {html.escape('; '.join(f'{c} ({why})' for c, why in m['left_out'].items()))}.</p>"
     if "detail" in m and "per_class_ci95" in m: part += _image(plot_auc(m), f"AUC of {len(auc)} findings with intervals, mean {m['mean_auroc']:.2f}.")
     return part + (_image(plot_roc(m), "ROC curves of the best and the worst findings with bands.") if "items" in m else "")
 
 def _other_part(m): # any section: its numbers
-    flat = lambda d, path="": [r for k, v in d.items() if k not in ("items", "protocol") and not k.endswith("_ci95") for r in (flat(v, f"{path}{k} ") if isinstance(v, dict) else [[path + k.replace("_", " "), *_with_interval(d, k)]] if isinstance(v, (int, float, str)) else [])]
-    return _table(["measure", "value", "95 % interval"], flat(m))
+    def rows(section, path=""):
+        for k, v in section.items():
+            if k in ("items", "protocol") or k.endswith("_ci95"): continue
+            if isinstance(v, dict): yield from rows(v, f"{path}{k.replace('_', ' ')} ")
+            elif isinstance(v, (int, float, str)): yield [path + k.replace("_", " "), *_with_interval(section, k)]
+    return _table(["measure", "value", "95 % interval"], list(rows(m)))
 
-# %% ../nbs/14_viewer.ipynb #3b337029
+# %% ../nbs/14_viewer.ipynb #da98bddd
 _PARTS = {"localization": ("Where: depth of a snippet", _localization_part), "retrieval": ("Which scan fits this report", _retrieval_part), "classification": ("Is the finding there: zero-shot AUC", _classification_part)}
 
 def write_report(
@@ -376,9 +392,10 @@ def _page(metrics, history, examples, title, notes): # the HTML
     if rest: parts.append("<h2>Further numbers</h2>" + _other_part(rest))
     protocol = [[f"{name} {k}".strip().replace("_", " "), v] for name, m in (("", metrics), *((k, metrics.get(k, {})) for k in _PARTS)) for k, v in m.get("protocol", {}).items() if v not in ("", None)]
     if protocol: parts.append("<h2>Protocol</h2>" + _table(["what", "how"], protocol))
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>\n<style>\n{_STYLE}\n</style></head>\n<body><main><h1>{html.escape(title)}</h1>\n' + "\n".join(parts) + "\n</main></body></html>\n"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>\n<style>\n{_STYLE}\n</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main><h1>{html.escape(title)}</h1>\n' + "\n".join(parts) + "\n</main></body></html>\n"
 
-# %% ../nbs/14_viewer.ipynb #006b7a35
+# %% ../nbs/14_viewer.ipynb #b4a09ee5
 _COLOURS = {"green": GREEN, "orange": ORANGE, "white": "#ffffff", "band": "#0b4636", "dim": "#6f7780"} # palette entries after the grays
 _INDEX = {name: 250 + i for i, name in enumerate(_COLOURS)}
 
@@ -443,21 +460,24 @@ class Planes:
         image.save(out, "png", compress_level=1)
         return out.getvalue()
 
-    def _posterior(self, canvas, answer): # bars to the right, height upwards, interval as a band
-        x, _, w, h = self.boxes["posterior"]
-        if answer is None: return
-        if answer.interval_mm is not None and np.isfinite(answer.interval_mm).all():
-            low, high = (self.row(mm) for mm in answer.interval_mm)
-            canvas[high:low + 1, x:x + w] = _INDEX["band"]
-        bins, p = np.asarray(answer.bin_depths_mm, dtype=float), np.asarray(answer.probabilities, dtype=float)
-        for mm, share in zip(bins[np.isfinite(bins)], p[np.isfinite(bins)] / max(np.nanmax(p), 1e-9)):
-            canvas[self.row(mm + 5):self.row(mm - 5) + 1, x:x + int(share * (w - 6))] = _INDEX["white"]
+# %% ../nbs/14_viewer.ipynb #431fcead
+@patch
+def _posterior(self:Planes, canvas, answer): # bars to the right, height upwards, interval as a band
+    x, _, w, h = self.boxes["posterior"]
+    if answer is None: return
+    if answer.interval_mm is not None and np.isfinite(answer.interval_mm).all():
+        low, high = (self.row(mm) for mm in answer.interval_mm)
+        canvas[high:low + 1, x:x + w] = _INDEX["band"]
+    bins, p = np.asarray(answer.bin_depths_mm, dtype=float), np.asarray(answer.probabilities, dtype=float)
+    for mm, share in zip(bins[np.isfinite(bins)], p[np.isfinite(bins)] / max(np.nanmax(p), 1e-9)):
+        canvas[self.row(mm + 5):self.row(mm - 5) + 1, x:x + int(share * (w - 6))] = _INDEX["white"]
 
-    def at(self, x, y): # fractions of the picture -> name of the part, fractions inside it; or None
-        "What lies at a point of the picture."
-        px, py = x * self.width, y * self.height
-        for name, (left, top, w, h) in self.boxes.items():
-            if left <= px < left + w and top <= py < top + h: return name, (px - left) / w, (py - top) / h
+@patch
+def at(self:Planes, x, y): # fractions of the picture -> name of the part, fractions inside it; or None
+    "What lies at a point of the picture."
+    px, py = x * self.width, y * self.height
+    for name, (left, top, w, h) in self.boxes.items():
+        if left <= px < left + w and top <= py < top + h: return name, (px - left) / w, (py - top) / h
 
 # %% ../nbs/14_viewer.ipynb #bbf12bad
 def _marked(text, spans): # text and `(start, end, kind)` -> `[piece, kind]` in order, kind "" between; earlier spans win where two overlap
@@ -567,7 +587,7 @@ def widget_classes():
         sentences, chosen, presses = t.List([]).tag(sync=True), t.Int(-1).tag(sync=True), t.Int(0).tag(sync=True)
     return PlanesWidget, ReportWidget
 
-# %% ../nbs/14_viewer.ipynb #ee1a05c3
+# %% ../nbs/14_viewer.ipynb #bdc01231
 class Explorer:
     "Scan and report side by side; see `explore`."
     def __init__(self, volume:CTVolume, report, model, series=None, window:str="soft tissue"):
@@ -583,7 +603,7 @@ class Explorer:
         Picture, Report = widget_classes()
         self.picture, self.report = Picture(), Report(sentences=[{"pieces": s["pieces"], "query": s["query"]} for s in self.sentences])
         self.slider = w.IntSlider(value=self.position[2], min=0, max=volume.array.shape[2] - 1, description="slice", layout=w.Layout(width="98%"))
-        self.window = w.ToggleButtons(options=list(HU_WINDOWS), value=window, description="window", style={"button_width": "6em"})
+        self.window = w.ToggleButtons(options=list(HU_WINDOWS), value=window, description="window", style={"button_width": "8em"})
         self.free, self.status = w.Text(placeholder="a sentence of your own, then Enter", description="ask", continuous_update=False, layout=w.Layout(width="98%")), w.HTML()
         self.picture.observe(lambda e: self.scroll(e["new"] - e["old"]), "steps")
         self.picture.observe(lambda e: self.click(*e["new"][:2]), "clicked")
