@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from .core import InputError, progress, write_atomically
 
-# %% ../nbs/03_findings.ipynb #1bd94dff
+# %% ../nbs/03_findings.ipynb #65de01b5
 @dataclass(frozen=True)
 class Finding:
     "One row of the catalogue."
@@ -26,7 +26,7 @@ class Finding:
     article:str          # "a", "an", or nothing before plurals and substances
     sign:str             # what one sees, without a verb
     parents:tuple        # findings that this one implies
-    signs:tuple          # pairs (sign, site) that assert it
+    signs:tuple          # pairs (sign, site) that assert it; with "no " before the sign, only their denial counts
     history:bool         # whether a history asserts it: "status post splenectomy" is an absent spleen
     en:tuple; de:tuple   # synonyms and abbreviations
     ct_rate:str; rad_chestct:str; merlin:str # names in public data sets, "" where there is none
@@ -87,14 +87,14 @@ def prompts_for(
         _sentences(f"no {x}", f"there is no evidence of {x}", f"{_ORGANS[f.organ]['normal']}, without evidence of {x}"))
     raise InputError(f"no style of prompts is called {style!r}: use single, templates or ensemble")
 
-# %% ../nbs/03_findings.ipynb #84ffe1cc
+# %% ../nbs/03_findings.ipynb #5ee792df
 _SPELLING = str.maketrans({"ß": "ss", "ä": "e", "æ": "e", "ö": "e", "œ": "e", "ü": "u", "y": "i", "z": "k", "c": "k", "\xad": None})
 
 def fold(
     word:str, # one word as written
 )->str:       # a form for comparison
     "`word` without what differs between spellings: ä/ae/e, ü/ue/u, c/k/z, y/i, ph/f, -our/-or, -re/-er, -ise/-ize."
-    w = unicodedata.normalize("NFC", word).lower().replace("ae", "e").replace("oe", "e").replace("ue", "u").translate(_SPELLING)
+    w = unicodedata.normalize("NFC", word).lower().replace("aoe", "ae").replace("aö", "ae").replace("ae", "e").replace("oe", "e").replace("ue", "u").translate(_SPELLING)
     w = w.replace("ph", "f").replace("our", "or").replace("ike", "ise").replace("ika", "isa").replace("iki", "isi")
     return w[:-2] + "er" if w[-3:] in ("bre", "tre") else w[:-3] + "ers" if w[-4:] in ("bres", "tres") else w
 
@@ -159,12 +159,12 @@ class _Phrases:
                 level = [node[0][w] for node in level for w in ids[j] if w in node[0]] if j < len(ids) else ()
                 j += 1
 
-# %% ../nbs/03_findings.ipynb #766eb70b
+# %% ../nbs/03_findings.ipynb #c76e5ed6
 _WEAK = {"with", "or", "and", "fill", "of", "inside", "news", "place", "state", "seen", "procedure", "partly", "persist", "size", "calibre", "density", "thickness", "normal", "prefix"}
 
 def _grammar():
-    "The tree of phrases, the home of each sign, the region of each site, and `{sign: {site: findings}}`."
-    tree, home, region, where = _Phrases(), {}, {}, {}
+    "The tree of phrases, the home of each sign, the region of each site, `{sign: {site: findings}}`, and what of that only denies."
+    tree, home, region, where, denials = _Phrases(), {}, {}, {}, set()
     for r in _rows("words.csv"):
         kind, name = r["kind"], r["name"]
         if kind == "sign": home[name] = r["belongs"]
@@ -172,21 +172,23 @@ def _grammar():
         for x in _list(r["en"]) + _list(r["de"]):
             tree.add(x, "weak" if kind == "cue" and name in _WEAK else kind, name, kind != "cue" or name == "procedure")
     for f in FINDINGS.values():
-        for sign, site in f.signs: where.setdefault(sign, {}).setdefault(site, []).append(f.name)
+        for sign, site in f.signs:
+            where.setdefault(sign.removeprefix("no "), {}).setdefault(site, []).append(f.name)
+            if sign.startswith("no "): denials.add((sign[3:], site, f.name))
     for f in FINDINGS.values():
         own = {sign for sign, _ in f.signs if home.get(sign)}
         for x in (f.name, *f.en, *f.de):
             german = x in f.de
-            if german or not any(kind == "sign" and m.name in own for kind, m in tree.find([x])): tree.add(x, "finding", f.name, True, german)
+            if german or " " in x or not any(kind == "sign" and m.name in own for kind, m in tree.find([x])): tree.add(x, "finding", f.name, True, german)
     tree.words.known.clear()                                   # these look-ups came before the tree was full
-    return tree, home, region, where
+    return tree, home, region, where, denials
 
-_TREE, _HOME, _REGION, _WHERE = _grammar()
+_TREE, _HOME, _REGION, _WHERE, _DENIALS = _grammar()
 
-# %% ../nbs/03_findings.ipynb #b39dc191
+# %% ../nbs/03_findings.ipynb #8442b1f8
 Token = namedtuple("Token", "text kind start end")
-_TOKEN = re.compile(r"(?P<abbr>(?<!\w)(?:[vV]\.\s?[aA]|[zZ]\.\s?[nN]|[oO]\.\s?[bB]|[aA]\.\s?[eE]|[iI]\.\s?[sS](?:\.\s?[vVeE])?|[iI]\.\s?[rR]|[zZ]\.\s?[bB]|[uU]\.\s?[aA]|[sS]t\.\s?[pP]|[iI]\.\s?[vV]|[eE]\.\s?[gG]|[iI]\.\s?[eE]|[dD]\.\s?[hH])\.(?!\w)"
-    r"|(?<!\w)[srS]/[poP](?!\w))|(?P<num>\d+(?:[.,]\d+)?)|(?P<word>[^\W\d_](?:[^\W\d_]|[\u0300-\u036f\xad]|['’](?=[ts]\b))*)|(?P<newline>\n)|(?P<mark>[^\s])")
+_TOKEN = re.compile(r"(?P<abbr>(?=[a-zA-Z]t?[./])(?<!\w)(?:(?:[vV]\.\s?[aA]|[zZ]\.\s?[nN]|[oO]\.\s?[bB]|[aA]\.\s?[eE]|[iI]\.\s?[sS](?:\.\s?[vVeE])?|[iI]\.\s?[rR]|[zZ]\.\s?[bB]|[uU]\.\s?[aA]|[sS]t\.\s?[pP]|[iI]\.\s?[vV]|[eE]\.\s?[gG]|[iI]\.\s?[eE]|[dD]\.\s?[hH])\.|[srS]/[poP])(?!\w))"
+    r"|(?P<num>\d+(?:[.,]\d+)?)|(?P<word>[^\W\d_](?:[^\W\d_]|[\u0300-\u036f\xad]|['’](?=[ts]\b))*)|(?P<newline>\n)|(?P<mark>[^\s])")
 _FREE = re.compile(r"(?i)^(\w{4,})(frei(?:e[rsnm]?)?)$")
 _SHORT = {fold(w) for w in "seg re li bds ca vs approx max min inkl ggf bzw evtl sog entspr diff path dist prox ant post sup inf lat med dr prof bes susp insbes allg lt jew bilat mult st zust proc lig art ventr dors ped vgl rez sek prim".split()}
 _NUMBERED = {fold(w) for w in "ser nr no im fig abb img se".split()}
@@ -200,19 +202,24 @@ def tokenize(text:str)->list: # words, numbers, abbreviations, line ends and mar
         else: out.append(Token(s, kind, a, m.end()))
     return out
 
-# %% ../nbs/03_findings.ipynb #cff4d660
-_QUIET = re.compile(r"(?im)(?:^|(?<=[.!?]\s))[ \t*#\-]*(?:indications?|clinical(?: (?:history|information|details|data|question|indication|context|notes?))?|history|(?:patient|past|relevant|brief|medical|clinical|past medical|family) history"
+# %% ../nbs/03_findings.ipynb #051e55e6
+_QUIET = re.compile(r"(?i)indications?|clinical(?: (?:history|information|details|data|question|indication|context|notes?))?|history|(?:patient|past|relevant|brief|medical|clinical|past medical|family) history"
     r"|reasons?(?: for (?:the )?(?:exam(?:ination)?|study|scan|request|referral))?|request|question|exam(?:ination)?|protocol|technique|comparisons?|prior(?: studies| exams?)?|procedure|referral|fragestellung(?:en)?|klinik"
-    r"|klinische (?:angaben|fragestellung|informationen?|daten|indikation)|klinische angaben (?:und|/) fragestellung|angaben|(?:familien)?anamnese|(?:rechtfertigende )?indikation|vorgeschichte|(?:untersuchungs)?technik|methodik|voraufnahmen?|voruntersuchung(?:en)?|vergleich|vorbefund)\s*:")
-_LOUD = re.compile(r"(?im)(?:^|(?<=[.!?]\s))[ \t*#\-]*(?:findings?|report|results?|impressions?|conclusions?|summary|opinion|interpretation|chest|thorax|abdomen|abdomen[ /]*(?:and|und|&)?[ /]*(?:pelvis|becken)|pelvis|lungs?|heart|bones?"
-    r"|mediastinum|neck|befunde?|beurteilung|zusammenfassung|ergebnis|hals|becken|skelett|lunge|herz|oberbauch|upper abdomen|ct[\w /-]{0,40})\s*:")
+    r"|klinische (?:angaben|fragestellung|informationen?|daten|indikation)|klinische angaben (?:und|/) fragestellung|angaben|(?:familien)?anamnese|(?:rechtfertigende )?indikation|vorgeschichte|(?:untersuchungs)?technik|methodik|voraufnahmen?|voruntersuchung(?:en)?|vergleich|vorbefund")
+_LOUD = re.compile(r"(?i)findings?|report|results?|impressions?|conclusions?|summary|opinion|interpretation|chest|thorax|abdomen|abdomen[ /]*(?:and|und|&)?[ /]*(?:pelvis|becken)|pelvis|lungs?|heart|bones?"
+    r"|mediastinum|neck|befunde?|beurteilung|zusammenfassung|ergebnis|hals|becken|skelett|lunge|herz|oberbauch|upper abdomen|ct[\w /-]{0,40}")
+_LINE_OR_STOP = re.compile(r"\n|[.!?]\s")
 _BODY_END = re.compile(r"(?<=[.!?])[ \t]*\n|\n\s*\n|\n(?=[ \t]*(?:[-*•]|\d+[.)]))")
 _STOP = re.compile(r"[.!](?=\s)")
 
 def _quiet_spans(text):
     "Where `text` says why the study was made."
-    heads = sorted([(m.start(), m.end(), True) for m in _QUIET.finditer(text)] + [(m.start(), m.end(), False) for m in _LOUD.finditer(text)])
-    out = []
+    heads, out, colon = [], [], text.find(":")
+    while colon >= 0:                                          # a heading is what stands between a line end, or a full stop, and a colon
+        begin = max([max(0, colon - 60)] + [m.end() for m in _LINE_OR_STOP.finditer(text, max(0, colon - 60), colon)])
+        name = text[begin:colon].strip(" \t*#-")
+        if name and (begin > colon - 60 or begin == 0) and ((quiet := _QUIET.fullmatch(name)) or _LOUD.fullmatch(name)): heads.append((begin, colon + 1, quiet))
+        colon = text.find(":", colon + 1)
     for n, (a, b, quiet) in enumerate(heads):
         if not quiet: continue
         following = heads[n + 1][0] if n + 1 < len(heads) else None
@@ -228,7 +235,7 @@ def _quiet_spans(text):
         out.append((a, stop))
     return out
 
-# %% ../nbs/03_findings.ipynb #a1a4d40b
+# %% ../nbs/03_findings.ipynb #91d12a3d
 Sentence = namedtuple("Sentence", "tokens line quiet question")
 
 def _goes_on_below(text, t, following, last):
@@ -260,10 +267,11 @@ def sentences(text:str)->list: # tokens, number of the line, whether above the f
         current = []
     edges = sorted({e for s in spans for e in s}); e = 0
     for i, t in enumerate(tokens):
-        before, following = tokens[i - 1] if i else None, tokens[i + 1] if i + 1 < len(tokens) else None
         if e < len(edges) and t.start >= edges[e]:
             close()
             while e < len(edges) and t.start >= edges[e]: e += 1
+        if t.kind in ("word", "num") and len(current) < 119: current.append(t); continue
+        before, following = tokens[i - 1] if i else None, tokens[i + 1] if i + 1 < len(tokens) else None
         if t.kind == "newline":
             if following is None or not _goes_on_below(text, t, following, current[-1].text if current else None): close(); line += 1
         elif t.text == ".":
@@ -404,7 +412,7 @@ def _right(v, cue, local):
             if _fresh(v, i + 1, end, False) or local and any(i < s.start < end for s in v.sites): return i
     return v.n
 
-# %% ../nbs/03_findings.ipynb #58279d54
+# %% ../nbs/03_findings.ipynb #598a24a5
 def _left(v, cue):
     "Start of what `cue` denies to its left."
     p, i, joined = v.part[cue.start], cue.start, False
@@ -425,15 +433,16 @@ def _before(v, cue, left):
     if left: return _left(v, cue)
     p = v.part[cue.start]
     goes_on = fold(v.words[cue.start]) in ("none", "nil", "nein") and cue.end < v.n and v.words[cue.end] not in _MARKS
-    return cue.start if p == 0 or goes_on or cue.start in v.but else v.bounds[p - 1][0]
+    subject = any(not v.has(i, "fill", "partly", "persist") for i in range(v.bounds[p][0], cue.start)) # "..., the third has vanished"
+    return cue.start if p == 0 or goes_on or subject or cue.start in v.but else v.bounds[p - 1][0]
 
-# %% ../nbs/03_findings.ipynb #0c774ea7
+# %% ../nbs/03_findings.ipynb #df3821af
 Scope = namedtuple("Scope", "start end value rule cue")
 
 def _silent(v, c, b):
     "The scope of a cue that makes what it covers neither asserted nor denied; `b` is the end of its part."
     if "family" in c.kinds: return Scope(0, v.n, None, "family", c)
-    if "ask" in c.kinds: return Scope(c.end, v.n, None, "question", c)
+    if "ask" in c.kinds: return Scope(c.end, next((i for i in range(c.end, v.n) if v.words[i] in ":;"), v.n), None, "question", c)
     if "then" in c.kinds: return Scope(c.end, v.n, None, "earlier", c)
     e = c.end                                                  # past, after: up to the end of the procedure
     while e < b and e not in v.end and not v.has(e, "with") and e not in v.strong:
@@ -536,7 +545,7 @@ def _joined(v, k, step):
         k += step; group.append(v.sites[k].name)
     return group
 
-# %% ../nbs/03_findings.ipynb #75d5fea3
+# %% ../nbs/03_findings.ipynb #44df11e9
 _CARRIED = {"lesion", "cyst", "stone", "calcification", "dilated", "enlarged", "thickened", "aneurysm", "fatty", "haemangioma", "cystic lesion", "fluid"}
 
 def _within(v, sign, site):
@@ -551,7 +560,7 @@ def _sites_of(v, sign, header, topic):
     if costs and v.sites[costs[0][1]].name not in known:       # something else stands nearer
         c, k = costs[0]
         if (c < 0.95 or best and _within(v, sign, v.sites[k])) and (best is None or best[0] > c + 0.5):
-            return [s for s in _joined(v, k, -1 if v.sites[k].start < sign.start else 1) if s in known]
+            return [s for s in _joined(v, k, -1 if v.sites[k].start < sign.start else 1) if s in known] or _subject(v, sign, known)
     if best:
         k = best[1]; before = v.sites[k].start <= sign.start
         group = _joined(v, k, -1 if before else 1)
@@ -560,6 +569,15 @@ def _sites_of(v, sign, header, topic):
             if more is not None: group += _joined(v, more, 1)
         return [s for s in dict.fromkeys(group) if s in known]
     return _sites_elsewhere(v, sign, header, topic, known)
+
+def _subject(v, sign, known):
+    "The site that an adjective is about, where only places stand between: *lymph nodes*, cervical and axillary, normal in size."
+    between = {i for x in v.sites for i in range(x.start, x.end)}
+    for i in range(sign.start - 1, max(sign.start - _FAR, -1), -1):
+        if not (i in between or v.words[i] == "," or v.has(i, "and", "or", "fill", "place", "of")): return []
+        for x in v.sites:
+            if x.end == i + 1 and x.name in known and sign.name[0] in _ADJECTIVES: return [x.name]
+    return []
 
 def _sites_elsewhere(v, sign, header, topic, known):
     "Names of the sites of a `sign` that has none in its part."
@@ -614,7 +632,7 @@ def _drop_explained(v):
         behind = {m.name[0] if isinstance(m.name, tuple) else m.name for m in v.signs + v.named + v.sites if m.start >= c.end}
         v.signs = [s for s in v.signs if s.end > c.start or _EXPLAINED.get(s.name[0], set()).isdisjoint(behind)]
 
-# %% ../nbs/03_findings.ipynb #f1b480ce
+# %% ../nbs/03_findings.ipynb #f7455ab1
 def _brackets(tokens):
     "Numbers of the tokens outside of brackets, then of those inside each; a bracket of sizes only stays in its sentence."
     outside, groups, inside = [], [], None
@@ -647,7 +665,7 @@ def _read(words, question, header, topic, region):
             value, rule, cue = _judge(scopes, m.start, m.end, m.name[1])
             for site in _sites_of(v, m, header, topic):
                 for name in _WHERE[m.name[0]].get(site, ()):
-                    if not (m.name[0] == "suspicious" and value == 1): say(name, value, rule if value is None or rule != "asserted" else f"{m.name[0]} of {site}", m.start, m.end, cue)
+                    if not (value == 1 and (m.name[0], site, name) in _DENIALS): say(name, value, rule if value is None or rule != "asserted" else f"{m.name[0]} of {site}", m.start, m.end, cue)
         for name, a, b, big in _sizes(v):
             value, rule, cue = _judge(scopes, a, b)
             say(name, value if big else 0 if value == 1 else None, "size" if rule == "asserted" else rule, a, b, cue)
