@@ -695,7 +695,7 @@ def scan_size(scan): # bytes of a file, entries of a folder, -1 where there is n
     path = Path(scan)
     return -1 if scan.startswith("phantom:") or not path.exists() else path.stat().st_size if path.is_file() else len(os.listdir(path))
 
-# %% ../nbs/11_data.ipynb #1fcd1515
+# %% ../nbs/11_data.ipynb #0cf77653
 class FeatureStore:
     "A folder with one safetensors file per scan, all from one encoder."
     def __init__(self,
@@ -718,7 +718,7 @@ class FeatureStore:
     def header(self, key): # what is known about a scan's features; `None` where they are absent or cut short
         from safetensors import SafetensorError, safe_open
         try:
-            with safe_open(self.path(key), "np") as f: return f.metadata()
+            with open(self.path(key)), safe_open(self.path(key), "np") as f: return json.loads(f.metadata()["ctvlm"])
         except (FileNotFoundError, SafetensorError): return None
 
     def done(self, key, scan): # whether the features are there, and are those of the scan as it is now
@@ -728,12 +728,12 @@ class FeatureStore:
     def load(self, key): # name -> tensor, memory-mapped
         from safetensors import SafetensorError, safe_open
         try:
-            with safe_open(self.path(key), "pt") as f: return {name: f.get_tensor(name) for name in f.keys()}
+            with open(self.path(key)), safe_open(self.path(key), "pt") as f: return {name: f.get_tensor(name) for name in f.keys()}
         except (FileNotFoundError, SafetensorError) as e: raise InputError(f"{self.path(key)} cannot be read ({str(e).splitlines()[0]}): run `ctvlm embed` again, it replaces what is absent or damaged") from None
 
-    def save(self, key, tensors, about): # `about`: strings and numbers
-        from safetensors.torch import save_file
-        with write_atomically(self.path(key)) as t: save_file(tensors, str(t), {k: str(v) for k, v in about.items()})
+    def save(self, key, tensors, about): # `about`: what `header` gives
+        from safetensors.torch import save
+        with write_atomically(self.path(key)) as t: t.write_bytes(save(tensors, {"ctvlm": json.dumps(about)}))
         self.path(key).with_suffix(".failed.json").unlink(missing_ok=True)
 
     def fail(self, key, reason):
@@ -752,7 +752,7 @@ class FeatureStore:
             rows.append(dict(key=key, source=r.source, study=r.study, patient=r.patient, scan=r.scan, series=r.series, status="ok" if about else "failed", reason="" if about else self.reason(key), **numbers))
         return pd.DataFrame(rows, columns="key source study patient scan series status reason windows low_mm high_mm".split())
 
-# %% ../nbs/11_data.ipynb #fecbfaa7
+# %% ../nbs/11_data.ipynb #7b74b0a4
 def read_windows(
     job:tuple, # key, scan, series, `WindowSpec`, fit
 )->dict:       # arrays, or the `reason` why there are none
@@ -782,10 +782,10 @@ def keep(
     if reason: store.fail(key, reason); return False
     tensors |= {k: torch.from_numpy(np.ascontiguousarray(found[k])) for k in ("grid", "patch_mask", "bin_depths_mm")}
     depths = found["bin_depths_mm"]
-    store.save(key, tensors, dict(scan=scan, size=found["size"], windows=len(found["windows"]), low_mm=depths[0] - found["half"], high_mm=depths[-1] + found["half"]))
+    store.save(key, tensors, dict(scan=scan, size=found["size"], windows=len(found["windows"]), low_mm=float(depths[0] - found["half"]), high_mm=float(depths[-1] + found["half"])))
     return True
 
-# %% ../nbs/11_data.ipynb #d157a199
+# %% ../nbs/11_data.ipynb #05729bc9
 def fill(
     store:FeatureStore,
     studies:pd.DataFrame,
@@ -820,13 +820,14 @@ def summary(store, studies, parts): # of all processes
     "The index of the store, and what a person wants to know."
     table, spent = store.table(studies), sum((Counter(p) for p in parts), Counter())
     failed = table[table.status == "failed"]
-    if spent["computed"] or len(failed) or not (store.folder/"index.parquet").exists():
-        with write_atomically(store.folder/"index.parquet") as t: table.to_parquet(t)
+    index = store.folder/"index.parquet"
+    if not (index.exists() and pd.read_parquet(index).equals(table)):   # a finished store may be on a disk that cannot be written
+        with write_atomically(index) as t: table.to_parquet(t)
     size = sum(store.path(k).stat().st_size for k in table.key[table.status == "ok"])
     return dict(store=str(store.folder), scans=len(table), present=int((table.status == "ok").sum()), computed=spent["computed"], failed=len(failed), reasons=dict(Counter(map(short_reason, failed.reason)).most_common()),
                 megabytes=size / 1e6, seconds=max(p["seconds"] for p in parts), **{k: spent[k] for k in ("waiting", "encoding", "writing")})
 
-# %% ../nbs/11_data.ipynb #50f10144
+# %% ../nbs/11_data.ipynb #c4aef8aa
 def _encoder(model, chunk): # `found` -> features
     import torch
     def encode(found):
@@ -855,6 +856,7 @@ def embed_studies(
     quiet:bool=False, # no progress bar
 )->dict:              # the store, counts, reasons of failure, and where the time went in seconds
     "Compute the window features of every scan that has none yet."
+    import torch
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     job = (studies, model, output, fit, workers, chunk, quiet)
     if len(devices) > 1:
@@ -865,7 +867,7 @@ def embed_studies(
     if world == 1: store, part = _embed((*job, devices[0] if devices else None, (0, 1))); return summary(store, studies, [part])
     from accelerate import PartialState
     from accelerate.utils import gather_object
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     store, part = _embed((*job, state.device, (state.process_index, state.num_processes)))
     parts = gather_object([part])                                   # waits for everybody
     return summary(store, studies, parts) if state.is_main_process else {}

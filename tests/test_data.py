@@ -1,0 +1,545 @@
+"Studies, adaptors on trees of the published layouts, the feature store and its bad days, batches."
+import json, os, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import nibabel, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
+
+import ctvlm.data as data, made_up_encoder
+from ctvlm.core import InputError, write_atomically
+from ctvlm.data import *
+from ctvlm.findings import CT_RATE_CLASSES, FINDINGS
+from ctvlm.model import CTVLMConfig, CTVLMModel
+from ctvlm.phantoms import PhantomCohort, write_cohort
+from ctvlm.preprocessing import load_volume, make_windows
+from ctvlm.text import train_tokenizer
+
+
+# ---------------------------------------------------------------- made-up data
+
+def body(shape=(24, 22, 20), seed=0):
+    "A ball of soft tissue in fat in air, in HU."
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    r = np.sqrt(x**2 + y**2 + z**2)
+    noise = np.random.default_rng(seed).normal(0, 12, shape)
+    return (np.select([r < 0.6, r < 0.85], [40, -100], -1000) + noise).clip(-1024, 3000).astype(np.int16)
+
+
+def nifti(path, array=None, affine=None, code=1, spacing=(3., 3., 3.), seed=0):
+    "Write a small scan as NIfTI."
+    array = body(seed=seed) if array is None else array
+    if affine is None: affine = np.diag([*spacing, 1.]); affine[:3, 3] = -30, -40, -300
+    image = nibabel.Nifti1Image(array, None)
+    image.set_sform(affine, code); image.set_qform(affine if np.isfinite(affine).all() else np.eye(4), code)
+    if not np.isfinite(affine).all(): image.header["sform_code"], image.header["qform_code"], image.header["srow_x"] = 1, 0, affine[0]
+    image.header["pixdim"][1:4] = spacing
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(image, path)
+    return path
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) * 2 // 3])
+    return path
+
+
+def broken(folder, name):
+    "Files of the known kinds, named by their fault."
+    nan = np.diag([3., 3., 3., 1.]); nan[0, 3] = np.nan
+    nifti(folder / name("nan"), affine=nan)
+    nifti(folder / name("four axes"), np.stack([body()] * 2, -1))
+    nifti(folder / name("no orientation"), code=0)
+    nifti(folder / name("thin"), body()[:, :, :1])
+    cut(nifti(folder / name("cut")))
+
+
+FAULTS = {"nan": "not finite", "four axes": "4 axes", "no orientation": "sform and qform", "thin": "voxels", "cut": "cut off"}
+
+
+def row(study, patient=None, scan="", **changes):
+    return {**dict(study=study, patient=patient or study, scan=scan or f"/data/{study}.nii.gz", series="", language="en", findings="A nodule.", impression="Nodule.",
+                   labels={"Lung nodule": 1}, pairs=[], split="train", source="made up", label_version="none"), **changes}
+
+
+def table(*rows): return pd.DataFrame(list(rows), columns=data.STUDY_SCHEMA.names)
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    sizes = dict(width=24, depth=1, heads=2, layer_scale=1.)
+    return CTVLMModel(CTVLMConfig.tiny(300, window=(16, 16, 32), window_encoder=sizes, scan_encoder={**sizes, "rope_base": 100.}, head_widths=(16, 16, 16), projection_dim=16)).eval()
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory):
+    "Ten scans, one of them cut off, in a folder with a space and umlauts."
+    root = tmp_path_factory.mktemp("data") / "Röntgen Süd"
+    scans = [nifti(root / f"Fall Nr {i}.nii.gz", seed=i) for i in range(10)]
+    cut(scans[3])
+    pairs = [[dict(snippet="a nodule", cleaned="a nodule", series=2, image=5, image_end=None, depth_mm=d, plane=None, prior=False, rule="made up", status="ok") for d in (-290. + i, -2000.)] for i in range(10)]
+    return table(*(row(f"s{i}", scan=str(s), pairs=pairs[i], findings=f"Nodule number {i}, unchanged.") for i, s in enumerate(scans)))
+
+
+@pytest.fixture(scope="module")
+def filled(hospital, tmp_path_factory):
+    "The features of the hospital by the tiny model."
+    output = tmp_path_factory.mktemp("features")
+    return output, embed_studies(hospital, tiny(), output, workers=0, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return train_tokenizer(["Findings: Nodule number 1, unchanged.\nImpressions: Nodule.\n"], 300)
+
+
+# ---------------------------------------------------------------- the table
+
+def test_round_trip_with_umlauts_and_unknowns(tmp_path):
+    studies = table(row("Ä 1", scan="/Süd/Fall 1.nii.gz", labels={"Emphysema": 0}, pairs=[dict(snippet="Rundherd", cleaned="Rundherd", image=3, depth_mm=None, status="no index")]), row("b"))
+    back = read_studies(write_studies(studies, tmp_path / "Tabelle ä.parquet"))
+    assert back.labels.tolist() == studies.labels.tolist() and back.study.tolist() == ["Ä 1", "b"]
+    pair = back.pairs[0][0]
+    assert pair["snippet"] == "Rundherd" and pair["depth_mm"] is None and pair["prior"] is None
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t.drop_columns(["patient"]), "no column 'patient'"),
+    (lambda t: t.set_column(1, "patient", pa.array(["a", None])), "row 1, column 'patient' is null"),
+    (lambda t: t.set_column(0, "study", pa.array(["a", ""])), "row 1, column 'study' is empty"),
+    (lambda t: t.set_column(7, "labels", pa.array([["x"], ["y"]])), "row 0, column 'labels'"),
+    (lambda t: t.set_column(9, "split", pa.array(["train", "dev"])), "row 1, column 'split' is 'dev'"),
+    (lambda t: t.set_column(1, "patient", pa.array(["a", "a"])).set_column(9, "split", pa.array(["train", "test"])), "row 1, patient 'a' is in 'test'"),
+    (lambda t: pa.concat_tables([t, t.slice(0, 1)]), "row 2, columns 'study', 'scan', 'series' repeat"),
+])
+def test_a_wrong_parquet_file_names_row_and_column(tmp_path, change, says):
+    pq.write_table(change(data.to_table(table(row("a"), row("b")))), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=says): read_studies(tmp_path / "t.parquet")
+
+
+def test_other_files_are_no_table(tmp_path):
+    (tmp_path / "t.parquet").write_text("not Parquet")
+    with pytest.raises(InputError, match="no Parquet file"): read_studies(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="does not exist"): read_studies(tmp_path / "none.parquet")
+    with pytest.raises(InputError, match="row 1, column 'findings' holds 3"): write_studies(table(row("a"), row("b", findings=3)), tmp_path / "u.parquet")
+
+
+def test_splits_stay_when_patients_are_added():
+    many = table(*(row(f"s{i}", f"p{i // 2}") for i in range(3000)))
+    small, large = split_patients(many.iloc[:1000], {"val": 0.1, "test": 0.2}), split_patients(many, {"val": 0.1, "test": 0.2})
+    assert (small.split == large.split.iloc[:1000]).all()
+    assert (large.groupby("patient").split.nunique() == 1).all()
+    shares = large.split.value_counts(normalize=True)
+    assert abs(shares["val"] - 0.1) < 0.03 and abs(shares["test"] - 0.2) < 0.03
+    assert (split_patients(many, {"val": 0.1, "test": 0.2}, seed=1).split != large.split).any()
+    assert (split_patients(large.assign(split="test"), {"val": 0.5}).split == "test").all()   # published splits stay
+
+
+# ---------------------------------------------------------------- adaptors
+
+@pytest.fixture(scope="module")
+def ct_rate(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ct-rate")
+    d = root / "dataset"
+    names = ["train_1_a_1", "train_1_a_2", "train_2_a_1", "train_3_a_1", "train_4_a_1", "valid_1_a_1", "valid_1_a_2", "valid_1_b_1", "valid_2_a_1"]
+    place = lambda n: d / f"{n.split('_')[0]}_fixed" / "_".join(n.split("_")[:2]) / "_".join(n.split("_")[:3]) / f"{n}.nii.gz"
+    for i, n in enumerate(names): nifti(place(n), seed=i)
+    place("train_4_a_1").unlink()
+    broken(d, lambda fault: place(f"valid_{10 + list(FAULTS).index(fault)}_a_1").relative_to(d))
+    bad = [f"valid_{10 + k}_a_1" for k in range(len(FAULTS))]
+    nifti(d / "valid_fixed" / "valid_9" / "valid_9_a" / "valid_9_a_1.nii.gz")                 # without a report
+    (d / "radiology_text_reports").mkdir(); (d / "multi_abnormality_labels").mkdir(); (d / "metadata").mkdir()
+    for part, long in (("train", "train"), ("valid", "validation")):
+        mine = [n for n in names + bad if n.startswith(part)]
+        pd.DataFrame(dict(VolumeName=[n + ".nii.gz" for n in mine], ClinicalInformation_EN="Cough", Technique_EN="CT", Findings_EN="Nodules, no effusion", Impressions_EN="Nodules")).to_csv(d / "radiology_text_reports" / f"{long}_reports.csv", index=False)
+        labels = pd.DataFrame(0, index=range(len(mine)), columns=list(CT_RATE_CLASSES)); labels["Lung nodule"] = 1
+        labels.insert(0, "VolumeName", [n + ".nii.gz" for n in mine])
+        labels.to_csv(d / "multi_abnormality_labels" / f"{part}_predicted_labels.csv", index=False)
+        pd.DataFrame(dict(VolumeName=[n + ".nii.gz" for n in mine], XYSpacing=["[1.5, 1.5]" if n == "valid_2_a_1" else "[3.0, 3.0]" for n in mine], ZSpacing=3.0)).to_csv(d / "metadata" / f"{long}_metadata.csv", index=False)
+    (d / "metadata" / "no_chest_train.txt").write_text("train_3_a_1.nii.gz\n")
+    outside = nifti(root.parent / "elsewhere" / "x.nii.gz")
+    target = place("train_2_a_1"); target.unlink(); target.symlink_to(outside)
+    return root
+
+
+def test_ct_rate_to_the_letter(ct_rate):
+    studies, refused = read_ct_rate(ct_rate)
+    assert [Path(s).name for s in studies.scan] == [f"{n}.nii.gz" for n in ("train_1_a_1", "train_1_a_2", "valid_1_a_1", "valid_1_a_2", "valid_1_b_1")]
+    assert studies.study.tolist() == ["train_1_a"] * 2 + ["valid_1_a"] * 2 + ["valid_1_b"] and studies.patient.tolist() == ["train_1"] * 2 + ["valid_1"] * 3
+    assert studies.split.tolist() == ["train"] * 2 + ["test"] * 3
+    assert studies.labels[0]["Lung nodule"] == 1 and studies.labels[0]["Emphysema"] == 0 and studies.findings[0] == "Nodules, no effusion"
+    assert "Spiculated nodule" not in studies.labels[0] and studies.labels[0]["Centrilobular emphysema"] == 0
+    why = dict(zip(refused.study, refused.reason))
+    for k, says in enumerate(FAULTS.values()): assert says in why[f"valid_{10 + k}_a"]
+    assert "leaves" in why["train_2_a"] and "no_chest" in why["train_3_a"] and "missing" in why["train_4_a"] and "no report" in why["valid_9_a"] and "metadata" in why["valid_2_a"]
+    assert len(refused) == 5 + len(FAULTS)
+    load_volume(studies.scan[0])
+
+
+def test_ct_rate_first_reconstruction_only(ct_rate):
+    studies, _ = read_ct_rate(ct_rate, duplicates="first")
+    assert [Path(s).name for s in studies.scan] == ["train_1_a_1.nii.gz", "valid_1_a_1.nii.gz", "valid_1_b_1.nii.gz"]
+    with pytest.raises(InputError, match="'all' or 'first'"): read_ct_rate(ct_rate, duplicates="some")
+    with pytest.raises(InputError, match="train_fixed"): read_ct_rate(ct_rate / "dataset" / "metadata")
+
+
+def test_scan_studies_counts(ct_rate, tmp_path):
+    counts = scan_studies(ct_rate, "ct-rate", tmp_path / "studies.parquet", quiet=True)
+    assert {k: counts[k] for k in ("volumes", "reports", "patients", "languages", "missing", "refused")} == dict(volumes=5, reports=3, patients=2, languages={"en": 3}, missing=1, refused=4 + len(FAULTS))
+    assert sum(counts["reasons"].values()) == 5 + len(FAULTS) and len(read_studies(tmp_path / "studies.parquet", "test")) == 3
+    assert len(pd.read_csv(tmp_path / "studies.refused.csv")) == 5 + len(FAULTS)
+    with pytest.raises(InputError, match="no layout"): scan_studies(ct_rate, "ctrate", tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="takes no duplicates"): scan_studies(ct_rate, "merlin", tmp_path / "x.parquet", duplicates="first")
+
+
+def test_links_into_a_hub_cache_are_inside(tmp_path):
+    blob = nifti(tmp_path / "datasets--x" / "blobs" / "0.nii.gz")
+    link = tmp_path / "datasets--x" / "snapshots" / "abc" / "a.nii.gz"
+    link.parent.mkdir(parents=True); link.symlink_to(blob)
+    assert scan_problem(link, link.parent) == ""
+
+
+def test_merlin(tmp_path):
+    for s in ("AC1", "AC2", "AC3"): nifti(tmp_path / "merlin_data" / f"{s}.nii.gz")
+    reports = dict(zip(("AC1", "AC2", "AC4"), ("Liver: normal. IMPRESSION: 1. No acute finding.", "Liver: cyst.\n1. Hepatic cyst.\n2. Nothing else.", "Normal.")))
+    pd.DataFrame({"study id": reports.keys(), "Findings": reports.values(), "Split": ["train", "val", "test"]}).to_excel(tmp_path / "reports_final.xlsx", index=False)
+    studies, refused = read_merlin(tmp_path)
+    assert studies[["study", "findings", "impression", "split"]].values.tolist() == [["AC1", "Liver: normal.", "1. No acute finding.", "train"], ["AC2", "Liver: cyst.", "1. Hepatic cyst.\n2. Nothing else.", "val"]]
+    assert studies.labels[1].get("Hepatic cyst") == 1 and studies.label_version[1].startswith("rules")
+    assert dict(zip(refused.study, ("no report" in r for r in refused.reason))) == {"AC3": True, "AC4": False}
+
+
+def test_inspect(tmp_path):
+    full = tmp_path / "full"
+    for s in ("PE1", "PE2", "PE9"): nifti(full / "CTPA" / f"{s}.nii.gz")
+    pd.DataFrame(dict(person_id=[7, 7, 8], impression_id=[101, 102, 103], image_id=["PE1", "PE2", "PE3"])).to_csv(full / "study_mapping_20250611.tsv", sep="\t", index=False)
+    pd.DataFrame(dict(impression_id=[101, 102, 103], impressions=["No pulmonary embolism.", "Embolism,\tright.", "x"])).to_csv(full / "impressions_20250611.tsv", sep="\t", index=False)
+    pd.DataFrame(dict(impression_id=[101, 101, 102, 103], split=["valid", "valid", "valid", "test"])).to_csv(full / "splits_20250611.tsv", sep="\t", index=False)
+    studies, refused = read_inspect(tmp_path)
+    assert studies[["study", "patient", "findings", "impression", "split"]].values.tolist() == [["PE1", "7", "", "No pulmonary embolism.", "val"], ["PE2", "7", "", "Embolism,\tright.", "val"]]
+    assert studies.labels[0]["Pulmonary embolism"] == 0
+    assert refused.study.tolist() == ["PE3", "PE9"]
+
+
+def test_rad_chestct(tmp_path):
+    (tmp_path / "npz").mkdir()
+    for s in ("trn1", "tst1", "tst3"): np.savez_compressed(tmp_path / "npz" / f"{s}.npz", ct=body((30, 28, 26))[::-1])
+    cut(tmp_path / "npz" / "tst3.npz")
+    for part, ids in (("train", ["trn1"]), ("test", ["tst1", "tst2", "tst3"])):
+        pd.DataFrame({"NoteAcc_DEID": ids, "calcification*aorta": 0, "calcification*heart": 1, "nodule*left_lung": 0, "nodulegr1cm*lung": 0, "hernia*esophagus": 0, "air_trapping*lung": 1}).to_csv(tmp_path / f"img{part}_Abnormality_and_Location_Labels.csv", index=False)
+    studies, refused = read_rad_chestct(tmp_path)
+    assert studies[["study", "split", "findings", "label_version"]].values.tolist() == [["trn1", "train", "", "Rad-ChestCT"], ["tst1", "test", "", "Rad-ChestCT"]]
+    label = studies.labels[1]
+    assert label["Arterial wall calcification"] == label["Coronary artery wall calcification"] == 1 and label["Lung nodule"] == label["Hiatal hernia"] == 0 and "Mosaic attenuation pattern" not in label
+    assert refused.study.tolist() == ["tst2", "tst3"]
+    v = load_volume(studies.scan[1])
+    assert v.array.shape == (26, 28, 30)
+
+
+def test_the_classes_of_the_benchmarks_are_in_the_catalogue():
+    assert set(CT_RATE_CLASSES) <= set(FINDINGS)
+    assert set(data.RAD_CHESTCT) == {f.rad_chestct for f in FINDINGS.values() if f.rad_chestct} and len(data.RAD_CHESTCT) == 16
+
+
+def test_csv_folder_of_a_clinic(tmp_path):
+    "Semicolons, cp1252, umlauts and spaces in names, links to another disk, one text per report."
+    root = tmp_path / "Klinik Süd"
+    scan = nifti(root / "Aufnahmen 2024" / "Fall ö.nii.gz")
+    other = nifti(tmp_path / "other disk" / "b.nii.gz")
+    (root / "scans").mkdir(); (root / "scans" / "0002.nii.gz").symlink_to(other)
+    lines = ["study;patient;scan;text", "0001;P 1;Aufnahmen 2024/Fall ö.nii.gz;\"Befund: Rundherd im linken Oberlappen.\nBeurteilung: Rundherd.\"", "0002;P 2;;Befund: Kein Pleuraerguss.", "0003;P 3;;Nichts."]
+    (root / "reports.csv").write_bytes("\n".join(lines).encode("cp1252"))
+    studies, refused = read_csv_folder(root)
+    assert studies[["study", "patient", "language", "findings", "impression"]].values.tolist() == [["0001", "P 1", "de", "Rundherd im linken Oberlappen.", "Rundherd."], ["0002", "P 2", "de", "Kein Pleuraerguss.", ""]]
+    assert studies.scan[0] == str(scan) and studies.labels[0]["Lung nodule"] == 1 and studies.labels[1]["Pleural effusion"] == 0
+    assert refused.study.tolist() == ["0003"]
+    with pytest.raises(InputError, match="no column 'patient'"): read_csv_folder(root, scan.parent / write(scan.parent / "r.csv", "study,text\n1,x\n"))
+
+
+def write(path, text): path.write_text(text); return path.name
+
+
+def test_phantoms_on_disk_are_the_phantoms_in_memory(tmp_path):
+    cohort = PhantomCohort(2, seed=8, spacing=(8., 8., None))
+    write_cohort(cohort, tmp_path, quiet=True)
+    (disk, refused), memory = read_phantoms(tmp_path), phantom_studies(cohort)
+    for name in ("study", "patient", "language", "findings", "labels", "pairs"): assert disk[name].tolist() == memory[name].tolist(), name
+    assert not len(refused) and (disk.source == "phantoms").all()
+    a, b = open_scan(disk.scan[1]), open_scan(memory.scan[1])
+    assert a.array.shape == b.array.shape and np.abs(a.array - b.array).max() < 1 and np.allclose(a.depths_mm, b.depths_mm, atol=1e-3)
+    true = phantom_studies(cohort, truth=True)
+    depths = [sorted(p["depth_mm"] for p in t if p["depth_mm"] is not None) for t in true.pairs]
+    mined = [sorted(p["depth_mm"] for p in t if p["depth_mm"] is not None) for t in memory.pairs]
+    assert depths == mined and set(true.label_version) == {"truth"}
+
+
+def test_a_pool_of_processes_gives_the_same_phantoms():
+    cohort = PhantomCohort(3, seed=8, spacing=(8., 8., None))
+    pd.testing.assert_frame_equal(phantom_studies(cohort, workers=2), phantom_studies(cohort))
+
+
+def dicom(folder, accession, patient, start=-100., name="{k}.dcm", series=2, count=16, description="Axial"):
+    "Write one axial series, image 1 at the head."
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+    folder.mkdir(parents=True, exist_ok=True)
+    array, uid = body((24, 22, count)), f"1.2.{abs(int.from_bytes(accession.encode(), 'big')) % 10**12}"
+    for k in range(1, count + 1):
+        ds = Dataset()
+        ds.file_meta = FileMetaDataset(); ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{uid}.{series}.{k}"
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID, ds.AccessionNumber, ds.PatientID, ds.PatientName = uid, f"{uid}.{series}", f"{uid}.0", accession, patient, ""
+        ds.Modality, ds.ImageType, ds.SeriesNumber, ds.InstanceNumber, ds.SeriesDescription = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"], series, k, description
+        ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing, ds.SliceThickness = [-36, -33, start - 4. * (k - 1)], [1, 0, 0, 0, 1, 0], [3, 3], 4
+        ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 22, 24, 1, "MONOCHROME2", 16, 16, 15, 1
+        ds.RescaleSlope, ds.RescaleIntercept, ds.PixelData = 1, 0, array[:, :, count - k].T.astype("<i2").tobytes()
+        ds.save_as(folder / name.format(k=k), enforce_file_format=True)
+    return uid
+
+
+def test_dicom_root(tmp_path):
+    root = tmp_path / "Archiv Süd"
+    dicom(root / "2024" / "Untersuchung 1" / "S2", "A-1", "Müller"); dicom(root / "2024" / "Untersuchung 1" / "S3", "A-1", "Müller", series=3, count=5)
+    dicom(root / "2024" / "Untersuchung 2", "A-2", "Schmidt")
+    uid = dicom(root / "2024" / "Untersuchung 3", "A-3", "Schmidt")
+    dicom(root / "2024" / "Untersuchung 4", "A-4", "nobody's")                    # without a report
+    dicom(root / "all in one", "A-5", "x"); dicom(root / "all in one", "A-6", "y", name="y{k}.dcm")
+    (root / "2024" / "Untersuchung 2" / "notes.txt").write_text("no DICOM")
+    rows = [("A-1", "Befund: Rundherd rechts (Serie 2, Bild 5).\nBeurteilung: Rundherd."), ("Untersuchung 2", "Findings: Nodule (series 2, image 99).\nImpression: Nodule."),
+            (uid, "Findings: Normal.\nImpression: Normal."), ("A-5", "x"), ("nowhere", "x")]
+    pd.DataFrame(rows, columns=["study", "text"]).to_csv(root / "reports.csv", index=False)
+    studies, refused = read_dicom_root(root)
+    assert studies[["study", "patient", "language"]].values.tolist() == [["A-1", "Müller", "de"], ["Untersuchung 2", "Schmidt", "en"], [uid, "Schmidt", "en"]]
+    assert [Path(s).name for s in studies.scan] == [f"Untersuchung {i}" for i in (1, 2, 3)]
+    assert [[(p["depth_mm"], p["status"]) for p in row] for row in studies.pairs] == [[(-116., "ok")], [(None, "no such image")], []]
+    v = open_scan(studies.scan[0])
+    assert v.array.shape == (24, 22, 16) and v.depths_mm[-1] == -100. and v.image_number_at(-116.) == 5
+    why = dict(zip(refused.study, refused.reason))
+    assert "not below" in why["nowhere"] and "has no report" in why["A-4"] and "holds files of 2 studies" in why["A-5"]
+    to_table(studies)
+
+
+# ---------------------------------------------------------------- the store
+
+def test_the_run_ends_with_one_unreadable_scan_in_ten(hospital, filled):
+    output, found = filled
+    assert (found["scans"], found["computed"], found["failed"]) == (10, 9, 1)
+    index = pd.read_parquet(Path(found["store"]) / "index.parquet")
+    assert index.status.tolist() == ["ok"] * 3 + ["failed"] + ["ok"] * 6 and "cut off" in index.reason[3] and "Fall Nr 3" in index.reason[3]
+    assert found["waiting"] > 0 and found["encoding"] > 0
+
+
+def test_features_are_those_of_the_encoder(hospital, filled):
+    model, store = tiny(), FeatureStore(filled[0])
+    w = make_windows(load_volume(hospital.scan[0]), spec=model.config.window_spec)
+    saved = store.load(data.scan_key(next(hospital.itertuples())))
+    with torch.no_grad(): cls, tokens = model.encode_windows(w.windows)
+    assert torch.allclose(saved["cls"].float(), cls, atol=2e-3) and torch.allclose(saved["depth_tokens"].float(), tokens, atol=2e-3)
+    assert saved["grid"].tolist() == w.grid.tolist() and np.allclose(saved["bin_depths_mm"], w.bin_depths_mm)
+    assert torch.equal(saved["patch_mask"], w.patch_mask.flatten(1, -2).any(1)) and saved["cls"].dtype == torch.float16
+
+
+def test_a_second_run_computes_nothing_and_another_encoder_everything(hospital, filled, tmp_path):
+    output, found = filled
+    before = {p: p.stat().st_mtime_ns for p in Path(found["store"]).glob("*/*.safetensors")}
+    assert embed_studies(hospital, tiny(), output, workers=0, quiet=True)["computed"] == 0
+    assert before == {p: p.stat().st_mtime_ns for p in Path(found["store"]).glob("*/*.safetensors")}
+    other = embed_studies(hospital.iloc[:2], tiny(1), tmp_path, workers=0, quiet=True)
+    assert other["computed"] == 2 and Path(other["store"]).name != Path(found["store"]).name
+    shutil.copytree(found["store"], tmp_path / "second" / Path(found["store"]).name); shutil.copytree(other["store"], tmp_path / "second" / Path(other["store"]).name)
+    with pytest.raises(InputError, match="holds 2 stores"): FeatureStore(tmp_path / "second")
+    with pytest.raises(InputError, match="holds 0 stores"): FeatureStore(tmp_path / "none")
+
+
+def test_moved_scans_keep_their_features_and_changed_ones_do_not(hospital, filled, tmp_path):
+    shutil.copytree(filled[0], tmp_path / "features")
+    moved = hospital.iloc[:2].assign(scan=[str(tmp_path / "new place" / Path(s).name) for s in hospital.scan[:2]])
+    for old, new in zip(hospital.scan, moved.scan): Path(new).parent.mkdir(exist_ok=True); shutil.copy(old, new)
+    assert embed_studies(moved, tiny(), tmp_path / "features", workers=0, quiet=True)["computed"] == 0
+    nifti(Path(moved.scan[1]), seed=77)
+    assert embed_studies(moved, tiny(), tmp_path / "features", workers=0, quiet=True)["computed"] == 1
+
+
+def test_a_feature_file_cut_short_is_found_and_replaced(hospital, filled, tmp_path, tokenizer):
+    shutil.copytree(filled[0], tmp_path / "f")
+    store = FeatureStore(tmp_path / "f")
+    key = data.scan_key(next(hospital.itertuples()))
+    whole = store.path(key).read_bytes()
+    batches = Batches(hospital, store, tokenizer, batch_size=4)
+    for size in (len(whole) - 50, 20, 0):
+        store.path(key).write_bytes(whole[:size])
+        assert store.header(key) is None and "cut short" in store.table(hospital).reason[0]
+        with pytest.raises(InputError, match="ctvlm embed"): list(batches)                      # prepared when all was well
+        assert Batches(hospital, store, tokenizer).left_out["scans: FILE is cut short"] == 1
+        assert embed_studies(hospital, tiny(), tmp_path / "f", workers=0, quiet=True)["computed"] == 1
+        assert store.path(key).read_bytes() == whole
+        batches.load_state_dict({"epoch": 0, "at": 0})
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="drops the rights of root")
+def test_a_store_that_cannot_be_written(hospital, filled):
+    "Reading goes on, writing ends with one line, nothing is left behind."
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(filled[0], folder + "/f"); scan = shutil.copy(hospital.scan[0], folder + "/scan.nii.gz")
+        for p in (folder, folder + "/f"): os.chmod(p, 0o755)
+        store = FeatureStore(folder + "/f")
+        def reads():
+            assert len(store.load(data.scan_key(next(hospital.itertuples())))) == 5
+            assert data.summary(store, hospital, [dict(seconds=0.)])["present"] == 9
+        def writes():
+            with pytest.raises(InputError, match="cannot be written .Permission denied."):
+                data.fill(store, table(row("new", scan=scan)), tiny().config.window_spec, lambda found: (dict(cls=torch.zeros(1)), ""), workers=0, quiet=True)
+        assert unprivileged(reads) == 0 and unprivileged(writes) == 0
+        assert not list(store.folder.glob("*/.*.tmp"))
+
+
+def unprivileged(code):
+    "Exit status of `code` run by nobody."
+    pid = os.fork()
+    if pid == 0:
+        try: os.setgid(65534); os.setuid(65534); code()
+        except BaseException as e: print(repr(e), file=sys.stderr); os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+RUN = """
+import sys, pandas as pd
+sys.path.insert(0, {tests!r})
+from ctvlm.data import embed_studies, read_studies
+from made_up_encoder import Encoder
+if __name__ == "__main__": print(embed_studies(read_studies({table!r}), Encoder(), {output!r}, workers=0, quiet=True).get("computed"))
+"""
+
+
+def start(tmp_path, hospital, output, **env):
+    write_studies(hospital, tmp_path / "t.parquet")
+    (tmp_path / "run.py").write_text(RUN.format(tests=str(Path(__file__).parent), table=str(tmp_path / "t.parquet"), output=str(output)))
+    return subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def alone(hospital, tmp_path_factory):
+    "Files that one undisturbed process writes."
+    output = tmp_path_factory.mktemp("alone")
+    embed_studies(hospital, made_up_encoder.Encoder(), output, workers=0, quiet=True)
+    return files(output)
+
+
+def test_two_runs_and_a_killed_one_fill_the_same_store(hospital, alone, tmp_path):
+    both = [start(tmp_path, hospital, tmp_path / "f") for _ in range(2)]
+    while not list((tmp_path / "f").glob("*/*/*.safetensors")) and any(p.poll() is None for p in both): time.sleep(0.02)
+    both[0].kill(); both[0].communicate()
+    err = both[1].communicate()[1]
+    assert both[1].returncode == 0, err
+    assert files(tmp_path / "f") == alone and len(alone) == 9
+
+
+def test_devices_share_the_work(hospital, alone, tmp_path):
+    found = embed_studies(hospital, made_up_encoder.Encoder(), tmp_path / "f", workers=1, devices=("cpu", "cpu"), quiet=True)
+    assert found["computed"] == 9 and found["failed"] == 1 and files(tmp_path / "f") == alone
+
+
+def test_accelerate_shares_the_work(hospital, alone, tmp_path):
+    import socket
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = str(s.getsockname()[1])
+    ranks = [start(tmp_path, hospital, tmp_path / "f", RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(2)]
+    ends = [p.communicate() for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], ends
+    assert [out.strip() for out, _ in ends] == ["9", "None"] and files(tmp_path / "f") == alone
+
+
+def test_a_killed_worker_costs_one_job():
+    assert list(data.ahead(made_up_encoder.dies, range(6), 2, "lost")) == [(i, "lost" if i == 2 else i * i) for i in range(6)]
+
+
+# ---------------------------------------------------------------- batches
+
+def test_a_batch_is_what_the_contract_says(hospital, filled, tokenizer):
+    findings = ("Lung nodule", "Emphysema")
+    batches = Batches(hospital, filled[0], tokenizer, batch_size=4, findings=findings)
+    assert len(batches) == 3 and batches.left_out == {"scans: Fall Nr FILE is cut off: N of N bytes are there": 1, "snippets: outside the scan": 9}
+    model, seen = tiny(), []
+    for b in batches:
+        B, N, S = len(b["study"]), int(b["grid"].prod(1).sum()), len(b["snippet_scan"])
+        assert b["cls"].shape == (N, 24) and b["depth_tokens"].shape == (N, 8, 24) and b["patch_mask"].shape == (N, 8) and b["grid"].dtype == torch.long
+        assert b["report_ids"].shape == b["report_mask"].shape and b["labels"].tolist() == [[1, -1]] * B and S == B == len(b["snippet_text"])
+        for i, (study, depth, place) in enumerate(zip(b["study"], b["snippet_depth_mm"].tolist(), b["snippet_bin"].tolist())):
+            n = int(study[1:])
+            w = make_windows(load_volume(hospital.scan[n]), spec=model.config.window_spec)
+            assert b["snippet_scan"][i] == i and depth == -290. + n and place == pytest.approx(float(w.depth_to_bin(depth)), abs=1e-4)
+            assert tokenizer.decode(b["report_ids"][i][b["report_mask"][i].bool()], skip_special_tokens=True) == report_text(f"Nodule number {n}, unchanged.", "Nodule.")
+        out = model.encode_features(b["cls"], b["depth_tokens"], b["grid"], patch_mask=b["patch_mask"])
+        assert out.slices.shape[:2] == b["bin_depths_mm"].shape and bool((out.valid <= b["bin_depths_mm"].isfinite()).all())
+        seen += b["study"]
+    assert sorted(seen) == [f"s{i}" for i in range(10) if i != 3] and batches.prompts["ids"].shape[:3] == (2, 3, 2)
+
+
+def order(batches): return [b["study"] for b in batches]
+
+
+@pytest.mark.parametrize("workers, context", [(0, ""), (1, "forkserver"), (1, "spawn")])
+def test_the_position_survives(hospital, filled, tokenizer, workers, context):
+    make = lambda w=0: Batches(hospital, filled[0], tokenizer, batch_size=2, workers=w, context=context, seed=4)
+    whole = make(); first, second = order(whole), order(whole)
+    assert first != second and sorted(sum(first, [])) == sorted(sum(second, []))
+    torch.manual_seed(0); untouched = torch.rand(1)
+    part = make(workers); torch.manual_seed(0)
+    batches = iter(part)
+    got = [next(batches)["study"] for _ in range(2)]
+    assert torch.rand(1) == untouched                             # workers draw from a generator of their own
+    state = json.loads(json.dumps(part.state_dict()))
+    assert state == {"epoch": 0, "at": 2}                         # handed out, not read ahead
+    del batches
+    more = make(); more.load_state_dict(state)
+    assert got + order(more) == first and order(more) == second
+
+
+def test_processes_share_an_epoch(hospital, filled, tokenizer, monkeypatch):
+    shares = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank)); monkeypatch.setenv("WORLD_SIZE", "2")
+        b = Batches(hospital, filled[0], tokenizer, batch_size=2)
+        shares.append(sum(order(b), [])); assert len(b) == len(order(b))
+    assert not set(shares[0]) & set(shares[1]) and len(shares[0]) + len(shares[1]) == 9
+
+
+def test_one_scan_of_several_per_report(hospital, filled, tmp_path, tokenizer):
+    "Three reconstructions share a report: one is drawn per epoch, all of them come in evaluation."
+    twins = hospital.iloc[[0, 1, 2, 4]].assign(study=["a", "a", "a", "b"], patient=["a", "a", "a", "b"])
+    embed_studies(twins, tiny(), tmp_path, workers=0, quiet=True)
+    cls = {r.scan: float(FeatureStore(tmp_path).load(data.scan_key(r))["cls"].float().sum()) for r in twins.itertuples()}
+    b, drawn = Batches(twins, tmp_path, tokenizer, batch_size=1), set()
+    for _ in range(24):
+        epoch = list(b)
+        assert sorted(x["study"][0] for x in epoch) == ["a", "b"]
+        drawn |= {round(float(x["cls"].float().sum()), 3) for x in epoch if x["study"] == ["a"]}
+    assert drawn == {round(v, 3) for v in list(cls.values())[:3]}
+    every, = Batches(twins, tmp_path, tokenizer, batch_size=8, training=False)
+    assert every["study"] == ["a", "a", "a", "b"]
+
+
+def shout(findings, impression, rng): return findings.upper() + str(rng.integers(1000)), impression
+
+
+def test_augmented_variants_are_drawn_ahead_and_repeat(hospital, filled, tokenizer):
+    texts = lambda b: [sorted(tokenizer.batch_decode(x["report_ids"], skip_special_tokens=True)) for x in b]
+    make = lambda **kw: Batches(hospital, filled[0], tokenizer, batch_size=16, augment=shout, **kw)
+    b = make(variants=2)
+    first, second, third = texts(b), texts(b), texts(b)
+    assert first != second and first == third and "NODULE" in first[0][0] and texts(make(variants=2)) == first
+    assert texts(make(seed=1)) != first and "NODULE" not in texts(Batches(hospital, filled[0], tokenizer, batch_size=16, augment=shout, training=False))[0][0]
+
+
+def test_windows_instead_of_features(hospital, tmp_path, tokenizer):
+    spec = tiny().config.window_spec
+    found = window_studies(hospital.iloc[:2], spec, tmp_path / "w", workers=0, quiet=True)
+    batch, = Batches(hospital.iloc[:2], tmp_path / "w", tokenizer)
+    assert found["present"] == 2 and batch["windows"].shape[1:] == (1, 16, 16, 32) and batch["windows"].dtype == torch.float16
+    assert tiny().encode_scan(batch["windows"], batch["grid"], batch["patch_mask"]).scan.shape == (2, 16)
+
+
+def test_nothing_to_train_on_says_so(hospital, filled, tokenizer):
+    with pytest.raises(InputError, match="none of 1 scans has features.*not computed yet"): Batches(table(row("x")), filled[0], tokenizer)
+    with pytest.raises(InputError, match="the table is empty"): Batches(table(), filled[0], tokenizer)
