@@ -291,7 +291,7 @@ def sentences(text:str)->list: # tokens, number of the line, whether above the f
     close()
     return out
 
-# %% ../nbs/03_findings.ipynb #778a5b30
+# %% ../nbs/03_findings.ipynb #3f6c2ecb
 Cue = namedtuple("Cue", "start end kinds")
 _GENERIC = {"artery", "vein", "peritoneum", "bowel"}           # sites that lose against any other that fits the same word
 
@@ -354,12 +354,9 @@ class _View:
         for i in range(self.n):
             for word, names in _ATTRIBUTES.items() if self.weak[i] else ():
                 if not self.has(i, word): continue
-                for j in (*range(i + 1, min(i + 8, self.n)), *range(i - 1, max(i - 5, -1), -1)):
-                    if self.part[j] != self.part[i] and self.words[j] != ":": break
-                    if self.has(j, "normal"):
-                        a, b = min(i, j), max(i, j) + 1
-                        if not any(s.start < b and a < s.end and not s.name[1] for s in self.signs): out += [Match(a, b, (n, 0), 0) for n in names]
-                        break
+                near = [j for j in (*range(i + 1, i + 8), *range(i - 1, i - 5, -1)) if 0 <= j < self.n and self.part[j] == self.part[i] and self.has(j, "normal")]
+                a, b = min([i, *near[:1]]), max([i, *near[:1]]) + 1
+                if near and not any(s.start < b and a < s.end and not s.name[1] for s in self.signs): out += [Match(a, b, (n, 0), 0) for n in names]
         return out
 
 _MARKS = frozenset(",;:/")
@@ -498,7 +495,7 @@ def _judge(scopes, a, b, positive=1, history=False):
         if s.value is None and not history: return None, s.rule, s.cue
     return (1, "asserted", None) if positive else (0, "normal", None)
 
-# %% ../nbs/03_findings.ipynb #ba16ba8c
+# %% ../nbs/03_findings.ipynb #9b8e392a
 _ADJECTIVES = {"enlarged", "dilated", "thickened", "calcification", "fatty", "aneurysm", "consolidated"} # signs that may stand before their site
 _FAR = 30 # tokens between a sign and a site in one part, at most
 
@@ -539,7 +536,10 @@ def _joined(v, k, step):
         between = range(a.end, b.start)
         if b.start < a.end or len(between) > 8 or not all(v.words[i] in _MARKS or v.has(i, "and", "or", "fill", "of", "place") for i in between): break
         conjunction = any(v.has(i, "and", "or") for i in between)
-        if not conjunction and (step > 0 or not any(v.words[i] in ",/" for i in between)): break
+        if not conjunction and not any(v.words[i] in ",/" for i in between): break
+        if not conjunction and step > 0:                       # a comma to the right only in a list that ends in a conjunction: aorta, coronary and iliac arteries
+            last = v.sites[k + 2] if k + 2 < len(v.sites) else None
+            if last is None or last.start - b.end > 4 or not any(v.has(i, "and", "or") for i in range(b.end, last.start)): break
         if step > 0 and any(s.start >= b.end and v.part[s.start] == v.part[b.start] for s in v.signs): break   # it has a sign of its own
         if step < 0 and any(s.name[1] and s.end <= a.start and v.part[s.start] == v.part[a.start] and any(v.has(i, "of") for i in range(s.end, a.start)) for s in v.signs): break
         k += step; group.append(v.sites[k].name)
