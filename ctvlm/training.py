@@ -21,7 +21,7 @@ from .siglip import gather_rows, process_count, siglip_loss
 from .localization import localization_loss
 from .disease import disease_prompt_loss, draw_phrasings
 
-# %% ../nbs/12_training.ipynb #189a8c09
+# %% ../nbs/12_training.ipynb #b9434f51
 @dataclass(frozen=True)
 class TrainingConfig:
     "Every number of a training run."
@@ -42,6 +42,8 @@ class TrainingConfig:
     tau:float=0.1                     # temperature over depth
     smoothing:float=0.                # of disease labels
     text_tokens:int=8192              # most tokens of reports or prompts embedded at once, padding included
+    start_scale:float|None=None       # exp(t) and b at the start; `None`: as the model has them, 10 and -10, right for batches of
+    start_bias:float|None=None        # thousands. A small batch of N scans starts at some 30 and -ln N: see below
     frozen:tuple=()                   # parts of the model that stay as they are, by name: ("backbone_image",)
     ema:float=0.                      # decay of averaged weights for evaluation and the final model; 0: none
     precision:str="no"                # or "bf16"
@@ -554,7 +556,7 @@ class Run:
     def say(self, text):
         if self.rank == 0: print(text, flush=True)
 
-# %% ../nbs/12_training.ipynb #6def1bd3
+# %% ../nbs/12_training.ipynb #0f817cc4
 def save_run(
     run:Run,
 )->bool: # written?
@@ -585,6 +587,9 @@ def resume_run(run:Run)->None:
     about = run.folder/"run.json"
     loaded = load_checkpoint(run.checkpoints, run.say)
     if loaded is None:
+        with torch.no_grad():
+            if run.config.start_scale is not None: run.model.t.fill_(math.log(run.config.start_scale))
+            if run.config.start_bias is not None: run.model.b.fill_(run.config.start_bias)
         if run.rank == 0:
             with write_atomically(about) as t: t.write_text(json.dumps(run.settings(), indent=1))
         return

@@ -359,3 +359,12 @@ def test_augmentation_loses_nothing():
     for i in range(50): assert sorted(shuffle_organs(text, stable_rng(0, i)).split()) == sorted(text.split())
     assert augment_report(text, "", stable_rng(0, 1), drop=1., rewrite=0., shuffle=0.) == (text, "")
     assert augment_report(text, "x", stable_rng(0, 1), drop=1.)[0] == ""
+
+
+def test_start_of_the_logits(tmp_path):
+    class Stop(Exception): pass
+    class Nothing(made_up.Data):
+        def __iter__(self): raise Stop; yield
+    model = made_up.model()
+    with pytest.raises(Stop): train(model, Nothing(), replace(CONFIG, start_scale=30., start_bias=-2.), tmp_path)
+    assert (float(model.t.detach().exp()), float(model.b.detach())) == pytest.approx((30, -2))
