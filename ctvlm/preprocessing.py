@@ -235,7 +235,7 @@ def read_nifti(
     except Exception as e: raise InputError(f"{path.name} is damaged ({_first_line(e)}) after {got} of {size * shape[2]} bytes: download it again") from None
     return Reading(array, ras, stored=stored)
 
-# %% ../nbs/04_preprocessing.ipynb #0631ded2
+# %% ../nbs/04_preprocessing.ipynb #556a797f
 @dataclass(frozen=True)
 class DicomImage:
     "Where one image lies and what it says about itself."
@@ -258,7 +258,7 @@ class DicomImage:
     samples:int         # 1 gray, 3 colours
 
     @property
-    def placed(self): return len(self.position) == 3 and len(self.orientation) == 6 and len(self.pixel_spacing) == 2
+    def placed(self): return [len(v) for v in (self.position, self.orientation, self.pixel_spacing)] == [3, 6, 2] and bool(np.isfinite([*self.position, *self.orientation, *self.pixel_spacing]).all())
     @property
     def normal(self): return np.cross(self.orientation[:3], self.orientation[3:])
     @property
@@ -528,7 +528,7 @@ def read_npz(
     file_order[:] = values
     return Reading(array, ras, stored=(values[len(values) // 2], 1, 0))
 
-# %% ../nbs/04_preprocessing.ipynb #d6a4eca1
+# %% ../nbs/04_preprocessing.ipynb #a68d2489
 _KINDS = {(".nii", ".nii.gz", ".hdr", ".img", ".img.gz"): read_nifti, (".nrrd", ".nhdr", ".mha", ".mhd"): read_itk, (".npz",): read_npz}
 
 def load_volume(
@@ -541,6 +541,7 @@ def load_volume(
     path = Path(path)
     if not path.exists(): raise InputError(f"{path} does not exist: check the path")
     reader = next((r for ends, r in _KINDS.items() if path.name.lower().endswith(ends)), None)
+    if series is not None and reader: raise InputError(f"{path.name} holds 1 scan, so series {series} cannot be chosen: leave series out, it is for DICOM")
     if path.is_dir(): r = read_dicom(path, series, workers)
     elif path.suffix.lower() == ".zip": r = read_zip(path, series, workers)
     elif reader: r = reader(path)
@@ -725,7 +726,7 @@ def make_windows(
     mask = torch.from_numpy(mask.transpose(0, 2, 4, 1, 3, 5).reshape(-1, *spec.patches))
     return Windows(windows.view(-1, 1, *spec.window), torch.tensor(grid), affine, bins, mask, held[2], spec)
 
-# %% ../nbs/04_preprocessing.ipynb #bc932795
+# %% ../nbs/04_preprocessing.ipynb #164af917
 def find_scans(
     paths, # files and folders
 )->list:   # files of a known kind, and folders that hold DICOM files
@@ -735,9 +736,8 @@ def find_scans(
         if not path.is_dir(): scans.append(path)
         for folder, _, names in sorted(os.walk(path)):
             files = [Path(folder, n) for n in sorted(names) if not n.startswith(".")]
-            known = [f for f in files if f.name.lower().endswith(ends)]
-            scans += known
-            if any(dicom_images(f) for f in files if f not in known): scans.append(Path(folder))
+            scans += [f for f in files if f.name.lower().endswith(ends)]
+            if any(dicom_images(f) for f in files if not f.name.lower().endswith(ends)): scans.append(Path(folder))
     return scans
 
 def check_scan(

@@ -745,3 +745,7 @@ def test_find_scans_names_files_and_dicom_folders(tmp_path, hu):
     write_series(tmp_path / "p/s2", hu[:3])
     nifti(tmp_path / "x.nii.gz", body())
     assert [str(p.relative_to(tmp_path)) for p in find_scans(tmp_path)] == ["x.nii.gz", "p/s1", "p/s2"]
+
+
+def test_series_is_for_dicom(tmp_path):
+    refused(nifti(tmp_path / "a.nii", body()), "series 3 cannot be chosen", series=3)
