@@ -8,12 +8,13 @@ __all__ = ['FINDINGS', 'CT_RATE_CLASSES', 'CT_RATE_FINDINGS', 'RAD_CHESTCT_FINDI
            'explain_report', 'label_report', 'colour_report', 'Question', 'AnswerStore', 'Unreachable', 'LanguageModel',
            'label_reports', 'rewrite_reports', 'label_table', 'label_version']
 
-# %% ../nbs/03_findings.ipynb #02b4744d
+# %% ../nbs/03_findings.ipynb #6c8dfb86
 import csv, functools, hashlib, json, os, re, unicodedata
 from collections import namedtuple
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from fastcore.basics import patch
 from .core import InputError, progress, write_atomically
 
 # %% ../nbs/03_findings.ipynb #65de01b5
@@ -842,9 +843,7 @@ class LanguageModel:
             if n + 1 < self.tries: self._pause(response, n)
         raise Unreachable(f"{self.base_url} " + (f"answered {response.status_code}" if response is not None else f"gave no answer in {self.tries} tries"))
 
-# %% ../nbs/03_findings.ipynb #c59d5306
-from fastcore.basics import patch
-
+# %% ../nbs/03_findings.ipynb #de5af166
 @patch
 def ask(self:LanguageModel,
     q:Question,
