@@ -9,8 +9,8 @@ __all__ = ['log', 'SPLITS', 'PAIR', 'STUDY_SCHEMA', 'RAD_CHESTCT', 'READERS', 'P
            'split_report', 'leaves', 'scan_problem', 'short_reason', 'Collection', 'class_labels', 'read_ct_rate',
            'read_merlin', 'read_inspect', 'read_rad_chestct', 'read_csv_folder', 'read_phantoms', 'dicom_studies',
            'read_dicom_root', 'count_studies', 'scan_studies', 'fingerprint', 'scan_key', 'scan_size', 'FeatureStore',
-           'read_windows', 'keep', 'fill', 'summary', 'embed_studies', 'window_studies', 'prepare_texts', 'BatchReader',
-           'prompt_tokens', 'Batches']
+           'read_windows', 'keep', 'fill', 'summary', 'embed_studies', 'window_studies', 'RayEncoder', 'embed_with_ray',
+           'prepare_texts', 'BatchReader', 'prompt_tokens', 'Batches']
 
 # %% ../nbs/11_data.ipynb #b3379201
 import contextlib, functools, gzip, hashlib, inspect, io, itertools, json, logging, math, os, re, tempfile, time, zipfile, zlib
@@ -885,6 +885,44 @@ def window_studies(
     store = FeatureStore.create(output, fingerprint(spec, fit), kind="windows", fit=fit, spec=asdict(spec))
     part = fill(store, studies, spec, lambda found: (dict(windows=torch.from_numpy(found["windows"])), ""), fit, workers, (0, 1), quiet)
     return summary(store, studies, [part])
+
+# %% ../nbs/11_data.ipynb #730c4c36
+def _ray_read(row, spec, fit): # a task: the windows as bytes
+    from safetensors.numpy import save
+    found = read_windows((row["key"], row["scan"], row["series"], spec, fit))
+    return dict(key=row["key"], scan=row["scan"], reason=found.get("reason", ""), found=b"" if "reason" in found else save({k: np.asarray(v) for k, v in found.items()}))
+
+class RayEncoder:
+    "An actor that encodes what the tasks have read, and writes it."
+    def __init__(self, model, folder, chunk, device): self.store, self.encode = FeatureStore(folder), _encoder(model.to(device).eval(), chunk)
+
+    def __call__(self, batch): # of one scan
+        from safetensors.numpy import load
+        key, scan, reason, found = (batch[k][0] for k in ("key", "scan", "reason", "found"))
+        found = dict(reason=str(reason)) if reason else {k: v.item() if v.ndim == 0 else v for k, v in load(bytes(found)).items()}
+        return dict(key=[key], ok=[keep(self.store, str(key), str(scan), found, self.encode)])
+
+def embed_with_ray(
+    studies:pd.DataFrame,
+    model,            # a `CTVLMModel`
+    output:str|Path,  # folder of stores, where all machines see it
+    fit:str="pad",    # as in `make_windows`
+    actors:int=1,     # encoders
+    gpus:float=0,     # per encoder
+    chunk:int=16,     # windows at a time
+)->dict:              # as `embed_studies`
+    "`embed_studies` as a Ray Data job, on the cluster that `ray.init` has joined."
+    try: import ray
+    except ImportError: raise InputError("Ray is not installed: pip install 'ctvlm[ray]', or use embed_studies") from None
+    spec, began = model.config.window_spec, time.perf_counter()
+    store = FeatureStore.create(output, fingerprint(spec, fit, model), kind="features", fit=fit, spec=asdict(spec), encoder=model.config.window_encoder, trained_on=model.config.trained_on)
+    todo = [dict(key=scan_key(r), scan=r.scan, series=r.series) for r in studies.itertuples() if not store.done(scan_key(r), r.scan)]
+    ok = 0
+    if todo:
+        read = ray.data.from_items(todo, override_num_blocks=len(todo)).map(_ray_read, fn_kwargs=dict(spec=spec, fit=fit))
+        done = read.map_batches(RayEncoder, fn_constructor_args=(model, str(store.folder.absolute()), chunk, "cuda" if gpus else "cpu"), batch_size=1, num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=actors))
+        ok = sum(bool(row["ok"]) for row in done.iter_rows())
+    return summary(store, studies, [dict(computed=ok, seconds=time.perf_counter() - began)])
 
 # %% ../nbs/11_data.ipynb #30bd37a3
 _PREPARED = pa.schema([("study", _WORD), ("patient", _WORD), ("keys", pa.list_(_WORD)), ("reports", pa.list_(pa.list_(pa.int32()))), ("snippets", pa.list_(pa.list_(pa.int32()))),

@@ -23,6 +23,15 @@ class Encoder(torch.nn.Module):
         return tokens.mean(1), tokens
 
 
+class Dying(Encoder):
+    "Takes its process with it at the third scan, once."
+    def __init__(self, marker): super().__init__(); self.marker, self.count = marker, 0
+    def encode_windows(self, windows, chunk=None):
+        self.count += 1
+        if self.count == 3 and not os.path.exists(self.marker): open(self.marker, "w").close(); os._exit(9)
+        return super().encode_windows(windows, chunk)
+
+
 def dies(job):
     if job == 2: os._exit(9)
     return job * job
