@@ -316,6 +316,17 @@ def test_tables(tmp_path, kind):
     assert b"rules" in pq.read_schema(tmp_path/"out.parquet").metadata[b"label_version"]
 
 
+def test_tables_by_language_model(server, tmp_path):
+    import pandas as pd
+    pd.DataFrame({"id": [1, 2], "report": ["No ascites.", "Ascites of unknown cause."]}).to_csv(tmp_path/"r.csv", index=False)
+    server.moods("prose", "prose")
+    options = dict(engine="llm", findings=["Ascites"], base_url=server.base_url, model="m", store=tmp_path/"s.sqlite", wait=0.01, concurrency=1)
+    for _ in range(2):                                          # the second time from the store
+        summary = label_table(tmp_path/"r.csv", tmp_path/"out.parquet", **options)
+        out = pd.read_parquet(tmp_path/"out.parquet")
+        assert summary["unanswered"] == 1 and summary["asserted"] == {"Ascites": 1} and [list(u) for u in out.unanswered] == [["Ascites"], []]
+
+
 def test_bad_tables(tmp_path):
     (tmp_path/"a.csv").write_text("x,y\n1,2\n"); (tmp_path/"b.csv").write_bytes(b"report\n\xff\xfe\n"); (tmp_path/"c.parquet").write_bytes(b"nonsense"); (tmp_path/"d.csv").write_text("report\n"); (tmp_path/"e.pdf").write_text("")
     for name, message in [("a.csv", "found columns x, y"), ("b.csv", "cannot be read"), ("c.parquet", "cannot be read"), ("d.csv", "found no row"), ("e.pdf", "'.pdf'"), ("f.csv", "found no file")]:
@@ -328,6 +339,7 @@ def test_processes_agree():
     assert label_reports(texts, workers=2, findings=["Ascites", "Lung nodule"]) == label_reports(texts, findings=["Ascites", "Lung nodule"])
 
 
+@pytest.mark.skipif(not os.environ.get("CTVLM_SERVE"), reason="takes half a minute, and pip install transformers[serving]: set CTVLM_SERVE=1")
 def test_transformers_serve(tmp_path):
     "The protocol against `transformers serve` with a tiny random model: its answers are nonsense, and are recorded as invalid."
     pytest.importorskip("fastapi"); pytest.importorskip("uvicorn")
