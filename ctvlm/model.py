@@ -7,8 +7,8 @@ __all__ = ['log', 'QWEN3', 'PREFIXES', 'SUFFIXES', 'SPECTRE', 'CTVLMConfig', 'He
            'copy_slice_projection', 'take', 'rename', 'place_adapters', 'load_exactly', 'fold_depth', 'CTVLMProcessor',
            'model_card', 'fast_dtype', 'VolumeEmbedding', 'DepthAnswer', 'FindingAnswer', 'RankAnswer']
 
-# %% ../nbs/10_model.ipynb #3bb4b0a2
-import contextlib, logging, math, sys
+# %% ../nbs/10_model.ipynb #2e46e3af
+import contextlib, logging, math, sys, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F, transformers
@@ -97,7 +97,7 @@ class Head(nn.Module):
     def forward(self, x): # `(..., features)` -> `(..., out)`, not normalised
         return F.linear(self.layers(x), self.gain * F.normalize(self.direction, dim=1))
 
-# %% ../nbs/10_model.ipynb #0210b55a
+# %% ../nbs/10_model.ipynb #ef03893b
 @dataclass
 class ScanEmbeddings:
     "What `encode_scan` gives; the vectors are not normalised."
@@ -129,10 +129,10 @@ class CTVLMModel(PreTrainedModel):
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Conv3d)):
-            init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None: init.zeros_(module.bias)
-        elif isinstance(module, Head): init.trunc_normal_(module.direction, std=module.direction.shape[1] ** -0.5)
-        elif isinstance(module, Encoder): init.trunc_normal_(module.cls_token, std=0.02)
+        elif isinstance(module, Head): init.normal_(module.direction, std=module.direction.shape[1] ** -0.5)
+        elif isinstance(module, Encoder): init.normal_(module.cls_token, std=0.02)
 
     def _start(self): # what starts as a copy of something else
         from peft.tuners.lora import LoraLayer
@@ -318,7 +318,7 @@ def load_exactly(
     if wrong: raise InputError(f"{source} does not fit the configuration: {'; '.join(wrong)}")
     model.load_state_dict(state, strict=False)
 
-# %% ../nbs/10_model.ipynb #f5257d5f
+# %% ../nbs/10_model.ipynb #ee43597c
 @patch(cls_method=True)
 def from_radfinder(cls:CTVLMModel,
     weights,               # a safetensors file
@@ -328,7 +328,7 @@ def from_radfinder(cls:CTVLMModel,
     "The model with released weights."
     from safetensors.torch import load_file
     config = config if isinstance(config, CTVLMConfig) else CTVLMConfig.from_radfinder(config)
-    model = cls(config)
+    with init.no_init_weights(): model = cls(config)
     log.info("%s: the text weights are taken to %s their adapters", Path(weights).name, "contain" if lora_merged else "lack")
     load_exactly(model, place_adapters(rename(load_file(weights)), config.adapter_sizes, lora_merged), Path(weights).name)
     return model.eval()
@@ -364,7 +364,7 @@ def _sizes_in(state, fold): # the configuration that weights under our names bel
                 adapters=asdict(AdapterSizes(r, 4. * r)) if r else {}, projection_dim=len(state["scan_head.direction"]),
                 head_widths=tuple(len(state[f"scan_head.layers.{i}.weight"]) for i in (0, 2, 4)), trained_on="SPECTRE's released weights, not trained on slices since")
 
-# %% ../nbs/10_model.ipynb #ed4a7bb4
+# %% ../nbs/10_model.ipynb #6cf6514c
 @patch(cls_method=True)
 def from_spectre(cls:CTVLMModel,
     folder,                 # with SPECTRE's five files
@@ -387,7 +387,7 @@ def from_spectre(cls:CTVLMModel,
     for first, second in (("scan_head", "slice_head"), ("report_head", "snippet_head")): state.update({k.replace(first, second, 1): v for k, v in list(state.items()) if k.startswith(first + ".")})
     state.update(t=torch.tensor(math.log(10.)), b=torch.tensor(-10.))
     log.info("SPECTRE: the text weights are taken to %s their adapters", "contain" if lora_merged else "lack")
-    model = cls(config)
+    with init.no_init_weights(): model = cls(config)
     load_exactly(model, place_adapters(state, config.adapter_sizes, lora_merged), "SPECTRE's weights")
     return model.eval()
 
@@ -429,7 +429,7 @@ AutoConfig.register("ctvlm", CTVLMConfig, exist_ok=True)
 AutoModel.register(CTVLMConfig, CTVLMModel, exist_ok=True)
 AutoProcessor.register(CTVLMConfig, CTVLMProcessor, exist_ok=True)
 
-# %% ../nbs/10_model.ipynb #db659b76
+# %% ../nbs/10_model.ipynb #b1719a79
 def model_card(
     model:CTVLMModel,
 )->str: # README.md of a saved model
@@ -464,6 +464,20 @@ def save_pretrained(self:CTVLMModel, folder, **options):
     PreTrainedModel.save_pretrained(self, folder, **options)
     if self.processor is not None: self.processor.save_pretrained(folder)
     (Path(folder)/"README.md").write_text(model_card(self))
+
+@patch
+def push_to_hub(self:CTVLMModel,
+    repo_id:str,      # owner/name
+    private:bool|None=None,
+    token:str|None=None,
+):
+    "Put everything that `save_pretrained` writes on the hub, our model card included."
+    from huggingface_hub import HfApi
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A ctvlm model")
 
 @patch(cls_method=True)
 def from_pretrained(cls:CTVLMModel,
@@ -532,14 +546,13 @@ class RankAnswer:
     order:tuple                # positions in the list that was given
     similarity:tuple           # cosines
 
-# %% ../nbs/10_model.ipynb #c3f26ca0
+# %% ../nbs/10_model.ipynb #53d3b56f
 @patch
-def _ask(self:CTVLMModel): # what answers run in: no gradients, bfloat16 where it is fast and the model is wide enough to gain
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.no_grad())
-    wide, dtype = self.config.window_encoder["width"] >= 256, fast_dtype(self.device)
-    if wide and dtype == torch.bfloat16: stack.enter_context(torch.autocast(self.device.type, dtype))
-    return stack
+@contextlib.contextmanager
+def _ask(self:CTVLMModel): # what answers run in: evaluation mode, no gradients, bfloat16 where it is fast and the model is wide enough to gain
+    self.eval()
+    wide = self.config.window_encoder["width"] >= 256
+    with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=wide and fast_dtype(self.device) == torch.bfloat16): yield
 
 @patch
 def _processor(self:CTVLMModel):
@@ -559,7 +572,6 @@ def embed(self:CTVLMModel,
     if isinstance(volume, (str, Path)): volume = load_volume(volume)
     windows = make_windows(volume, fit, self.config.window_spec)
     if chunk is None: chunk = 32 if self.device.type == "cuda" else max(4, 4096 // self.config.window_encoder["width"])
-    self.eval()
     with self._ask(): cls, depth_tokens = self.encode_windows(windows.windows, chunk)
     with torch.no_grad(): e = self.encode_features(cls.float(), depth_tokens.float(), windows.grid, windows.patch_mask)
     held = e.valid[0].cpu()
@@ -576,7 +588,6 @@ def embed_text(self:CTVLMModel,
     texts, parts = [texts] if isinstance(texts, str) else list(texts), []
     if not all(isinstance(t, str) and t.strip() for t in texts): raise InputError("a text is empty: give at least a word")
     tokens = self._processor().tokens
-    self.eval()
     with self._ask():
         for i in range(0, len(texts), batch): parts.append(self.encode_text(*tokens(texts[i:i + batch]).values(), head=head).float().cpu())
     return F.normalize(torch.cat(parts), dim=-1) if parts else torch.zeros(0, self.config.projection_dim)

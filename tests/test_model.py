@@ -149,6 +149,18 @@ def test_spectre(tmp_path, fold):
     assert (texts(plain, i, "report") - o["report_embedding"]).abs().max() > 0.05
 
 
+@torch.no_grad()
+def test_spectre_adapters_alone_take_the_language_model_by_name(tmp_path):
+    weights, (i, o) = load_file(TINY / "weights.safetensors"), golden(TINY)
+    source = CTVLMModel.from_radfinder(TINY / "weights.safetensors", config_of(TINY))
+    bare = CTVLMModel(CTVLMConfig.from_radfinder(config_of(TINY), adapters={})).text_encoder.model
+    bare.load_state_dict({k.replace(".base_layer", ""): v for k, v in source.text_encoder.model.state_dict().items() if "lora_" not in k})
+    bare.save_pretrained(tmp_path / "language model")
+    spectre_files(tmp_path, {k: v for k, v in weights.items() if not k.startswith("backbone_text.") or "lora_" in k})
+    model = CTVLMModel.from_spectre(tmp_path, fold=False, window=(32, 32, 16), text_name=str(tmp_path / "language model"))
+    close(texts(model, i, "report"), o["report_embedding"])
+
+
 def test_spectre_reads_no_code_and_names_absent_files(tmp_path):
     spectre_files(tmp_path, load_file(TINY / "weights.safetensors"))
     import os
@@ -228,6 +240,17 @@ def test_in_bfloat16(tmp_path, model):
     a, b = model.embed(volume()), half.embed(volume())
     assert torch.cosine_similarity(a.slices, b.slices).min() > 0.98
     half.localize(volume(), "cyst")
+
+
+def test_push_to_hub_takes_the_whole_folder(monkeypatch, model):
+    sent = {}
+    class Api:
+        def __init__(self, token=None): pass
+        def create_repo(self, repo_id, **_): return type("Repo", (), {"repo_id": repo_id})
+        def upload_folder(self, repo_id, folder_path, commit_message): sent.update({f.name: f.read_bytes() for f in Path(folder_path).iterdir()}, to=repo_id)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    model.push_to_hub("owner/ct")
+    assert sent["to"] == "owner/ct" and b"Not a medical device" in sent["README.md"] and {"model.safetensors", "tokenizer.json", "processor_config.json"} <= set(sent)
 
 
 def test_processor(model):
