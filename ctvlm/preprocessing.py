@@ -702,18 +702,19 @@ def fill_windows(
         with ThreadPoolExecutor(workers) as pool: list(pool.map(work, range(workers)))
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/04_preprocessing.ipynb #699e7173
+# %% ../nbs/04_preprocessing.ipynb #ffca19f0
 def make_windows(
     volume:CTVolume,              # the scan
-    fit:str="pad",                # "pad" keeps everything; "crop" is what the released weights were trained with
+    fit:str|tuple="pad",          # "pad" keeps everything; "crop" is what the released weights were trained with; or one of them for each axis
     spec:WindowSpec=WindowSpec(), # voxel, window and patch
     device=None,                  # where to compute and keep the windows; the CPU if `None`
 )->Windows:
     "Clip, scale, resample and cut a scan into windows."
     import torch
-    if fit not in ("crop", "pad"): raise InputError(f"fit is {fit!r}, expected 'crop' or 'pad': choose one")
+    fits = (fit,) * 3 if isinstance(fit, str) else tuple(fit)
+    if len(fits) != 3 or set(fits) - {"crop", "pad"}: raise InputError(f"fit is {fit!r}, expected 'crop' or 'pad', or one for each of x, y, z: choose")
     device, shape = pick_device(device or "cpu"), resampled_shape(volume, spec)
-    starts, grid = zip(*(place_windows(m, w, fit) for m, w in zip(shape, spec.window)))
+    starts, grid = zip(*(place_windows(*axis) for axis in zip(shape, spec.window, fits)))
     check_memory((*grid, *spec.window), f"{volume.name or 'the scan'} in windows", 2)
     tile = [w // 4 if device.type == "cpu" and w % 4 == 0 else w for w in spec.window[:2]] + [spec.window[2]]    # a GPU takes whole windows
     windows = torch.zeros((*grid, *spec.window), dtype=torch.float16, device=device)

@@ -29,7 +29,7 @@ def keep(output):
 def run(path, flags):
     "Execute the notebook at `path` in its own folder, clean it and write it back."
     nb = nbformat.read(path, as_version=4)
-    client = NotebookClient(nb, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(nb, timeout=1800, coalesce_streams=True, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
             if skipped(cell, flags): continue
