@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WORDS', 'NUMBERS', 'HOMOPHONES', 'KIND', 'PLANE', 'PARTS', 'RULES', 'Pair', 'DOUBTS', 'COLUMNS', 'REFUSALS',
            'SliceReference', 'Tokens', 'Rule', 'Doubt', 'sentences', 'tell_language', 'without_history', 'mine_report',
-           'Explanation', 'explain', 'Resolution', 'SeriesIndex', 'mine_study']
+           'Explanation', 'explain', 'Resolution', 'SeriesIndex', 'mine_study', 'mine_table', 'ask', 'second_reader']
 
-# %% ../nbs/02_mining.ipynb #7601318c
+# %% ../nbs/02_mining.ipynb #cedfbd62
 import csv, json, os, re
 from bisect import bisect_left, bisect_right
 from collections import Counter, namedtuple
@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import islice, repeat
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from .core import InputError, write_atomically, progress
 
 # %% ../nbs/02_mining.ipynb #c781b1ac
@@ -497,7 +498,7 @@ def sentences(
         if ends: cuts.append(b)
     return cuts + [len(text)]
 
-# %% ../nbs/02_mining.ipynb #1595a5bb
+# %% ../nbs/02_mining.ipynb #c435a509
 _SECTIONS = _set("findings finding impression impressions conclusion conclusions technique comparison history indication clinical information exam examination report results result assessment summary opinion other others miscellaneous incidental "
     "befund befunde beurteilung zusammenfassung diagnose technik vergleich klinik klinische angaben anamnese indikation fragestellung ergebnis sonstiges nebenbefunde nebenbefund und mit of the and imp dx ct cta scan")
 _HEADINGS = _SECTIONS | _set("chest abdomen pelvis neck head brain spine lung lungs airways pleura mediastinum heart cardiovascular cardiac vessels vascular aorta liver hepatobiliary gallbladder biliary bile ducts spleen pancreas adrenals adrenal glands kidneys "
@@ -510,6 +511,7 @@ _POINTERS = _set("on at in see seen best well clearly nicely most also e.g eg e 
     "gezeigt dokumentiert nachweisbar darstellbar bspw insbesondere")
 _POINTING = _set("on at in see auf im siehe vgl cf best besten z zb bspw e.g eg g i.e example arrow arrows pfeil pfeile refer compare to of from here hier s") # without one of these it is no carrier
 _PREPOSITIONS = _set("on at in see auf im der den siehe vgl from bei and und the")
+_PLAIN = _PREPOSITIONS | _set("is are was were ist sind")
 _GENERIC = _set("this is it that these are there seen finding findings lesion lesions the best shown on as above below noted see also image images reference example key here marked measurement illustrated representative measured located visualized depicted well was "
     "were appreciated demonstrated for cf arrow they it's to be can both all each dies diese dieser dieses ist sind befund zu sehen sichtbar vgl siehe am besten auf es bild hier referenz abgrenzbar darstellbar deutlich gut erkennbar dargestellt pfeil beide jeweils alle")
 _FILLERS = _CARRIERS | _POINTERS
@@ -628,7 +630,7 @@ def _head(text, first, member): # where in the first member the words end that t
         elif kind == "link" and not text[links:w.start()].strip(): links = w.end()
     return end if kinds[0] == "link" or lead == "size" else links
 
-# %% ../nbs/02_mining.ipynb #4bc04016
+# %% ../nbs/02_mining.ipynb #76492531
 _SHOWS = re.compile(r"\W*(?:shows?|showing|demonstrates?|demonstrating|depicts?|reveals?|for|zeigt|zeigen|stellt|dokumentiert)\s+")
 _SHARED = re.compile(r"\s*(?:are|were|both|all|sind|waren|jeweils|beide)\b")
 _LINKED = re.compile(r"(?:and|und|sowie|as well as|plus|then)\s+", re.I)
@@ -653,7 +655,9 @@ def _parts(text, a, b, cuts): # [head, core, trail] for each group of the senten
     if not any(_says(text, x, y) for x, y in zip(starts, ends)): return None
     only = len(cuts) == 1 and not _POINTERS.issuperset(w[0].lower() for w in _WORD.finditer(text, starts[1], ends[1])) # one reference, with words behind it
     inside = only and text[ends[0]] not in "([" and text[starts[1]:ends[1]].lstrip()[:1].isalpha() # "the mass is on image 38 at its largest"
-    first = _trim(text, *_without_carrier(text, *_trim(text, starts[0], ends[0]), _PREPOSITIONS if inside else _POINTERS))
+    lead = _trim(text, starts[0], ends[0])
+    first = _trim(text, *_without_carrier(text, *lead))
+    if inside and _PLAIN.issuperset(w[0].lower() for w in _WORD.finditer(text, first[1], lead[1])): first = _trim(text, *_without_carrier(text, *lead, _PREPOSITIONS))
     if not _says(text, *first) and (not _count(text[first[0]:first[1]]) or _says(text, starts[1], ends[1])): return _parts_behind(text, starts[1:], ends[1:])
     if only and text[max(0, ends[0] - 4):ends[0]].rstrip(" (").endswith(":"): # "RUL: (4/38) nodule"
         site = any(_class(w[0]) == "site" for w in _WORD.finditer(text, *first))
@@ -1075,9 +1079,7 @@ class SeriesIndex:
             if n is not None: images.setdefault(uid if series is None else int(series), {}).setdefault(int(n), []).append((depth, plane, scout, frame or "", uid))
         return images, frames.most_common(1)[0][0] if frames else ""
 
-# %% ../nbs/02_mining.ipynb #779f7789
-from fastcore.basics import patch
-
+# %% ../nbs/02_mining.ipynb #32669b59
 def _image_depth(rows, frame): # (depth, status) of the images that bear a number
     if not rows: return None, "no such image"
     depth, plane, scout, own, _ = rows[0]
@@ -1142,3 +1144,133 @@ def mine_study(
         rows.append(dict(study=study, snippet=r.snippet, cleaned=r.cleaned, verbatim=text[slice(*r.snippet_span)], span=r.span, snippet_span=r.snippet_span, series=where.series if r.series is None else r.series, image=r.image, image_end=r.image_end,
             depth_mm=where.depth_mm, low_mm=where.low_mm, high_mm=where.high_mm, plane=r.plane, prior=r.prior, language=r.language, rule=r.rule, status=where.status))
     return rows
+
+# %% ../nbs/02_mining.ipynb #0b7dccb0
+_NAMES = dict(study=("study", "study_id", "study id", "studyid", "accession", "accession_number", "accessionnumber", "volumename", "noteacc_deid", "studyinstanceuid", "id"),
+              text=("report", "text", "report_text", "report text", "reporttext", "befund"), findings=("findings", "findings_en"), impression=("impression", "impressions", "impressions_en"), language=("language", "lang"))
+
+def _csv_rows(path, batch): # (row number, {column: value} or the reason) from a CSV file, row by row
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
+        head = f.readline()
+        f.seek(0)
+        reader = csv.reader(f, delimiter="\t" if path.suffix == ".tsv" else max(",;\t", key=head.count))
+        columns = next(reader, [])
+        yield columns
+        for k in range(1, 2**62):
+            try: row = next(reader)
+            except StopIteration: return
+            except csv.Error as error: yield k, str(error); continue
+            if not row: continue
+            yield k, dict(zip(columns, row)) if len(row) == len(columns) else f"{len(row)} fields where the head has {len(columns)}"
+
+def _parquet_rows(path, batch):
+    import pyarrow.parquet as pq
+    file, k = pq.ParquetFile(path), 0
+    yield file.schema_arrow.names
+    for part in file.iter_batches(batch):
+        for row in part.to_pylist(): k += 1; yield k, row
+
+def _excel_rows(path, batch):
+    import openpyxl
+    rows = openpyxl.load_workbook(path, read_only=True, data_only=True).active.iter_rows(values_only=True)
+    columns = [str(c) for c in next(rows, ())]
+    yield columns
+    for k, row in enumerate(rows, 1):
+        if any(v is not None for v in row): yield k, dict(zip(columns, row))
+
+def _reports(path, batch=500): # (row number, study, text, language, reason) of every report of a table
+    path = Path(path)
+    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _csv_rows, ".parquet": _parquet_rows, ".xlsx": _excel_rows}
+    if not path.is_file(): raise InputError(f"{path} does not exist: give a table of reports")
+    if path.suffix.lower() not in readers: raise InputError(f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(readers)}: save the reports as one of these")
+    try:
+        rows = readers[path.suffix.lower()](path, batch)
+        columns = next(rows)
+    except Exception as error: raise InputError(f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {str(error).splitlines()[0]}): check the file") from None
+    lower = {str(c).strip().lower(): c for c in columns}
+    name = {k: next((lower[n] for n in names if n in lower), None) for k, names in _NAMES.items()}
+    if not (name["text"] or name["findings"] or name["impression"]) or not name["study"]:
+        raise InputError(f"{path} has the columns {', '.join(map(str, columns))}, expected study and report (or findings and impression): rename them")
+    def reports():
+        for k, row in rows:
+            if isinstance(row, str): yield k, None, None, None, row; continue
+            study = row.get(name["study"])
+            parts = [row.get(name["text"])] if name["text"] else [row.get(name[n]) for n in ("findings", "impression") if name[n]]
+            parts = [p for p in parts if isinstance(p, str) and p.strip()]
+            text, language = "\n".join(parts), row.get(name["language"]) if name["language"] else None
+            reason = "no study" if study is None or study != study or not str(study).strip() else "no report" if not parts else "not UTF-8" if re.search("[\ud800-\udfff]", f"{text}{study}") else None
+            yield k, None if reason == "not UTF-8" else study, text, str(language).strip().lower()[:2] if language in ("en", "de", "EN", "DE", "English", "German", "english", "german") else None, reason
+    return reports()
+
+# %% ../nbs/02_mining.ipynb #1c80c339
+def _schema():
+    import pyarrow as pa
+    f, i, s, span = pa.float64(), pa.int64(), pa.string(), pa.list_(pa.int64(), 2)
+    return pa.schema(dict(study=s, report=i, snippet=s, cleaned=s, verbatim=s, span=span, snippet_span=span, series=i, image=i, image_end=i, depth_mm=f, low_mm=f, high_mm=f, plane=s, prior=pa.bool_(), language=s, rule=s, status=s))
+
+def mine_table(
+    reports:str|Path,          # CSV, TSV, Parquet or Excel with the columns study and report (or findings, impression)
+    dicom:str|Path|None=None,  # a folder of DICOM files, or a saved `SeriesIndex` (.parquet); depths stay unknown without
+    output:str|Path|None=None, # Parquet file of pairs; nothing is written if `None`
+    study:str="AccessionNumber", # header that names the study, for a folder of DICOM files
+    quiet:bool=False,          # no progress bar
+)->dict:                       # counts: reports, pairs, kept, prior, refused (by reason), unreadable (by reason)
+    "Mine all reports of a table."
+    import contextlib, pyarrow as pa, pyarrow.parquet as pq
+    if output is not None and Path(output).suffix != ".parquet": raise InputError(f"the pairs go to a file ending in .parquet, not {Path(output).name}: name it so")
+    rows = _reports(reports)
+    index = None if dicom is None else SeriesIndex.load(dicom) if Path(dicom).suffix == ".parquet" else SeriesIndex.from_dicom(dicom, study)
+    schema, status, unreadable, n = _schema(), Counter(), Counter(), 0
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(pq.ParquetWriter(stack.enter_context(write_atomically(output)), schema)) if output is not None else None
+        rows = progress(rows, "reports", quiet=quiet)
+        while batch := list(islice(rows, 500)):
+            pairs = []
+            for k, name, text, language, reason in batch:
+                n += 1
+                if reason: unreadable[reason] += 1; pairs.append(dict(study=None if name is None else str(name), report=k, status=f"unreadable: {reason}")); continue
+                new = mine_study(text, index, str(name), language)
+                status.update(row["status"] for row in new)
+                pairs += [row | dict(report=k) for row in new]
+            if writer: writer.write_table(pa.Table.from_pylist(pairs, schema))
+    kept = status["ok"] + status["no index"]
+    return dict(reports=n, pairs=sum(status.values()), kept=kept, prior=status["prior"], refused={k: v for k, v in status.most_common() if k not in ("ok", "no index", "prior")}, unreadable=dict(unreadable), unread_files=len(index.unread) if index else 0)
+
+# %% ../nbs/02_mining.ipynb #772d0742
+_ASK = """List every image reference of this CT report as JSON {"pairs": [{"reference", "series", "image", "image_end", "plane", "prior", "snippet"}]}.
+reference and snippet are copied verbatim from the report: the reference as typed, the snippet the finding that it belongs to. series and image_end may be null, plane is axial, coronal, sagittal or null,
+prior is true for images of another examination. Vertebral levels, dates, measurements, scores and times are no references."""
+_PAIR = {k: {"type": t} for k, t in dict(reference="string", series=["integer", "null"], image="integer", image_end=["integer", "null"], plane=["string", "null"], prior="boolean", snippet="string").items()}
+_REPLY = {"type": "object", "properties": {"pairs": {"type": "array", "items": {"type": "object", "properties": _PAIR, "required": list(_PAIR), "additionalProperties": False}}}, "required": ["pairs"], "additionalProperties": False}
+
+def ask(base_url, payload, timeout=60): # POST to an OpenAI-compatible endpoint; the key, if it wants one, in OPENAI_API_KEY
+    import urllib.request
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"} if os.environ.get("OPENAI_API_KEY") else {})
+    request = urllib.request.Request(base_url.rstrip("/") + "/chat/completions", json.dumps(payload).encode(), headers)
+    with urllib.request.urlopen(request, timeout=timeout) as reply: return json.load(reply)
+
+def second_reader(
+    text:str,        # the report
+    references:list, # what `mine_report` found in it
+    base_url:str,    # "http://localhost:8000/v1"
+    model:str,       # name of the model there
+    ask=ask,         # sends the question; another function for recorded replies
+)->tuple:            # references with confirmed and added ones, and what was refused with its reason
+    "Let a language model check and complete the references of a report."
+    reply = ask(base_url, dict(model=model, temperature=0, messages=[dict(role="system", content=_ASK), dict(role="user", content=text)], response_format=dict(type="json_schema", json_schema=dict(name="pairs", schema=_REPLY, strict=True))))
+    try: pairs = json.loads(reply["choices"][0]["message"]["content"])["pairs"]
+    except (KeyError, IndexError, TypeError, ValueError): return references, [("", "no JSON in the reply")]
+    out, refused = list(references), []
+    for p in pairs if isinstance(pairs, list) else []:
+        p = p if isinstance(p, dict) else {}
+        reference, snippet = str(p.get("reference") or ""), str(p.get("snippet") or "")
+        numbers = [p.get(k) for k in ("image", "image_end") if p.get(k) is not None]
+        a, b = text.find(reference), text.find(snippet)
+        why = "reference not in the report" if not reference or a < 0 else "snippet not in the report" if not snippet or b < 0 else \
+            "number not in its reference" if not numbers or any(not isinstance(n, int) or not re.search(rf"(?<!\d){n}(?!\d)", reference) for n in numbers) or type(p.get("series")) not in (int, type(None)) else None
+        if why: refused.append((reference, why)); continue
+        same = [k for k, r in enumerate(out) if r.image == p["image"] and r.series in (p["series"], None) and r.span[0] < a + len(reference) and a < r.span[1]]
+        if same: out[same[0]] = replace(out[same[0]], rule=out[same[0]].rule.removesuffix(", confirmed") + ", confirmed")
+        else: out.append(SliceReference(p["series"], p["image"], p.get("image_end"), p.get("plane") if p.get("plane") in ("axial", "coronal", "sagittal") else None, bool(p.get("prior")), snippet, (a, a + len(reference)), without_history(snippet), (b, b + len(snippet)), f"second reader {model}", tell_language(text)))
+    return sorted(out, key=lambda r: r.span), refused
