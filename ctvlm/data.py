@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'SPLITS', 'PAIR', 'STUDY_SCHEMA', 'RAD_CHESTCT', 'READERS', 'PREPROCESSING', 'LOST', 'check_studies',
            'to_table', 'write_studies', 'read_studies', 'split_patients', 'processes', 'ahead', 'open_scan',
-           'report_text', 'rules_version', 'rule_labels', 'phantom_studies', 'label_matrix', 'read_rows',
+           'report_text', 'rules_version', 'rule_labels', 'label_matrix', 'phantom_studies', 'read_rows',
            'split_report', 'leaves', 'scan_problem', 'short_reason', 'Collection', 'class_labels', 'read_ct_rate',
            'read_merlin', 'read_inspect', 'read_rad_chestct', 'read_csv_folder', 'read_phantoms', 'dicom_studies',
            'read_dicom_root', 'count_studies', 'scan_studies', 'fingerprint', 'scan_key', 'scan_size', 'FeatureStore',
@@ -188,7 +188,7 @@ def ahead(
     finally:
         if pool: pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../nbs/11_data.ipynb #616d9c33
+# %% ../nbs/11_data.ipynb #4650b6d4
 def open_scan(
     scan:str,       # the `scan` of a study: a path, or a phantom's recipe
     series:str="",  # the `series` of a study
@@ -227,6 +227,15 @@ def rule_labels(
     "What the rules of chapter 03 read in a report; what it does not mention is left out."
     return {finding: value for finding, value in label_report(text, language or None).items() if value is not None}
 
+# %% ../nbs/11_data.ipynb #39c0e344
+def label_matrix(
+    studies:pd.DataFrame,
+    findings:tuple, # Q names
+)->np.ndarray:      # `(n, Q)` int8: 1 present, 0 absent, -1 unknown
+    "Labels as the losses want them."
+    return np.array([[row.get(f, -1) for f in findings] for row in studies.labels], np.int8).reshape(len(studies), len(findings))
+
+# %% ../nbs/11_data.ipynb #636c83c7
 def _phantom_row(job):
     cohort, i, truth = job
     s = cohort[i]
@@ -248,13 +257,6 @@ def phantom_studies(
     jobs = [(cohort, i, truth) for i in range(len(cohort))]
     rows = [row for _, row in progress(ahead(_phantom_row, jobs, workers, None), "phantoms", total=len(jobs), quiet=quiet)]
     return pd.DataFrame(rows, columns=STUDY_SCHEMA.names)
-
-def label_matrix(
-    studies:pd.DataFrame,
-    findings:tuple, # Q names
-)->np.ndarray:      # `(n, Q)` int8: 1 present, 0 absent, -1 unknown
-    "Labels as the losses want them."
-    return np.array([[row.get(f, -1) for f in findings] for row in studies.labels], np.int8).reshape(len(studies), len(findings))
 
 # %% ../nbs/11_data.ipynb #95ce23c2
 def read_rows(
@@ -299,7 +301,7 @@ def split_report(
     heading = _FINDINGS.search(findings)
     return findings[heading.end() if heading else 0:].strip(), impression.strip()
 
-# %% ../nbs/11_data.ipynb #59ee4c7d
+# %% ../nbs/11_data.ipynb #1a0af633
 def leaves(
     root:Path, # of an archive
     path:Path, # in it
@@ -331,6 +333,7 @@ def _check_nifti(path):
         except (EOFError, OSError, zlib.error): pass
     if size < wanted: raise InputError(f"{path.name} is cut off: {size} of {wanted} bytes are there: download it again")
 
+# %% ../nbs/11_data.ipynb #e2dee750
 def _check_npz(path):
     "Table of contents and array header of a Rad-ChestCT file."
     with zipfile.ZipFile(path) as archive, archive.open("ct.npy") as f:
@@ -578,7 +581,7 @@ def read_phantoms(
     "A cohort of phantoms on disk."
     return read_csv_folder(root, source="phantoms", quiet=quiet)
 
-# %% ../nbs/11_data.ipynb #67dcf5f7
+# %% ../nbs/11_data.ipynb #4bfcfdef
 def _dicom_names(path): # study UID, accession number and patient of a DICOM file, `None` if it is none
     import pydicom
     try:
@@ -627,7 +630,7 @@ def read_dicom_root(
         text, *parts = _report(row)
         language, pairs = _language(row, text), ()
         if mine_report(text, language or None):
-            pairs = _mined(text, SeriesIndex.from_table(SeriesIndex.from_dicom(here).table.assign(study=study)), study, language)
+            pairs = _mined(text, SeriesIndex.from_table(SeriesIndex.from_dicom(here, workers=1).table.assign(study=study)), study, language)
         found.add(study, row.get("patient") or studies[uid][2] or study, here, *parts, language, pairs=pairs, split=_split(row["split"], f"study {study}") if row.get("split") else "train", series=row.get("series", ""))
     for uid in studies.keys() - used: found.refuse(studies[uid][1] or uid, place[uid], f"{place[uid].name} has no report: add it to the table")
     return found.tables(quiet=quiet)
@@ -695,7 +698,7 @@ def scan_size(scan): # bytes of a file, entries of a folder, -1 where there is n
     path = Path(scan)
     return -1 if scan.startswith("phantom:") or not path.exists() else path.stat().st_size if path.is_file() else len(os.listdir(path))
 
-# %% ../nbs/11_data.ipynb #0cf77653
+# %% ../nbs/11_data.ipynb #2bf80965
 class FeatureStore:
     "A folder with one safetensors file per scan, all from one encoder."
     def __init__(self,
@@ -748,7 +751,7 @@ class FeatureStore:
         rows = []
         for r in studies.itertuples():
             key = scan_key(r); about = self.header(key)
-            numbers = {k: float(about[k]) if about else math.nan for k in ("windows", "low_mm", "high_mm")}
+            numbers = {k: about[k] if about else math.nan for k in ("windows", "low_mm", "high_mm")}
             rows.append(dict(key=key, source=r.source, study=r.study, patient=r.patient, scan=r.scan, series=r.series, status="ok" if about else "failed", reason="" if about else self.reason(key), **numbers))
         return pd.DataFrame(rows, columns="key source study patient scan series status reason windows low_mm high_mm".split())
 
@@ -827,7 +830,7 @@ def summary(store, studies, parts): # of all processes
     return dict(store=str(store.folder), scans=len(table), present=int((table.status == "ok").sum()), computed=spent["computed"], failed=len(failed), reasons=dict(Counter(map(short_reason, failed.reason)).most_common()),
                 megabytes=size / 1e6, seconds=max(p["seconds"] for p in parts), **{k: spent[k] for k in ("waiting", "encoding", "writing")})
 
-# %% ../nbs/11_data.ipynb #c4aef8aa
+# %% ../nbs/11_data.ipynb #57386285
 def _encoder(model, chunk): # `found` -> features
     import torch
     def encode(found):
@@ -845,6 +848,7 @@ def _embed(job): # one process's share
     store = FeatureStore.create(output, fingerprint(spec, fit, model), **about)
     return store, fill(store, studies, spec, _encoder(model, chunk), fit, workers, share, quiet)
 
+# %% ../nbs/11_data.ipynb #0bcd85fe
 def embed_studies(
     studies:pd.DataFrame,
     model,            # a `CTVLMModel`
@@ -924,7 +928,7 @@ def embed_with_ray(
         ok = sum(bool(row["ok"]) for row in done.iter_rows())
     return summary(store, studies, [dict(computed=ok, seconds=time.perf_counter() - began)])
 
-# %% ../nbs/11_data.ipynb #30bd37a3
+# %% ../nbs/11_data.ipynb #149156af
 _PREPARED = pa.schema([("study", _WORD), ("patient", _WORD), ("keys", pa.list_(_WORD)), ("reports", pa.list_(pa.list_(pa.int32()))), ("snippets", pa.list_(pa.list_(pa.int32()))),
                        ("snippet_text", pa.list_(_WORD)), ("snippet_depth_mm", pa.list_(pa.float64())), ("labels", pa.list_(pa.int8()))])
 _ROWS = 256 # studies per record batch
@@ -935,15 +939,15 @@ def _ids(tokenizer, texts): # token ids of each text
 def _prepared(rows, store, tokenizer, findings, augment, variants, seed, left_out):
     "One study as `_PREPARED` has it, `None` where it has no features."
     first, keys = rows[0], []
-    depths = [p["depth_mm"] for p in first.pairs if p["depth_mm"] is not None and not p["prior"] and p["cleaned"].strip()]
+    pairs = [(p["cleaned"] or p["snippet"], p["depth_mm"]) for p in first.pairs if p["depth_mm"] is not None and not p["prior"] and (p["cleaned"] or p["snippet"])]
+    words, depths = [w for w, _ in pairs], [d for _, d in pairs]
     for r in rows:
         key = scan_key(r); about = store.header(key)
         if about is None: left_out["scans: " + short_reason(store.reason(key))] += 1; continue
         keys.append(key)
-        left_out["snippets: outside the scan"] += sum(not float(about["low_mm"]) <= d <= float(about["high_mm"]) for d in depths)
-    left_out["snippets: no depth"] += len(first.pairs) - len(depths)
+        left_out["snippets: outside the scan"] += sum(not about["low_mm"] <= d <= about["high_mm"] for d in depths)
+    left_out["snippets: no depth"] += len(first.pairs) - len(pairs)
     if not keys: return None
-    words = [p["cleaned"] for p in first.pairs if p["depth_mm"] is not None and not p["prior"] and p["cleaned"].strip()]
     texts = [(first.findings, first.impression)] * variants
     if augment: texts = [augment(*t, stable_rng(seed, "report", first.source, first.study, v)) for v, t in enumerate(texts)]
     return dict(study=first.study, patient=first.patient, keys=keys, reports=_ids(tokenizer, [report_text(*t) for t in texts]), snippets=_ids(tokenizer, words),
@@ -1026,7 +1030,7 @@ def prompt_tokens(
     weight = None if question_weights is None else torch.tensor([float(question_weights.get(f, 1)) for f in findings])
     return dict(ids=ids, mask=mask, pos_weight=None if labels is None else positive_weights(torch.from_numpy(labels)), question_weight=weight)
 
-# %% ../nbs/11_data.ipynb #dec244b5
+# %% ../nbs/11_data.ipynb #80c48b18
 def _as_is(x): return x
 
 class Batches:
@@ -1086,6 +1090,7 @@ class Batches:
     def state_dict(self): return {"epoch": self.epoch, "at": self.at}
     def load_state_dict(self, state): self.epoch, self.at = state["epoch"], state["at"]
 
+# %% ../nbs/11_data.ipynb #b6c5e503
 def _watched(batches):
     "Batches of worker processes, with advice where one was killed."
     try: yield from batches
