@@ -28,7 +28,7 @@ from .localization import DepthCalibration, decode_depth, depth_similarity
 log = logging.getLogger("ctvlm")
 if not (sys.stderr and sys.stderr.isatty()): transformers.utils.logging.disable_progress_bar()
 
-# %% ../nbs/10_model.ipynb #1d72942d
+# %% ../nbs/10_model.ipynb #0f6193c8
 QWEN3 = dict(model_type="qwen3", vocab_size=151669, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
              head_dim=128, intermediate_size=3072, rope_parameters=dict(rope_type="default", rope_theta=1e6), rms_norm_eps=1e-6,
              max_position_embeddings=32768, tie_word_embeddings=True, attention_bias=False, use_cache=False) # Qwen3-Embedding-0.6B
@@ -39,6 +39,7 @@ class CTVLMConfig(PretrainedConfig):
     spacing:list|tuple = (0.75, 0.75, 3.0)  # mm per voxel
     window:list|tuple = (128, 128, 32)      # voxels per window
     patch:list|tuple = (16, 16, 4)          # voxels per patch
+    fit:str|list|tuple = "pad"              # how scans are cut into windows, see `make_windows`
     window_encoder:dict|None = None         # `EncoderSizes`
     scan_encoder:dict|None = None           # `EncoderSizes`
     text:dict|None = None                   # a transformers configuration with its `model_type`
@@ -55,6 +56,7 @@ class CTVLMConfig(PretrainedConfig):
         self.text = dict(self.text or QWEN3)
         self.adapters = asdict(AdapterSizes()) if self.adapters is None else dict(self.adapters)
         for name in ("spacing", "window", "patch", "head_widths"): setattr(self, name, list(getattr(self, name)))
+        if not isinstance(self.fit, str): self.fit = list(self.fit)
         if self.adapters: self.adapters["targets"] = list(self.adapters["targets"])
         super().__post_init__(**kwargs)
 
@@ -77,7 +79,7 @@ class CTVLMConfig(PretrainedConfig):
         text = {**QWEN3, **dict(vocab_size=vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                                 head_dim=16, intermediate_size=128, max_position_embeddings=1024)}
         sizes = dict(width=48, depth=2, heads=2, layer_scale=1.)
-        return cls(**{**dict(spacing=(3., 3., 3.), window=(32, 32, 32), patch=(8, 8, 4), window_encoder=sizes, scan_encoder={**sizes, "rope_base": 100.},
+        return cls(**{**dict(spacing=(3., 3., 3.), window=(32, 32, 32), patch=(8, 8, 4), fit=("crop", "crop", "pad"), window_encoder=sizes, scan_encoder={**sizes, "rope_base": 100.},
                              text=text, text_name=None, adapters={}, head_widths=(96, 96, 64), projection_dim=64), **changes})
 
 # %% ../nbs/10_model.ipynb #833f6dcd
@@ -97,7 +99,7 @@ class Head(nn.Module):
     def forward(self, x): # `(..., features)` -> `(..., out)`, not normalised
         return F.linear(self.layers(x), self.gain * F.normalize(self.direction, dim=1))
 
-# %% ../nbs/10_model.ipynb #ef03893b
+# %% ../nbs/10_model.ipynb #6a69312b
 @dataclass
 class ScanEmbeddings:
     "What `encode_scan` gives; the vectors are not normalised."
@@ -134,13 +136,15 @@ class CTVLMModel(PreTrainedModel):
         elif isinstance(module, Head): init.normal_(module.direction, std=module.direction.shape[1] ** -0.5)
         elif isinstance(module, Encoder): init.normal_(module.cls_token, std=0.02)
 
-    def _start(self): # what starts as a copy of something else
+    def _start(self): # what starts as a copy of something else, and patches of water (0 HU, 0.5 once scaled) as zero, so that tissues differ from the first step
         from peft.tuners.lora import LoraLayer
         for layer in self.text_encoder.modules():
             if isinstance(layer, LoraLayer): layer.reset_lora_parameters("default", True)
         self.slice_head.load_state_dict(self.scan_head.state_dict())
         self.snippet_head.load_state_dict(self.report_head.state_dict())
         copy_slice_projection(self.scan_encoder)
+        patches = self.window_encoder.patch_embed.proj
+        with torch.no_grad(): patches.bias.copy_(-0.5 * patches.weight.flatten(1).sum(1))
 
 def copy_slice_projection(encoder:ScanEncoder)->None:
     "Start the slice projection from the patch-mean half of the windows' projection."
@@ -546,7 +550,7 @@ class RankAnswer:
     order:tuple                # positions in the list that was given
     similarity:tuple           # cosines
 
-# %% ../nbs/10_model.ipynb #53d3b56f
+# %% ../nbs/10_model.ipynb #ffa50afe
 @patch
 @contextlib.contextmanager
 def _ask(self:CTVLMModel): # what answers run in: evaluation mode, no gradients, bfloat16 where it is fast and the model is wide enough to gain
@@ -564,13 +568,13 @@ def _processor(self:CTVLMModel):
 @patch
 def embed(self:CTVLMModel,
     volume,             # `CTVolume`, a path that `load_volume` reads, or a `VolumeEmbedding`, given back as it is
-    fit:str="pad",      # as in `make_windows`
+    fit=None,           # as in `make_windows`; the model's own if `None`
     chunk:int|None=None, # windows at a time; by device and width if `None`
 )->VolumeEmbedding:
     "Read a scan once."
     if isinstance(volume, VolumeEmbedding): return volume
     if isinstance(volume, (str, Path)): volume = load_volume(volume)
-    windows = make_windows(volume, fit, self.config.window_spec)
+    windows = make_windows(volume, fit or self.config.fit, self.config.window_spec)
     if chunk is None: chunk = 32 if self.device.type == "cuda" else max(4, 4096 // self.config.window_encoder["width"])
     with self._ask(): cls, depth_tokens = self.encode_windows(windows.windows, chunk)
     with torch.no_grad(): e = self.encode_features(cls.float(), depth_tokens.float(), windows.grid, windows.patch_mask)
@@ -592,13 +596,13 @@ def embed_text(self:CTVLMModel,
         for i in range(0, len(texts), batch): parts.append(self.encode_text(*tokens(texts[i:i + batch]).values(), head=head).float().cpu())
     return F.normalize(torch.cat(parts), dim=-1) if parts else torch.zeros(0, self.config.projection_dim)
 
-# %% ../nbs/10_model.ipynb #5b75bdc2
+# %% ../nbs/10_model.ipynb #ff635409
 @patch
 def localize(self:CTVLMModel,
     volume,              # as in `embed`
     texts,               # a finding in words, or a list
     decode:str="median", # "argmax" and "mean" for comparison
-    fit:str="pad",
+    fit=None,
 )->list:                 # of `DepthAnswer`
     "At which depth of the scan each text lies."
     e, texts, calibration = self.embed(volume, fit), [texts] if isinstance(texts, str) else list(texts), self.config.calibration
@@ -618,7 +622,7 @@ def classify(self:CTVLMModel,
     volume,         # as in `embed`
     findings,       # names of the catalogue, or anything that fits into "There is ..."; one or a list
     style:str="ensemble", # how a name of the catalogue becomes sentences, see `prompts_for`
-    fit:str="pad",
+    fit=None,
 )->list:            # of `FindingAnswer`
     "Whether the scan shows each finding."
     e, findings = self.embed(volume, fit), [findings] if isinstance(findings, str) else list(findings)
@@ -634,7 +638,7 @@ def classify(self:CTVLMModel,
 def rank(self:CTVLMModel,
     reports,    # a report's text, or a list
     volumes,    # a list of what `embed` takes
-    fit:str="pad",
+    fit=None,
 )->list:        # of `RankAnswer`, one per report
     "Which scans fit each report."
     scans = [self.embed(v, fit) for v in volumes]
