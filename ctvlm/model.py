@@ -28,7 +28,7 @@ from .localization import DepthCalibration, decode_depth, depth_similarity
 log = logging.getLogger("ctvlm")
 if not (sys.stderr and sys.stderr.isatty()): transformers.utils.logging.disable_progress_bar()
 
-# %% ../nbs/10_model.ipynb #0f6193c8
+# %% ../nbs/10_model.ipynb #860e8838
 QWEN3 = dict(model_type="qwen3", vocab_size=151669, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
              head_dim=128, intermediate_size=3072, rope_parameters=dict(rope_type="default", rope_theta=1e6), rms_norm_eps=1e-6,
              max_position_embeddings=32768, tie_word_embeddings=True, attention_bias=False, use_cache=False) # Qwen3-Embedding-0.6B
@@ -68,7 +68,7 @@ class CTVLMConfig(PretrainedConfig):
     def calibration(self): return DepthCalibration(**(self.interval_calibration or dict(bin_mm=self.window_spec.bin_mm)))
 
     @classmethod
-    def large(cls, **changes): return cls(**changes) # 337 M + 62 M + 596 M parameters, the released sizes
+    def large(cls, **changes): return cls(**changes) # 337 M + 60 M + 600 M parameters, the released sizes
 
     @classmethod
     def base(cls, **changes): # half of that: fits a small GPU
