@@ -670,12 +670,12 @@ def scan_studies(
     with write_atomically(Path(output).with_suffix(".refused.csv")) as t: refused.to_csv(t, index=False)
     return count_studies(studies, refused)
 
-# %% ../nbs/11_data.ipynb #7b6142ba
+# %% ../nbs/11_data.ipynb #6ac4a19f
 PREPROCESSING = 1 # to be raised when `make_windows` gives other numbers than before
 
 def fingerprint(
     spec:WindowSpec,
-    fit:str="pad",  # as in `make_windows`
+    fit="pad",      # as in `make_windows`
     model=None,     # a `CTVLMModel`; `None`: the windows themselves
 )->str:             # 16 hexadecimal digits
     "A name for everything that features depend on: weights, sizes and preprocessing."
@@ -698,14 +698,20 @@ def scan_size(scan): # bytes of a file, entries of a folder, -1 where there is n
     path = Path(scan)
     return -1 if scan.startswith("phantom:") or not path.exists() else path.stat().st_size if path.is_file() else len(os.listdir(path))
 
-# %% ../nbs/11_data.ipynb #2bf80965
+# %% ../nbs/11_data.ipynb #1fdce1e1
 class FeatureStore:
     "A folder with one safetensors file per scan, all from one encoder."
     def __init__(self,
         folder:str|Path, # of one fingerprint, or the folder above it if it holds only one
+        model=None,      # the `CTVLMModel` that will read it: only features of its own encoder, or windows as it wants them
     ):
         folder = Path(folder)
         found = [folder] if (folder/"store.json").exists() else sorted(p.parent for p in folder.glob("*/store.json"))
+        if found and model is not None:
+            spec, fit = model.config.window_spec, model.config.fit
+            own = [p for p in found if p.name in (fingerprint(spec, fit, model), fingerprint(spec, fit))]
+            if not own: raise InputError(f"{folder} holds {', '.join(p.name for p in found)}, this model's features are called {fingerprint(spec, fit, model)}: run `ctvlm embed` with this model")
+            found = own
         if len(found) != 1: raise InputError(f"{folder} holds {len(found)} stores ({', '.join(p.name for p in found) or 'none'}), expected 1: " + ("give the folder of one of them" if found else "fill it with `ctvlm embed`"))
         self.folder, self.about = found[0], json.loads((found[0]/"store.json").read_text())
 
@@ -788,13 +794,13 @@ def keep(
     store.save(key, tensors, dict(scan=scan, size=found["size"], windows=len(found["windows"]), low_mm=float(depths[0] - found["half"]), high_mm=float(depths[-1] + found["half"])))
     return True
 
-# %% ../nbs/11_data.ipynb #05729bc9
+# %% ../nbs/11_data.ipynb #76475ad1
 def fill(
     store:FeatureStore,
     studies:pd.DataFrame,
     spec:WindowSpec,
     encode,            # as in `keep`
-    fit:str="pad",
+    fit="pad",
     workers:int=2,     # processes that open scans; 0: here
     share:tuple=(0, 1), # the number of this process, and of how many
     quiet:bool=False,  # no progress bar
@@ -830,7 +836,7 @@ def summary(store, studies, parts): # of all processes
     return dict(store=str(store.folder), scans=len(table), present=int((table.status == "ok").sum()), computed=spent["computed"], failed=len(failed), reasons=dict(Counter(map(short_reason, failed.reason)).most_common()),
                 megabytes=size / 1e6, seconds=max(p["seconds"] for p in parts), **{k: spent[k] for k in ("waiting", "encoding", "writing")})
 
-# %% ../nbs/11_data.ipynb #57386285
+# %% ../nbs/11_data.ipynb #ef6f9a07
 def _encoder(model, chunk): # `found` -> features
     import torch
     def encode(found):
@@ -839,21 +845,22 @@ def _encoder(model, chunk): # `found` -> features
         return dict(cls=cls, depth_tokens=depth_tokens), ""
     return encode
 
+def _store(model, output): # of this model's features
+    spec, fit = model.config.window_spec, model.config.fit
+    return FeatureStore.create(output, fingerprint(spec, fit, model), kind="features", fit=fit, spec=asdict(spec), encoder=model.config.window_encoder, trained_on=model.config.trained_on)
+
 def _embed(job): # one process's share
-    studies, model, output, fit, workers, chunk, quiet, device, share = job
+    studies, model, output, workers, chunk, quiet, device, share = job
     if device is not None: model = model.to(device)
     if chunk is None: chunk = 32 if model.device.type == "cuda" else max(4, 4096 // model.config.window_encoder["width"])
-    spec = model.eval().config.window_spec
-    about = dict(kind="features", fit=fit, spec=asdict(spec), encoder=model.config.window_encoder, trained_on=model.config.trained_on)
-    store = FeatureStore.create(output, fingerprint(spec, fit, model), **about)
-    return store, fill(store, studies, spec, _encoder(model, chunk), fit, workers, share, quiet)
+    store = _store(model.eval(), output)
+    return store, fill(store, studies, model.config.window_spec, _encoder(model, chunk), model.config.fit, workers, share, quiet)
 
-# %% ../nbs/11_data.ipynb #0bcd85fe
+# %% ../nbs/11_data.ipynb #f7168307
 def embed_studies(
     studies:pd.DataFrame,
     model,            # a `CTVLMModel`
     output:str|Path,  # folder of stores; this encoder's is a folder in it
-    fit:str="pad",    # as in `make_windows`
     workers:int=2,    # processes per device that open scans ahead of the encoder
     devices:tuple=(), # ("cuda:0", "cuda:1"): a process each; where the model is if empty
     chunk:int|None=None, # windows at a time; by device and width if `None`
@@ -862,7 +869,7 @@ def embed_studies(
     "Compute the window features of every scan that has none yet."
     import torch
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    job = (studies, model, output, fit, workers, chunk, quiet)
+    job = (studies, model, output, workers, chunk, quiet)
     if len(devices) > 1:
         from concurrent.futures import ProcessPoolExecutor
         jobs = [(*job, d, (rank * len(devices) + i, world * len(devices))) for i, d in enumerate(devices)]
@@ -880,7 +887,7 @@ def window_studies(
     studies:pd.DataFrame,
     spec:WindowSpec,
     output:str|Path,  # folder of stores
-    fit:str="pad",    # as in `make_windows`
+    fit="pad",        # as in `make_windows`
     workers:int=2,    # processes that open scans
     quiet:bool=False, # no progress bar
 )->dict:              # as `embed_studies`
@@ -890,7 +897,7 @@ def window_studies(
     part = fill(store, studies, spec, lambda found: (dict(windows=torch.from_numpy(found["windows"])), ""), fit, workers, (0, 1), quiet)
     return summary(store, studies, [part])
 
-# %% ../nbs/11_data.ipynb #730c4c36
+# %% ../nbs/11_data.ipynb #b66d5b41
 def _ray_read(row, spec, fit): # a task: the windows as bytes
     from safetensors.numpy import save
     found = read_windows((row["key"], row["scan"], row["series"], spec, fit))
@@ -910,7 +917,6 @@ def embed_with_ray(
     studies:pd.DataFrame,
     model,            # a `CTVLMModel`
     output:str|Path,  # folder of stores, where all machines see it
-    fit:str="pad",    # as in `make_windows`
     actors:int=1,     # encoders
     gpus:float=0,     # per encoder
     chunk:int=16,     # windows at a time
@@ -918,12 +924,11 @@ def embed_with_ray(
     "`embed_studies` as a Ray Data job, on the cluster that `ray.init` has joined."
     try: import ray
     except ImportError: raise InputError("Ray is not installed: pip install 'ctvlm[ray]', or use embed_studies") from None
-    spec, began = model.config.window_spec, time.perf_counter()
-    store = FeatureStore.create(output, fingerprint(spec, fit, model), kind="features", fit=fit, spec=asdict(spec), encoder=model.config.window_encoder, trained_on=model.config.trained_on)
+    store, began = _store(model, output), time.perf_counter()
     todo = [dict(key=scan_key(r), scan=r.scan, series=r.series) for r in studies.itertuples() if not store.done(scan_key(r), r.scan)]
     ok = 0
     if todo:
-        read = ray.data.from_items(todo, override_num_blocks=len(todo)).map(_ray_read, fn_kwargs=dict(spec=spec, fit=fit))
+        read = ray.data.from_items(todo, override_num_blocks=len(todo)).map(_ray_read, fn_kwargs=dict(spec=model.config.window_spec, fit=model.config.fit))
         done = read.map_batches(RayEncoder, fn_constructor_args=(model, str(store.folder.absolute()), chunk, "cuda" if gpus else "cpu"), batch_size=1, num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=actors))
         ok = sum(bool(row["ok"]) for row in done.iter_rows())
     return summary(store, studies, [dict(computed=ok, seconds=time.perf_counter() - began)])

@@ -329,7 +329,7 @@ def test_the_run_ends_with_one_unreadable_scan_in_ten(hospital, filled):
 
 def test_features_are_those_of_the_encoder(hospital, filled):
     model, store = tiny(), FeatureStore(filled[0])
-    w = make_windows(load_volume(hospital.scan[0]), spec=model.config.window_spec)
+    w = make_windows(load_volume(hospital.scan[0]), model.config.fit, model.config.window_spec)
     saved = store.load(data.scan_key(next(hospital.itertuples())))
     with torch.no_grad(): cls, tokens = model.encode_windows(w.windows)
     assert torch.allclose(saved["cls"].float(), cls, atol=2e-3) and torch.allclose(saved["depth_tokens"].float(), tokens, atol=2e-3)
@@ -346,6 +346,8 @@ def test_a_second_run_computes_nothing_and_another_encoder_everything(hospital, 
     assert other["computed"] == 2 and Path(other["store"]).name != Path(found["store"]).name
     shutil.copytree(found["store"], tmp_path / "second" / Path(found["store"]).name); shutil.copytree(other["store"], tmp_path / "second" / Path(other["store"]).name)
     with pytest.raises(InputError, match="holds 2 stores"): FeatureStore(tmp_path / "second")
+    assert FeatureStore(tmp_path / "second", tiny()).folder.name == Path(found["store"]).name and FeatureStore(tmp_path / "second", tiny(1)).folder.name == Path(other["store"]).name
+    with pytest.raises(InputError, match="this model's features are called"): FeatureStore(tmp_path / "second", tiny(2))
     with pytest.raises(InputError, match="holds 0 stores"): FeatureStore(tmp_path / "none")
 
 
@@ -467,7 +469,7 @@ def test_a_batch_is_what_the_contract_says(hospital, filled, tokenizer):
         assert b["report_ids"].shape == b["report_mask"].shape and b["labels"].tolist() == [[1, -1]] * B and S == B == len(b["snippet_text"])
         for i, (study, depth, place) in enumerate(zip(b["study"], b["snippet_depth_mm"].tolist(), b["snippet_bin"].tolist())):
             n = int(study[1:])
-            w = make_windows(load_volume(hospital.scan[n]), spec=model.config.window_spec)
+            w = make_windows(load_volume(hospital.scan[n]), model.config.fit, model.config.window_spec)
             assert b["snippet_scan"][i] == i and depth == -290. + n and place == pytest.approx(float(w.depth_to_bin(depth)), abs=1e-4)
             assert tokenizer.decode(b["report_ids"][i][b["report_mask"][i].bool()], skip_special_tokens=True) == report_text(f"Nodule number {n}, unchanged.", "Nodule.")
         out = model.encode_features(b["cls"], b["depth_tokens"], b["grid"], patch_mask=b["patch_mask"])
