@@ -836,7 +836,7 @@ def summary(store, studies, parts): # of all processes
     return dict(store=str(store.folder), scans=len(table), present=int((table.status == "ok").sum()), computed=spent["computed"], failed=len(failed), reasons=dict(Counter(map(short_reason, failed.reason)).most_common()),
                 megabytes=size / 1e6, seconds=max(p["seconds"] for p in parts), **{k: spent[k] for k in ("waiting", "encoding", "writing")})
 
-# %% ../nbs/11_data.ipynb #ef6f9a07
+# %% ../nbs/11_data.ipynb #7529f4c0
 def _encoder(model, chunk): # `found` -> features
     import torch
     def encode(found):
@@ -845,22 +845,23 @@ def _encoder(model, chunk): # `found` -> features
         return dict(cls=cls, depth_tokens=depth_tokens), ""
     return encode
 
-def _store(model, output): # of this model's features
-    spec, fit = model.config.window_spec, model.config.fit
+def _store(model, output, fit): # of this model's features
+    spec = model.config.window_spec
     return FeatureStore.create(output, fingerprint(spec, fit, model), kind="features", fit=fit, spec=asdict(spec), encoder=model.config.window_encoder, trained_on=model.config.trained_on)
 
 def _embed(job): # one process's share
-    studies, model, output, workers, chunk, quiet, device, share = job
+    studies, model, output, fit, workers, chunk, quiet, device, share = job
     if device is not None: model = model.to(device)
     if chunk is None: chunk = 32 if model.device.type == "cuda" else max(4, 4096 // model.config.window_encoder["width"])
-    store = _store(model.eval(), output)
-    return store, fill(store, studies, model.config.window_spec, _encoder(model, chunk), model.config.fit, workers, share, quiet)
+    store = _store(model.eval(), output, fit)
+    return store, fill(store, studies, model.config.window_spec, _encoder(model, chunk), fit, workers, share, quiet)
 
-# %% ../nbs/11_data.ipynb #f7168307
+# %% ../nbs/11_data.ipynb #02ed2c9b
 def embed_studies(
     studies:pd.DataFrame,
     model,            # a `CTVLMModel`
     output:str|Path,  # folder of stores; this encoder's is a folder in it
+    fit=None,         # as in `make_windows`; the model's own if `None`
     workers:int=2,    # processes per device that open scans ahead of the encoder
     devices:tuple=(), # ("cuda:0", "cuda:1"): a process each; where the model is if empty
     chunk:int|None=None, # windows at a time; by device and width if `None`
@@ -869,7 +870,7 @@ def embed_studies(
     "Compute the window features of every scan that has none yet."
     import torch
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    job = (studies, model, output, workers, chunk, quiet)
+    job = (studies, model, output, fit or model.config.fit, workers, chunk, quiet)
     if len(devices) > 1:
         from concurrent.futures import ProcessPoolExecutor
         jobs = [(*job, d, (rank * len(devices) + i, world * len(devices))) for i, d in enumerate(devices)]
@@ -897,7 +898,7 @@ def window_studies(
     part = fill(store, studies, spec, lambda found: (dict(windows=torch.from_numpy(found["windows"])), ""), fit, workers, (0, 1), quiet)
     return summary(store, studies, [part])
 
-# %% ../nbs/11_data.ipynb #b66d5b41
+# %% ../nbs/11_data.ipynb #2b2a8e20
 def _ray_read(row, spec, fit): # a task: the windows as bytes
     from safetensors.numpy import save
     found = read_windows((row["key"], row["scan"], row["series"], spec, fit))
@@ -924,7 +925,7 @@ def embed_with_ray(
     "`embed_studies` as a Ray Data job, on the cluster that `ray.init` has joined."
     try: import ray
     except ImportError: raise InputError("Ray is not installed: pip install 'ctvlm[ray]', or use embed_studies") from None
-    store, began = _store(model, output), time.perf_counter()
+    store, began = _store(model, output, model.config.fit), time.perf_counter()
     todo = [dict(key=scan_key(r), scan=r.scan, series=r.series) for r in studies.itertuples() if not store.done(scan_key(r), r.scan)]
     ok = 0
     if todo:
