@@ -36,7 +36,7 @@ class SliceReference:
     language:str="en"       # "en" or "de"
     carried:bool=False      # the series was not typed here
 
-# %% ../nbs/02_mining.ipynb #c8e19dda
+# %% ../nbs/02_mining.ipynb #059c1c44
 WORDS = dict(
     S="series serie serien ser sers sr se seri bildserie seriennummer seriennr serienr sequence sequenz seq serious serius siries cereals syrie sieries",
     s="s",
@@ -44,7 +44,7 @@ WORDS = dict(
     J="images imgs imas ims bilder bildern bildnummern slices schichten schnitte schnitten aufnahmen schnittbilder schnittbildern schichtbilder frames",
     i="im sl", y="i b",
     P="ax axial axiale axialer axialen axiales axialem transaxial transaxiale transaxialen transversal transversale transversaler transversalen transversales transverse tra trans "
-      "cor coronal coronale coronaler coronalen kor koronar koronare koronarer koronaren koronares koronal koronale koronaler koronalen frontal frontale frontalen "
+      "cor coronal coronale coronaler coronalen coronare coronaren coronarer kor koronar koronare koronarer koronaren koronares koronal koronale koronaler koronalen frontal frontale frontalen "
       "sag sagittal sagittale sagittaler sagittalen sagittales sagital",
     V="view views plane reformat reformats reformatted reformation reformations mpr mprs recon reconstruction reconstructions rekonstruktion rekonstruktionen ebene schichtung reformatierung reformatierungen",
     U="mm cm ml cc hu he mg kg gy mgy msv uhr hrs hours hour hr min minutes sec kv ma mas days day weeks week months month years year tage tagen tag wochen woche monate monaten monat jahre jahren jahr percent prozent",
@@ -141,16 +141,16 @@ class Tokens:
     def word(self, i): return self.words[i] if 0 <= i < len(self.words) else ""
     def touches(self, i): return 0 < i < len(self.words) and self.ends[i - 1] == self.starts[i] # nothing between token i and the one before
 
-# %% ../nbs/02_mining.ipynb #a136b755
+# %% ../nbs/02_mining.ipynb #f77a1908
 PARTS = dict(
     tag=r"[.:=]?-?#?[.:=]?",                      # between a word and its number: "Nr.", ":", "#"
     plane=r"(?:(?P<p>P)[.,]?V{0,2}[,:(]?o?V?)?",  # "coronal", "koronare Rekonstruktion,"
     after=r"(?:[,(]?(?P<p2>P)(?![V.]?[SsIJiy#n]))?", # "image 33 coronal", unless the plane belongs to the next reference
     ser=r"[Ss]{1,2}{tag}(?P<s>n)",
-    twice=r"(?:{sep}[Ss]{1,2}{tag}n)?",           # "series 4 series 4 image 38"
+    twice=r"(?:S{tag}n{sep})?",                   # "series 4 series 4 image 38"
     sep=r"[,;:/.\-()&|oO=iV]{0,4}?",
     end=r"(?![U*])(?![/:]n)",                     # no unit follows, nor does a pair begin
-    close=r"(?=[,;.:)(&\-rF|¶/+]|$)",             # what may stand behind the 41 of "38, 41"
+    close=r"(?=[,;.:)(&\-rF|¶/+]|$|[oO]{1,3}S)",   # what may stand behind the 41 of "38, 41"
     also=r"(?:,?(?:&\.?){1,3}|[+])",              # "and", "u.", "as well as"
     again=r"(?:[oO]?[IJiy]{tag})",                # the image word once more
     more=r"(?:(?:{also}|[/,;]|-|r){again}n{end}|(?:[/\-r]|o?O)n{end}|(?:{also}|,)n{end}{close})", # what goes on after "image 38"
@@ -169,7 +169,7 @@ class Rule:
     no:str      # a text that no rule may read
 
 RULES = [
-    Rule("series, image", r"{plane}{ser}{twice}{sep}(?:(?P<p3>P)[.,]?V?)?{img}{after}", "Cyst (series 4, image 38).", "Series 4 was repeated, 38 images."),
+    Rule("series, image", r"{plane}{twice}{ser}{sep}(?:(?P<p3>P)[.,]?V?)?{img}{after}", "Cyst (series 4, image 38).", "Series 4 was repeated, 38 images."),
     Rule("series list", r"S{tag}(?P<s>n)&(?P<s2>n){sep}J{tag}(?P<j>n)&n", "Cysts (series 3 and 5, images 40 and 62).", "Series 3 and 5 show 40 and 62 cysts."),
     Rule("image of series", r"{plane}{img}P?[,(.]?[oO]{1,3}[(]?{ser}{after}", "Cyst on image 38 of series 4.", "The first image of series 4 is blurred."),
     Rule("image, series", r"{plane}{img}[,;/:.\-(|]{0,2}{ser}(?![,;:/.\-(&o]{0,3}P?V?[IJiy]{tag}n(?![,(]?o{0,2}S)){after}", "Cyst (image 38, series 4).", "Imaging in 38 series."),
@@ -180,6 +180,7 @@ RULES = [
     Rule("image n:n", r"{plane}[IJiy]{tag}(?P<s>n):{list}{after}", "Cyst (image 4:38).", "Image count 4: 38 mAs."),
     Rule("image", r"{plane}(?!y){img}{after}", "Cyst on image 38.", "Slice 38 mm, image quality 3."),
     Rule("pair range", r"{plane}(?P<s>n)[/:](?P<l>n[-r])(?P<s2>n)[/:](?P<m>n){end}", "Cyst (3/70-3/75).", "Discs L3/4-L4/5."),
+    Rule("pair range -", r"(?P<s>n)-(?P<l>nr)(?P<s2>n)-(?P<m>n){end}", "Cyst (3-70 to 3-75).", "Discs L3-4 to L4-5."),
     Rule("pair", r"{plane}(?P<s>n)[/:]{list}{after}", "Cyst (4/38).", "Disc L4/5, strength 4/5."),
     Rule("pair -", r"{plane}(?P<s>n)-(?P<l>n(?![U*x])(?:[,&]{1,2}n(?!-){end}{close}){0,40})", "Cyst (4-38).", "Ribs 6-9, 4-38 mm."),
 ]
@@ -192,7 +193,7 @@ def _expanded(pattern, named): # a rule as a regular expression
 _READ = [re.compile(_expanded(r.pattern, True)) for r in RULES]
 _FIND = re.compile("(?=[PSsIJiyn])(?:" + "|".join(f"(?P<r{k}>{_expanded(r.pattern, False)})" for k, r in enumerate(RULES)) + ")")
 
-# %% ../nbs/02_mining.ipynb #e657a64b
+# %% ../nbs/02_mining.ipynb #2c5e1f69
 def _set(words): return frozenset(words.split())
 
 _MEASURES = _set("l t c d th s bwk lwk hwk swk bws lws hws disc discs bandscheibe bandscheiben level levels höhe segment segments segmente segmenten seg rib ribs rippe rippen lappen lobes quadrant quadrants station stationen zone zonen "
@@ -202,7 +203,7 @@ _MEASURES = _set("l t c d th s bwk lwk hwk swk bws lws hws disc discs bandscheib
 _COUNTED = _set("nodes node cores core lymphknoten lk segments discs levels patients fälle cases drains uhr h hr pm am strength pain power bilaterally months monate monaten weeks wochen drips tablets titer dilution")
 _DATED = _set("ct cta mri mrt mr pet us exam examination study scan studies radiograph xray x comparison voruntersuchung voruntersuchungen vor untersuchung kontrolle verlaufskontrolle termin since from dated seit vom colonoscopy "
     "surgery op biopsy prior previous until bis follow sono röntgen dexa mammogram visit admission aufnahme discharge")
-_TIMES = re.compile(r"\b(?:called|paged|discuss\w*|notif\w*|inform\w*|communicat\w*|telephon\w*|phoned?|telefon\w*|anruf\w*|übermitt\w*|mitgeteilt|besprochen|uhr|uhrzeit|a\.?m\.?|p\.?m\.?|o'clock|hours|reported (?:to|at)|time[ds]?|dictated|signed|read-?back)\b", re.I)
+_TIMES = re.compile(r"\b(?:called|paged|discuss\w*|notif\w*|inform\w*|communicat\w*|telephon\w*|phoned?|telefon\w*|anruf\w*|übermitt\w*|mitgeteilt|besprochen|uhr|uhrzeit|a\.?m\.?|p\.?m\.?|o'clock|hours|reported (?:to|at)|time[ds]?|dictated|signed|read-?back|appointment|termin|clinic|call)\b", re.I)
 _SCALES = re.compile(r"\b(?:pain|schmerz\w*|nrs|vas|gcs|strength|kraft\w*|apgar|score|scale|skala|rankin|grade|grad)\b", re.I)
 _CITED = re.compile(r"\b(?:et al|radiology|radiologie|ajr|lancet|nejm|jama|chest 20|eur j|eur radiol|j |doi|pmid|vol|guideline|leitlinie|seiten?|pages?|pp?\.)|(?:19|20)\d\d\s*[;:]", re.I)
 
@@ -215,7 +216,7 @@ def _before_small_words(t, i): # the word in front of "(", "of", "on"
     while x >= 0 and t.kinds[x] in "(oO" and i - x < 4 and t.words[x] not in _DATED: x -= 1
     return t.word(x)
 
-# %% ../nbs/02_mining.ipynb #fd305013
+# %% ../nbs/02_mining.ipynb #609139f4
 Pair = namedtuple("Pair", "t i j a b sep before after box") # tokens i..j say a/b; the kinds next to them; the bracket around them
 @dataclass(frozen=True)
 class Doubt:
@@ -231,14 +232,14 @@ DOUBTS = [
     Doubt("named", lambda p: p.t.word(p.i - 1) in _MEASURES or p.t.word(p.i - 1).startswith(("bandscheib", "segment")) or p.before in ".:" and not _MEASURES.isdisjoint(p.t.words[max(0, p.i - 3):p.i]), "Strength 4/5, pain: 6/10, pages 4-38."),
     Doubt("named before the bracket", lambda p: bool(p.box) and p.i == p.box[0] and (p.b <= 12 or p.sep == "-") and p.t.word(p.i - 2) in _MEASURES, "Segments (5/6). Ages (12-38)."),
     Doubt("counted", lambda p: p.t.word(p.j) in _COUNTED, "Positive (3/12 nodes)."),
-    Doubt("ratio", lambda p: p.a == p.b < 21 or p.a == 1 and p.b % 100 == 0 or p.sep == ":" and 1 in (p.a, p.b) and p.a * p.b in (1, 2, 3, 4, 5, 10, 20, 50), "RV to LV (1:1), titer (1/200)."),
-    Doubt("date", lambda p: p.sep == "/" and p.a <= 31 and p.b <= 31 and min(p.a, p.b) <= 12 and _before_small_words(p.t, p.i) in _DATED, "Compared with the CT (3/12)."),
+    Doubt("ratio", lambda p: p.a == p.b and not p.box or p.a == p.b == 1 or p.a == 1 and p.b % 100 == 0 or p.sep == ":" and 1 in (p.a, p.b) and p.a * p.b in (1, 2, 3, 4, 5, 10, 20, 50), "RV to LV (1:1), titer (1/200)."),
+    Doubt("date", lambda p: p.sep == "/" and p.a <= 31 and p.b <= 31 and min(p.a, p.b) <= 12 and (_before_small_words(p.t, p.i) in _DATED or p.t.word(p.i - 1) in ("on", "vom", "since", "dated") and p.t.word(p.i - 2) not in _CARRIERS), "Compared with the CT (3/12)."),
     Doubt("time", lambda p: p.sep == ":" and p.a < 25 and p.b < 60 and p.t.ends[p.i + 2] - p.t.starts[p.i + 2] == 2 and bool(_TIMES.search(_line(p.t, p.i))), "Discussed with the surgeon (14:30)."),
     Doubt("scale", lambda p: p.sep == "/" and (p.b <= 6 or p.b in (10, 12, 15) and p.a <= p.b) and bool(_SCALES.search(_line(p.t, p.i)[-120:])), "No pain at rest (2/10)."),
     Doubt("literature", lambda p: bool(p.box) and bool(_CITED.search(p.t.text[p.t.starts[p.box[0]]:p.t.ends[p.box[1] - 1]])), "As published (Radiology 2017; 284:228)."),
 ]
 
-# %% ../nbs/02_mining.ipynb #7efa9af5
+# %% ../nbs/02_mining.ipynb #3aa0584b
 _CARRIERS = _set("arrow arrows arrowhead pfeil pfeile best seen visible shown demonstrated see vgl cf e g z b i example beispiel beispielhaft exemplarily marked markiert annotated siehe sichtbar erkennbar abgrenzbar index most "
     "well image appreciated depicted noted approximately illustrated here hier new stable eg ie bspw largest größter größte greatest target representative")
 
@@ -249,7 +250,7 @@ _SITES = _set("axilla axillae mesentery pelvis groin neck chest mediastinum hilu
     "kidney liver spleen pancreas pancreatic head body tail uncinate pole poles dome base bases apex lung lungs gland i ii iii iv v vi vii viii iva ivb ix x interpolar aorta ascending descending arch infrarenal colon sigmoid cecum ileum jejunum rib femur ilium sacrum vertebral "
     "rechts links rechter rechte rechten rechtes linker linke linken linkes beidseits oberlappen unterlappen mittellappen oberlappens unterlappens mittellappens oberlappensegment unterlappensegment lebersegment apikal apikale apikalen basale basalen anterioren posterioren laterale "
     "lateralen medialen hilär hiläre subkarinal subkarinale axillär axilläre inguinale iliakal iliakale paraaortal paraaortale mesenterial zervikal supraklavikulär leber milz niere nebenniere pankreas pankreaskopf pankreasschwanz pankreaskorpus oberpol unterpol lappen lunge seite "
-    "flanke aszendens deszendens sigma bwk lwk hwk rippe ol ul ml leiste hals becken mesenterium wand magen blase harnblase prostata schilddrüse mamma rektum ovar nierenbecken")
+    "flanke aszendens deszendens sigma bwk lwk hwk rippe ol ul ml leiste hals becken mesenterium wand magen blase harnblase prostata schilddrüse mamma rektum ovar nierenbecken level levels portae lienalis mesenterica jugularis pulmonalis femoralis iliaca superior inferior v vv")
 _PLACED = _CARRIERS | _SITES # words that may stand beside a pair in its bracket: "(arrow, RUL 4/38)"
 
 def _bracket(t, i): # first and last token inside the innermost bracket around token i, or None
@@ -276,17 +277,17 @@ def _trust(p, follows): # how far to believe a pair of bare numbers; `follows`: 
         bounded = (p.i == p.box[0] or p.before in ",;:&oOPV/.-" or front in _PLACED) and (p.j == p.box[1] or p.after in ",;:&.oPO)F(")
         if sep == "-": return 2 if alone and bounded and (a <= 12 or a >= 200) and b >= 20 else 0
         if not series_like: return 2 if alone and bounded and 30 < a < b - 5 and sep == "/" else 0 # "118/214", an image of a total
-        if bounded and (alone or b > 12 or a >= 200): return 1 if sep == "/" and b <= 5 else 2
+        if bounded and (alone or b > 12 or a >= 200): return 1 if sep == "/" and b <= 5 or a == b < 21 else 2
         return 1 if b > 31 or a >= 200 else 0
     if sep == "-" or not series_like: return 0
     if p.before == "|" or p.before in "PV": return 2
     if p.before == "o" and (t.word(p.i - 2) in _CARRIERS or front in ("see", "siehe")) or front in ("vgl", "siehe", "arrow", "pfeil"): return 2 if b > 12 else 1
     if not (31 < b < 1000 and t.words[p.i + 2].isdigit()): return 0
     closed = p.after in ".,;)¶ "
-    if sep == "/" and (a <= 12 or a >= 200 and a % 100 < 20) and b not in (50, 100) and p.before in "w,-UPF" and closed: return 2
+    if sep == "/" and (a <= 12 or a >= 200 and a % 100 < 20) and b not in (50, 100) and (p.before in ",-UF" or front in _SITES) and closed: return 2
     return 1 if p.before in "o,w:" and (closed or p.after == "w") else 0
 
-# %% ../nbs/02_mining.ipynb #5b3218fe
+# %% ../nbs/02_mining.ipynb #2250aa39
 def _trust_image(t, m, numbers, language): # the same for an image word without a series
     k, i, j, first = t.kinds, m.start(), m.end(), numbers[0][0]
     w = m.start("i" if m["i"] else "j") - 1
@@ -298,7 +299,7 @@ def _trust_image(t, m, numbers, language): # the same for an image word without 
     if k[j:j + 2] == "On" and t.values[j + 1] in (1, 2, 3, 4, 5, total): return 0              # "images 1 to 3 of 3"
     if k[w] == "J" and not box and (k[w + 1] == ":" or first == 1 and total): return 0          # "Images: 388"
     if k[w - 1:w] == "-" and t.touches(w) and k[w - 2:w - 1] in tuple("nx"): return 0           # "64-slice 5"
-    if after in "*/x" or k[j:j + 2] == "-w" and t.touches(j + 1): return 0
+    if after in "*x" or after == "-" and k[j + 1:j + 2] in ("n", "x") or k[j:j + 2] in ("/n", "/x") or k[j:j + 2] == "-w" and t.touches(j + 1): return 0
     if word == "im":
         capital, loose = t.text[t.starts[w]] == "I", after == "." and k[j + 1:j + 2] == "w" and t.touches(j)
         if language == "de" and (not box or loose): return 1 if capital and k[w - 1:w] in tuple("o,") else 0
@@ -306,7 +307,7 @@ def _trust_image(t, m, numbers, language): # the same for an image word without 
     if word in ("sl", "imagine", "aufnahme", "frame") or word not in KIND: return 2 if box or k[w - 1:w] in tuple("oP(:") else 1
     return 2
 
-# %% ../nbs/02_mining.ipynb #207c49a5
+# %% ../nbs/02_mining.ipynb #b7ff4f7d
 @dataclass
 class _Found: # a reference before it has a snippet
     series:int|None
@@ -340,14 +341,16 @@ def _doubtful(t, m, rule, a, b, image, language): # what speaks against a match 
     if rule == "image n:n": return not (t.touches(a) and t.touches(a - 1))
     if rule == "series n/n":
         loose = k[m.start("s") + 1] == ":" and not (t.touches(a) and t.touches(a - 1))
-        return after in "IJi/:x" or not _bracket(t, a) and (image < 6 or loose)
+        series = t.values[m.start("s")]
+        return image >= 1900 or 40 < series < 200 or after in "IJi/:x" or not _bracket(t, a) and (image < 6 or loose)
     if t.word(b) in _TOTAL: return True
+    if rule == "image, series" and k[m.start("s") - 2:m.start("s") - 1] == "." and not t.touches(m.start("s") - 1): return True # two sentences
     if "i" in k[m.start():a] and language == "de": # "Serie 4 im 3. Durchgang"
         w = max(x for x in range(m.start(), a) if k[x] in "IJiy")
         if t.words[w] == "im": return t.text[t.starts[w]] == "i" and k[b:b + 2] == ".w" and image < 13 or "S" not in m[0] and not _bracket(t, a)
     return False
 
-# %% ../nbs/02_mining.ipynb #70c19a0a
+# %% ../nbs/02_mining.ipynb #986592c0
 def _interpret(t, m, rule, language, follows, typed): # a match -> [_Found]; `typed`: a series word stood earlier in the report
     g, at = m.groupdict(), lambda name: t.values.get(m.start(name))
     group = next(x for x in "ijl" if g.get(x))
@@ -358,7 +361,7 @@ def _interpret(t, m, rule, language, follows, typed): # a match -> [_Found]; `ty
     def found(series, image, end): return _Found(series, image, end, plane, m.start(), m.end(), rule, sep, trust)
     if rule == "series list": return [found(series, numbers[0][0], None), found(at("s2"), t.values[m.end() - 1], None)]
     if rule == "dictated": series = HOMOPHONES[t.words[m.start("s")]]
-    if rule == "pair range":
+    if rule.startswith("pair range"):
         if series != at("s2"): return []
         numbers = [(numbers[0][0], at("m"))]
     if rule.startswith("pair"):
@@ -422,7 +425,7 @@ def _with_tables(t, found): # replace what was found in rows of tables by what t
         return k >= 0 and t.starts[f.first] <= rows[k][1]
     return sorted([f for f in found if not in_table(f)] + new, key=lambda f: f.first)
 
-# %% ../nbs/02_mining.ipynb #c9b6d2c5
+# %% ../nbs/02_mining.ipynb #5f09e6f0
 _TECHNIQUE = re.compile(r"\s*(?:technique|technik|protocol|protokoll|untersuchungstechnik)\b[^:]{0,20}:", re.I)
 _KEY = re.compile(r"\bkey[ -]?images?\b.*\b(?:saved?|stored?|sent|marked|archived|annotated|exported|flagged|created|selected)\b|schlüsselbild\w*.*\b(?:gespeichert|markiert|hinterlegt|archiviert|annotiert|erstellt|versendet)", re.I)
 _NOTES = _set("technique technik protocol protokoll untersuchungstechnik key keyimage keyimages schlüsselbild schlüsselbilder")
@@ -440,17 +443,19 @@ def _find(t, language): # all references that the grammar finds and the company 
     while m := _FIND.search(t.kinds, at):
         k, start = int(m.lastgroup[1:]), m.start()
         follows = end >= 0 and start - end < 4 and found[-1].trust == 2 and found[-1].series is not None and _JOINTS.issuperset(t.kinds[end:start])
-        m = _READ[k].match(t.kinds, start)
-        new = _interpret(t, m, RULES[k].name, language, follows, typed)
-        if not new: at = start + 1; continue
+        for k in range(k, len(RULES)): # the first rule that reads something in which nothing is doubtful
+            m = _READ[k].match(t.kinds, start)
+            new = _interpret(t, m, RULES[k].name, language, follows, typed) if m else []
+            if new: break
+        else: at = start + 1; continue
         if len(new) == 1 and found and t.kinds[end:start] == "r" and new[0].series == found[-1].series and not found[-1].image_end: # "series 3 image 44 to series 3 image 50"
             found[-1].image_end, found[-1].last = new[0].image, new[0].last
         else: found += new
         end = at = m.end()
         typed |= "S" in m[0]
     found = _with_tables(t, found)
-    sure = [f for f in found if f.trust == 2]
-    found = [f for f in found if f.trust == 2 or (f.sep in {g.sep for g in sure} if f.sep else sure)]
+    alike = {(g.sep, s) for g in found if g.trust == 2 for s in (g.series, None)}
+    found = [f for f in found if f.trust == 2 or ((f.sep, f.series if f.image < 6 or f.image == f.series else None) in alike if f.sep else alike)]
     return found if _NOTES.isdisjoint(t.words) else [f for f in found if not _is_note(t, f)]
 
 # %% ../nbs/02_mining.ipynb #033363e3
@@ -498,7 +503,7 @@ def sentences(
         if ends: cuts.append(b)
     return cuts + [len(text)]
 
-# %% ../nbs/02_mining.ipynb #c435a509
+# %% ../nbs/02_mining.ipynb #1953d1df
 _SECTIONS = _set("findings finding impression impressions conclusion conclusions technique comparison history indication clinical information exam examination report results result assessment summary opinion other others miscellaneous incidental "
     "befund befunde beurteilung zusammenfassung diagnose technik vergleich klinik klinische angaben anamnese indikation fragestellung ergebnis sonstiges nebenbefunde nebenbefund und mit of the and imp dx ct cta scan")
 _HEADINGS = _SECTIONS | _set("chest abdomen pelvis neck head brain spine lung lungs airways pleura mediastinum heart cardiovascular cardiac vessels vascular aorta liver hepatobiliary gallbladder biliary bile ducts spleen pancreas adrenals adrenal glands kidneys "
@@ -511,20 +516,26 @@ _POINTERS = _set("on at in see seen best well clearly nicely most also e.g eg e 
     "gezeigt dokumentiert nachweisbar darstellbar bspw insbesondere")
 _POINTING = _set("on at in see auf im siehe vgl cf best besten z zb bspw e.g eg g i.e example arrow arrows pfeil pfeile refer compare to of from here hier s") # without one of these it is no carrier
 _PREPOSITIONS = _set("on at in see auf im der den siehe vgl from bei and und the")
-_PLAIN = _PREPOSITIONS | _set("is are was were ist sind")
+_BEST = _set("best well clearly nicely most besten gut deutlich")
 _GENERIC = _set("this is it that these are there seen finding findings lesion lesions the best shown on as above below noted see also image images reference example key here marked measurement illustrated representative measured located visualized depicted well was "
-    "were appreciated demonstrated for cf arrow they it's to be can both all each dies diese dieser dieses ist sind befund zu sehen sichtbar vgl siehe am besten auf es bild hier referenz abgrenzbar darstellbar deutlich gut erkennbar dargestellt pfeil beide jeweils alle")
+    "were appreciated demonstrated for cf arrow they it's to be can both all each dies diese dieser dieses ist sind befund zu sehen sichtbar vgl siehe am besten auf es bild hier referenz abgrenzbar darstellbar deutlich gut erkennbar dargestellt pfeil beide jeweils alle "
+    "supine prone decubitus arterial venous delayed nephrographic excretory arteriell venös portalvenös spätphase rückenlage bauchlage inspiration expiration window fenster lungenfenster knochenfenster weichteilfenster")
 _FILLERS = _CARRIERS | _POINTERS
 _WORD = re.compile(r"[^\W_]+(?:[.'’][^\W\d_])*")
 
 def _count(text): return len(_WORD.findall(text))
 
+_ENDS_CUT, _STARTS_CUT = frozenset(" \t\n,;:–—-.•*|/&+"), frozenset(" \t\n,;:.–—-•*·|/&+")
+
 def _trim(text, a, b): # bounds without white space, joints and unpaired brackets at the ends
-    while a < b and text[a] in " \t\n,;:.–—-•*·|/&+": a += 1
-    while b > a and text[b - 1] in " \t\n,;:–—-.•*|/&+": b -= 1
     surplus = text.count("(", a, b) - text.count(")", a, b)
-    if surplus > 0 and text[b - 1] == "(" or surplus < 0 and text[b - 1] == ")": return _trim(text, a, b - 1)
-    if surplus > 0 and text[a] == "(" or surplus < 0 and text[a] == ")": return _trim(text, a + 1, b)
+    while a < b:
+        first, last = text[a], text[b - 1]
+        if first in _STARTS_CUT: a += 1
+        elif last in _ENDS_CUT: b -= 1
+        elif surplus > 0 and last == "(" or surplus < 0 and last == ")": b -= 1; surplus += 1 if last == ")" else -1
+        elif surplus > 0 and first == "(" or surplus < 0 and first == ")": a += 1; surplus += 1 if first == ")" else -1
+        else: break
     return a, b
 
 # %% ../nbs/02_mining.ipynb #b9688a2b
@@ -601,10 +612,10 @@ def _trail(text, a, b, room): # behind a sentence's last reference: where the te
         start, direct = after, False
     return keep
 
-# %% ../nbs/02_mining.ipynb #c6fc85af
+# %% ../nbs/02_mining.ipynb #86f0201b
 _SIZES = _set("mm cm largest smaller larger approximately about ca up to measuring measures size großer große großes groß bis zu etwa max maximal with mit maximum one another second third ein eine weiterer weitere further additional smallest kleiner größer größter")
 _LINKS = _set("in the a an and at of der die das dem den des im am und on bei von within")
-_VERTEBRA = re.compile(r"[ltcs]\d+|th\d+")
+_VERTEBRA = re.compile(r"[ltcs]\d+|th\d+|\d+(?:st|nd|rd|th)")
 
 def _class(word): # what kind of word, for comparing the members of an enumeration
     w = word.lower()
@@ -630,9 +641,10 @@ def _head(text, first, member): # where in the first member the words end that t
         elif kind == "link" and not text[links:w.start()].strip(): links = w.end()
     return end if kinds[0] == "link" or lead == "size" else links
 
-# %% ../nbs/02_mining.ipynb #76492531
+# %% ../nbs/02_mining.ipynb #f874e59e
 _SHOWS = re.compile(r"\W*(?:shows?|showing|demonstrates?|demonstrating|depicts?|reveals?|for|zeigt|zeigen|stellt|dokumentiert)\s+")
 _SHARED = re.compile(r"\s*(?:are|were|both|all|sind|waren|jeweils|beide)\b")
+_LINK_END = re.compile(r"\s(?:and|und|sowie|while|whereas|but|aber|während|plus)\s*$", re.I)
 _LINKED = re.compile(r"(?:and|und|sowie|as well as|plus|then)\s+", re.I)
 
 def _says(text, a, b): # does this stretch name anything?
@@ -657,7 +669,7 @@ def _parts(text, a, b, cuts): # [head, core, trail] for each group of the senten
     inside = only and text[ends[0]] not in "([" and text[starts[1]:ends[1]].lstrip()[:1].isalpha() # "the mass is on image 38 at its largest"
     lead = _trim(text, starts[0], ends[0])
     first = _trim(text, *_without_carrier(text, *lead))
-    if inside and _PLAIN.issuperset(w[0].lower() for w in _WORD.finditer(text, first[1], lead[1])): first = _trim(text, *_without_carrier(text, *lead, _PREPOSITIONS))
+    if inside and _BEST.isdisjoint(w[0].lower() for w in _WORD.finditer(text, first[1], lead[1])): first = _trim(text, *_without_carrier(text, *lead, _PREPOSITIONS))
     if not _says(text, *first) and (not _count(text[first[0]:first[1]]) or _says(text, starts[1], ends[1])): return _parts_behind(text, starts[1:], ends[1:])
     if only and text[max(0, ends[0] - 4):ends[0]].rstrip(" (").endswith(":"): # "RUL: (4/38) nodule"
         site = any(_class(w[0]) == "site" for w in _WORD.finditer(text, *first))
@@ -667,7 +679,9 @@ def _parts(text, a, b, cuts): # [head, core, trail] for each group of the senten
     parts = [[None, core, None]]
     for x, y in zip(starts[1:-1], ends[1:-1]):
         z = _between(text, x, y)
-        parts[-1][2] = x, z
+        m = _LINK_END.search(text, x, z)
+        core = parts[-1][1]
+        parts[-1][2] = x, _trail(text, x, m.start() if m else z, _count(text[core[0]:core[1]]))
         new = _trim(text, *_without_carrier(text, z, y))
         link = _LINKED.match(text, *new)
         if link: new = link.end(), new[1]
@@ -709,7 +723,7 @@ def _neighbour(text, bounds, k, done, start): # the parts for a reference that h
         if _says(text, max(a, b - 600), b): return [None, (max(a, b - 600), b), None]
     return [None, (start, start), None]
 
-# %% ../nbs/02_mining.ipynb #cf9d3055
+# %% ../nbs/02_mining.ipynb #fa1b3a6d
 def _groups(t, found): # references that stand together
     groups = []
     for f in found:
@@ -725,13 +739,15 @@ def _cut(t, group): # the characters that go: the references, and their bracket 
     if box and b <= box[1] and all(a <= x < b or t.kinds[x] in _JOINTS or t.kinds[x] == "." or t.words[x] in _FILLERS for x in range(*box)): return t.starts[box[0] - 1], t.ends[box[1]]
     return t.starts[a], t.ends[b - 1]
 
-def _joined(text, ranges): # the words of these ranges, as one line
+def _joined(text, head, core, trail): # the words of these ranges, as one line
     out = joint = ""
-    for a, b in ranges:
+    for r in (head, core, trail):
+        if not r or r[0] >= r[1]: continue
+        a, b = r
         a, b = _trim(text, a, b)
         piece = " ".join(text[a:b].split())
         if not piece: continue
-        if out: out += joint or (", " if text[max(0, a - 3):a].rstrip().endswith((",", ";")) else " ")
+        if out: out += joint or (", " if r is trail and text[max(0, a - 3):a].rstrip().endswith((",", ";")) else " ")
         out, joint = out + piece, ": " if text[b:b + 1] == ":" else ""
     if "(" not in out and ")" not in out: return out
     if out.count("(") != out.count(")"): out = re.sub(r"\(([^()]*)$", r"\1", re.sub(r"^([^()]*)\)", r"\1", out)).strip()
@@ -753,7 +769,7 @@ def _snippets(t, groups, bounds): # (snippet, span, parts) of each group
             if above and not (head and head[0] < head[1]) and not _names_finding(text, *core): head = above
             own = [r for r in (core, trail) if r and r[0] < r[1]]
             span = (own[0][0], max(b for _, b in own)) if own else cuts[at]
-            done.append((_joined(text, [r for r in (head, core, trail) if r and r[0] < r[1]]), span, [head, core, trail]))
+            done.append((_joined(text, head, core, trail), span, [head, core, trail]))
         at = last + 1
     return done
 
