@@ -61,7 +61,7 @@ def main():
                 step = np.abs(np.diff(study.series_table.query("series == @r.series").depth_mm)).min()
                 depth = index.resolve(study.study, r).depth_mm
                 resolved += 1; far += depth is None or abs(depth - truth[key(r)]) > step / 2
-        print(json.dumps({"benchmark": "mining", "case": "phantoms", "reports": args.phantoms, "precision": round(hits / found, 5), "recall": round(hits / typed, 5), "depths": resolved, "further_than_half_a_slice": far, "baseline": "recall of the one regular expression", "ratio": round(hits / max(plain, 1), 2)}))
+        print(json.dumps({"benchmark": "mining", "case": "phantoms", "reports": args.phantoms, "precision": round(hits / found, 5), "recall": round(hits / typed, 5), "depths": resolved, "further_than_half_a_slice": int(far), "baseline": "references of the one regular expression", "ratio": round(hits / max(plain, 1), 2)}))
 
 
 if __name__ == "__main__": main()

@@ -77,28 +77,29 @@ def _kind_of_typo(word): # the kind of the known word that this is a slip of
         if one_wrong or known in swapped | _shorter(word) or word in _shorter(known): return kind
     return "w"
 
-# %% ../nbs/02_mining.ipynb #bff29a0b
+# %% ../nbs/02_mining.ipynb #9e0835af
 _TOKEN = re.compile(r"[a-z\xdf-\xf6\xf8-\xff]+|\d+(?:\.\d+)+|\d+(?:[abcefgijklmnopqrstuvwyz](?![^\W_]))?|\n[^\S\n]*\n|[^\w\s]|[^\W\d_]+")
-_NUMBER_WORDS = re.compile(r"(?:(?:{0})(?:[ -]+(?:and )?|\b)){{1,4}}".format("|".join(sorted(NUMBERS, key=len, reverse=True))), re.I)
+_NUMBER_WORDS = re.compile(r"(?:(?:{0})(?:[ -]+(?:and )?|(?![^\W\d_]))){{1,4}}".format("|".join(sorted(NUMBERS, key=len, reverse=True))), re.I)
 _SIGN = {c: "-" for c in "-–—−‐‑"} | {"[": "(", "]": ")", "{": "(", "}": ")", "×": "*", "%": "U", "°": "U", "№": "#"}
 _SUFFIX = "abcefgijklmnopqrstuvwyz"
 
+_LETTER = re.compile(r"[^\W\d_]")
+
 class _Kinds(dict): # the kinds of all tokens seen so far
     def __missing__(self, token):
-        if token[0].isalpha(): kind = "w"
+        if _LETTER.match(token): kind = "w"
         elif token[0].isdigit(): kind = "n" if token.isascii() and "." not in token and len(token.rstrip(_SUFFIX)) < 5 else "x"
         else: kind = "¶" if token[0] == "\n" else _SIGN.get(token, token)
         if len(self) < 100_000: self[token] = kind
         return kind
 _kinds = _Kinds(KIND)
 
-def _spelled(text, start): # "thirty-eight" -> 38, and where it ends
-    m = _NUMBER_WORDS.match(text, start)
+def _spelled(m): # "thirty-eight" -> 38, and where it ends
     value = 0
     for w in re.findall(r"[^\W\d_]+", m[0].lower()):
         n = NUMBERS.get(w, 0)
         value = max(value, 1) * 100 if n == 100 else value * 100 + n if 0 < value < 10 else value + n
-    return value, start + len(m[0].rstrip(" -"))
+    return value, m.start() + len(m[0].rstrip(" -"))
 
 class Tokens:
     "A text as a string of one-letter `kinds`, with the word, the number and the place that each letter stands for."
@@ -131,8 +132,9 @@ class Tokens:
             if start < skip: continue
             if kind == "q":
                 kind = "w"
-                if out and (out[-1][3] in "SIJsiy#:" or len(out) > 1 and out[-1][3] in "r&" and out[-2][3] == "n"):
-                    value, end = _spelled(self.text, start)
+                m = _NUMBER_WORDS.match(self.text, start)
+                if m and out and (out[-1][3] in "SIJsiy#:" or len(out) > 1 and out[-1][3] in "r&" and out[-2][3] == "n"):
+                    value, end = _spelled(m)
                     self.values[len(out)], kind, word, skip = value, "n", str(value), end
             out.append((word, start, end, kind))
         self.words, self.starts, self.ends, kinds = map(list, zip(*out))
@@ -723,7 +725,7 @@ def _neighbour(text, bounds, k, done, start): # the parts for a reference that h
         if _says(text, max(a, b - 600), b): return [None, (max(a, b - 600), b), None]
     return [None, (start, start), None]
 
-# %% ../nbs/02_mining.ipynb #fa1b3a6d
+# %% ../nbs/02_mining.ipynb #b95ac9ab
 def _groups(t, found): # references that stand together
     groups = []
     for f in found:
@@ -750,8 +752,8 @@ def _joined(text, head, core, trail): # the words of these ranges, as one line
         if out: out += joint or (", " if r is trail and text[max(0, a - 3):a].rstrip().endswith((",", ";")) else " ")
         out, joint = out + piece, ": " if text[b:b + 1] == ":" else ""
     if "(" not in out and ")" not in out: return out
-    if out.count("(") != out.count(")"): out = re.sub(r"\(([^()]*)$", r"\1", re.sub(r"^([^()]*)\)", r"\1", out)).strip()
-    return re.sub(r"\(\s*\)|\s+(?=[,;.)])", "", out)
+    if out.count("(") != out.count(")"): out = re.sub(r"\(([^()]*)$", r" \1", re.sub(r"^([^()]*)\)", r"\1 ", out))
+    return re.sub(r"\s+(?=[,;.)])", "", " ".join(re.sub(r"\(\s*\)", " ", out).split()))
 
 def _snippets(t, groups, bounds): # (snippet, span, parts) of each group
     text, done, at = t.text, [], 0

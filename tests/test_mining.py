@@ -103,7 +103,7 @@ def check(text):
     assert k == sorted(k) and k[0] == 0 and k[-1] == len(text)
     assert "".join(t for _, t in explain(text).runs) == text
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(ALPHABET, max_size=40), st.sampled_from(["", " "]))
 def test_any_words(parts, joint): check(joint.join(parts))
 
