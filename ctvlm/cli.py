@@ -412,9 +412,9 @@ def demo_model(
     model.processor = CTVLMProcessor(tokenizer, model.config.window_spec)
     return model
 
-# %% ../nbs/15_cli.ipynb #268ce329
+# %% ../nbs/15_cli.ipynb #7b153ce4
 DEMO_PATIENTS = {"train": 400, "val": 60, "test": 100}
-DEMO_TRAINING = dict(epochs=20, effective_batch=8, learning_rate=2e-3, final_learning_rate=2e-5, warmup_epochs=0.5, weight_decay=1e-2, layer_decay=1.,
+DEMO_TRAINING = dict(epochs=16, effective_batch=8, learning_rate=2e-3, final_learning_rate=2e-5, warmup_epochs=0.5, weight_decay=1e-2, layer_decay=1.,
                      siglip=1., disease=2., localization=1., start_bias=-2., checkpoint_every=100, trackers=())
 
 # %% ../nbs/15_cli.ipynb #0968473c
