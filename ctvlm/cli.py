@@ -492,5 +492,6 @@ def demo_table(
     rows += [row(f"  {name}", {"a": auc, "a_ci95": c["per_class_ci95"][name]}, "a", f"{c['detail'][f'{name}_n_positive']} of {c['protocol']['n']} scans", form="{:.2f}") for name, auc in c["per_class"].items()]
     return rows + [row(f"mining {k}, %", m, k, f"{m['n_references']} references in {m['n_reports']} reports", 100) for k in ("precision", "recall")]
 
-# %% ../nbs/15_cli.ipynb #0cfd7809
+# %% ../nbs/15_cli.ipynb #4eb73024
+#| eval: false
 if __name__ == "__main__": main()

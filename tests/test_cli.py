@@ -1,0 +1,121 @@
+"The command, from a shell's point of view: the whole journey on a handful of phantoms, and bad input."
+import json, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from ctvlm.cli import app, demo_cohort, demo_model
+from ctvlm.phantoms import PhantomCohort, write_cohort
+from typer.testing import CliRunner
+
+CHEST = Path(__file__).resolve().parents[2] / "shared" / "data" / "chest_dicom"
+
+
+def run(*words, status=0):
+    "Standard output of the command, run in this process."
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exit_code == status, done.output
+    return done.stdout
+
+
+def shell(*words):
+    "Status, standard output and standard error of the command, run as a process."
+    done = subprocess.run([sys.executable, "-m", "ctvlm.cli", *map(str, words)], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    "A cohort on disk, and a tiny untrained model."
+    folder = tmp_path_factory.mktemp("a cohort with ümlauts")
+    write_cohort(PhantomCohort(4, spacing=(3., 3., None)), folder / "cohort", quiet=True)
+    _, studies = demo_cohort({"train": 2, "val": 1, "test": 1}, 0)
+    demo_model(studies, 0).save_pretrained(folder / "model")
+    return folder
+
+
+def test_the_whole_journey(cohort):
+    scans = sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))
+    assert len(scans) == 4
+    table, features, out = cohort / "studies.parquet", cohort / "features", cohort / "run"
+    counts = json.loads(run("studies", cohort / "cohort", "--as", "phantoms", "-o", table, "--test", 0.5, "--json", "--quiet"))
+    assert counts["volumes"] == 4 and counts["patients"] == 4
+    stored = json.loads(run("embed", table, "--model", cohort / "model", "-o", features, "--workers", 0, "--json", "--quiet"))
+    assert (stored["present"], stored["failed"]) == (4, 0)
+    again = json.loads(run("embed", table, "--model", cohort / "model", "-o", features, "--workers", 0, "--json", "--quiet"))
+    assert again["computed"] == 0
+    (cohort / "config.json").write_text(json.dumps(dict(epochs=1, effective_batch=2, trackers=[])))
+    run("train", table, "--features", stored["store"], "--model", cohort / "model", "-o", out, "--config", cohort / "config.json", "--batch-size", 2, "--workers", 0)
+    for name in ("a", "b"):
+        run("evaluate", table, "--features", stored["store"], "--model", out / "model" if name == "b" else cohort / "model", "-o", cohort / name, "--task", "localization", "--quiet")
+        assert (cohort / name / "report.html").exists()
+    rows = json.loads(run("compare", cohort / "a" / "results.json", cohort / "b" / "results.json", "--json"))
+    assert any("mae" in r["measure"].lower() or "error" in r["measure"].lower() for r in rows)
+
+
+def test_reports(cohort):
+    reports = cohort / "cohort" / "reports.csv"
+    summary = json.loads(run("mine", reports, "--dicom", _series_index(cohort), "-o", cohort / "pairs.parquet", "--json", "--quiet"))
+    assert summary["reports"] == 4 and summary["kept"] > 0 and not summary["unreadable"]
+    assert json.loads(run("label", reports, "-o", cohort / "labels.parquet", "--json"))["reports"] == 4
+    text = "Cyst in the left kidney (series 4, image 38). No pleural effusion."
+    assert json.loads(run("mine", text, "--explain", "--json"))[0]["image"] == 38
+    assert json.loads(run("label", text, "--explain", "--json")) == {"Renal cyst": 1, "Pleural effusion": 0}
+    assert "\x1b" not in run("mine", text, "--explain")    # colours only on a terminal
+
+
+def _series_index(cohort):
+    "The cohort's table of series as a saved index."
+    import pandas as pd
+    from ctvlm.mining import SeriesIndex
+    path = cohort / "series.parquet"
+    SeriesIndex.from_table(pd.read_csv(cohort / "cohort" / "series.csv")).save(path)
+    return path
+
+
+def test_answers(cohort, tmp_path):
+    scans = sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))
+    answers = json.loads(run("localize", scans[0], "-m", cohort / "model", "-t", "spleen", "-t", "left kidney", "-o", tmp_path / "x.png", "--json"))
+    assert [a["text"] for a in answers] == ["spleen", "left kidney"] and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    found = json.loads(run("classify", scans[0], "-m", cohort / "model", "--json"))
+    assert len(found) == 18 and all(0 <= f["probability"] <= 1 for f in found)
+    ranked = json.loads(run("search", "Large pleural effusion.", *scans[:2], "-m", cohort / "model", "--json"))
+    assert sorted(ranked["order"]) == [0, 1]
+    assert len(json.loads(run("embed", scans[0], "-m", cohort / "model", "--json"))["scan"]) == 64
+    checked = json.loads(run("check", scans[0], "--json", "--quiet"))
+    assert [r["status"] for r in checked] == ["ok"]
+    made = json.loads(run("preprocess", scans[0], "-o", tmp_path / "w.safetensors", "--json"))
+    assert made["windows"] == made["grid"][0] * made["grid"][1] * made["grid"][2]
+
+
+@pytest.mark.skipif(not CHEST.is_dir(), reason="needs ../shared/data/chest_dicom")
+def test_a_real_chest(cohort, tmp_path):
+    a = json.loads(run("localize", CHEST, "-m", cohort / "model", "-t", "nodule in the right lower lobe", "-o", tmp_path / "chest.png", "--json"))
+    import pydicom
+    depth = {int(h.InstanceNumber): float(h.ImagePositionPatient[2]) for h in (pydicom.dcmread(p, stop_before_pixels=True) for p in CHEST.iterdir())}
+    spacing = abs(sorted(depth.values())[1] - sorted(depth.values())[0])
+    assert abs(depth[a["image_number"]] - a["depth_mm"]) <= spacing / 2 + 1e-3
+    assert min(depth.values()) <= a["interval_mm"][0] <= a["depth_mm"] <= a["interval_mm"][1] <= max(depth.values())
+
+
+@pytest.mark.parametrize("words", [
+    ("localize", "nowhere", "-m", "MODEL", "-t", "cyst"), ("localize", "EMPTY", "-m", "MODEL", "-t", "cyst"), ("localize", "NOTES", "-m", "MODEL", "-t", "cyst"),
+    ("localize", "SCAN", "-m", "MODEL", "-t", ""), ("localize", "SCAN", "-m", "nowhere", "-t", "cyst"), ("mine", "NOTES"), ("evaluate", "NOTES", "--features", "EMPTY", "-m", "MODEL", "-o", "OUT"),
+    ("localize", "SCAN", "-m", "MODEL", "-t", "cyst", "--device", "gpu9"), ("search", " ", "SCAN", "-m", "MODEL")], ids=lambda w: "-".join(w[:2]))
+def test_bad_input_is_one_line_and_status_2(cohort, tmp_path, words):
+    (tmp_path / "empty").mkdir(); (tmp_path / "notes.txt").write_text("no scan")
+    names = {"MODEL": cohort / "model", "EMPTY": tmp_path / "empty", "NOTES": tmp_path / "notes.txt", "SCAN": sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))[0], "OUT": tmp_path / "out"}
+    status, out, err = shell(*(names.get(w, w) for w in words))
+    lines = [l for l in err.splitlines() if "trained on" not in l]
+    assert status == 2 and out == "" and len(lines) == 1 and lines[0].startswith("ctvlm: ") and "Traceback" not in err, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "notes.txt"]
+
+
+def test_debug_shows_the_traceback():
+    status, _, err = shell("--debug", "localize", "nowhere", "-m", "nowhere", "-t", "cyst")
+    assert status != 0 and "Traceback" in err
+
+
+def test_the_command_line_explains_itself():
+    for verb in ("demo", "phantoms", "mine", "label", "check", "preprocess", "studies", "embed", "train", "evaluate", "compare", "localize", "classify", "search"):
+        assert "Usage" in run(verb, "--help")
