@@ -78,7 +78,6 @@ def with_alternative_texts(body):
 
 def plain_site():
     "The site without Quarto: processed notebooks through nbconvert."
-    from nbdev.process import NBProcessor  # noqa: F401  (nbdev must be importable for proc_nbs)
     from nbdev.quarto import proc_nbs
     source = Path(proc_nbs(str(NBS), n_workers=1, force=True))
     sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
@@ -105,8 +104,10 @@ def readme():
     nb = nbformat.read(NBS / "index.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r"#\|\s*(hide|default_exp)", c.source)]
     for c in nb.cells:
-        if c.cell_type == "code": c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
+        if c.cell_type == "code": c.source = "" if re.search(r"^#\|\s*echo:\s*false", c.source, re.M) else re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
+    nb.metadata.language_info = {"name": "python"}
     body, resources = MarkdownExporter().from_notebook_node(nb)
+    body = re.sub(r"```python\s*```\n", "", body)
     (NBS / "images").mkdir(exist_ok=True)
     for i, (name, data) in enumerate(sorted(resources.get("outputs", {}).items()), 1):
         (NBS / "images" / f"index_{i}.png").write_bytes(data)
