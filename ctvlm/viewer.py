@@ -180,7 +180,7 @@ def plot_training(
         ax.set(title=c, xlabel="step")
     return fig
 
-# %% ../nbs/14_viewer.ipynb #ee0cee61
+# %% ../nbs/14_viewer.ipynb #94fa5878
 def _gray(image, window): # HU -> 0 ... 255
     if window not in HU_WINDOWS: raise InputError(f"no window is called {window!r}: use one of {', '.join(HU_WINDOWS)}")
     centre, width = HU_WINDOWS[window]
@@ -220,7 +220,8 @@ def localization_figure(
 ):                            # matplotlib figure
     "The axial slice at the answer, the coronal slice, and the posterior beside it."
     import matplotlib.pyplot as plt
-    fig, (axial, coronal, curve) = plt.subplots(1, 3, figsize=(10, 4), width_ratios=(5, 4, 2), layout="constrained")
+    fig, (axial, coronal) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    curve = coronal.inset_axes((1.04, 0, 0.45, 1)) # as high as the coronal slice, so that a depth is one height in both
     k, (sx, sy, _) = volume.slice_at(answer.depth_mm), volume.spacing
     axial.imshow(_gray(volume.array[:, :, k].T[:, ::-1], window), cmap="gray", vmin=0, vmax=255, origin="lower", extent=(0, volume.array.shape[0] * sx, 0, volume.array.shape[1] * sy))
     axial.grid(False)

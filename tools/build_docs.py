@@ -108,6 +108,12 @@ def readme():
     nb.metadata.language_info = {"name": "python"}
     body, resources = MarkdownExporter().from_notebook_node(nb)
     body = re.sub(r"```python\s*```\n", "", body)
+    heading = ""
+    lines = []                                                     # no picture without an alternative text: its heading
+    for line in body.split("\n"):
+        heading = line.lstrip("# ") if line.startswith("#") else heading
+        lines.append(line.replace("![png](", f"![{heading}]("))
+    body = "\n".join(lines)
     (NBS / "images").mkdir(exist_ok=True)
     for i, (name, data) in enumerate(sorted(resources.get("outputs", {}).items()), 1):
         (NBS / "images" / f"index_{i}.png").write_bytes(data)
