@@ -7,8 +7,8 @@ __all__ = ['TrainingConfig', 'replayed', 'cached_backward', 'length_groups', 'un
            'over_processes', 'add_gradients', 'effective_batch_backward', 'freeze', 'learning_rate_scales',
            'parameter_groups', 'learning_rate_at', 'without_comparisons', 'shuffle_organs', 'augment_report',
            'random_state', 'set_random_state', 'save_checkpoint', 'load_checkpoint', 'check_same_run', 'Log',
-           'peak_memory_mib', 'averaged_weights', 'TrainingStopped', 'asked_to_leave', 'Run', 'save_run', 'resume_run',
-           'optimiser_step', 'evaluate_run', 'train', 'share_of_step']
+           'peak_memory_mib', 'averaged_weights', 'TrainingStopped', 'asked_to_leave', 'same_bytes', 'Run', 'save_run',
+           'resume_run', 'optimiser_step', 'evaluate_run', 'train', 'share_of_step']
 
 # %% ../nbs/12_training.ipynb #1bc9fc40
 import contextlib, csv, datetime, hashlib, itertools, json, math, os, random, re, shutil, signal, threading, time, warnings
@@ -486,7 +486,7 @@ def averaged_weights(
         with torch.no_grad():
             for p, x in zip(parameters, now): p.copy_(x)
 
-# %% ../nbs/12_training.ipynb #00d9efca
+# %% ../nbs/12_training.ipynb #596ee025
 class TrainingStopped(RuntimeError):
     "Training cannot go on; the message says why and where the last good checkpoint is."
 
@@ -498,6 +498,16 @@ def asked_to_leave():
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try: yield asked
     finally: signal.signal(signal.SIGTERM, before)
+
+@contextlib.contextmanager
+def same_bytes(
+    device:torch.device, # where the run computes
+):
+    "On a CPU, threads add up in a fixed order within the block, so that the same run gives the same bytes."
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cpu", warn_only=True)
+    try: yield
+    finally: torch.use_deterministic_algorithms(before)
 
 def _accelerator(config, folder):
     from accelerate import Accelerator
@@ -646,7 +656,7 @@ def evaluate_run(
     set_random_state(state)
     if process_count() > 1: dist.barrier()
 
-# %% ../nbs/12_training.ipynb #811aa7ff
+# %% ../nbs/12_training.ipynb #1d6351db
 def train(
     model,         # a CTVLMModel, or anything with its encoders and t, b
     data,          # micro-batches, see the top of the chapter
@@ -662,7 +672,7 @@ def train(
     main = run.rank == 0
     log, evaluations = (Log(run.folder/f"{name}.csv", run.step, run.accelerator if name == "log" else None) if main else None for name in ("log", "evaluation"))
     epoch = None
-    with asked_to_leave() as asked:
+    with asked_to_leave() as asked, same_bytes(run.device):
         for _ in progress(range(run.step, run.total), "training", quiet=not main):
             began = time.perf_counter()
             epoch = iter(data) if epoch is None else epoch
