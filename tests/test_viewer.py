@@ -101,9 +101,14 @@ def test_a_wheel_step_is_fast():
 
 def test_localization_figure(scan):
     fig = localization_figure(answer_at(1200, scan), scan, reference_mm=1180.)
-    assert len(fig.axes) == 3 and "image 15" in fig.axes[0].get_title()
-    lines = sorted(line.get_ydata()[0] for line in fig.axes[1].lines)
-    assert lines == [1180, 1200] and fig.axes[1].get_ylim() == fig.axes[2].get_ylim()
+    axial, coronal = fig.axes
+    (curve,) = coronal.child_axes
+    assert "image 15" in axial.get_title()
+    lines = sorted(line.get_ydata()[0] for line in coronal.lines)
+    assert lines == [1180, 1200] and coronal.get_ylim() == curve.get_ylim()
+    fig.canvas.draw()
+    boxes = [ax.get_window_extent() for ax in (coronal, curve)]
+    assert abs(boxes[0].y0 - boxes[1].y0) < 1 and abs(boxes[0].y1 - boxes[1].y1) < 1  # a depth is one height in both
     localization_figure(SimpleNamespace(**{**vars(answer_at(1200, scan)), "interval_mm": None, "image_number": None}), scan).savefig(io.BytesIO())
     with pytest.raises(InputError, match="brain"): localization_figure(answer_at(1200, scan), scan, window="brain")
 
