@@ -3,20 +3,25 @@
     python benchmarks/encoders.py                       4 windows of `large` on this machine, the tiny model's training
     python benchmarks/encoders.py --scan FOLDER         also: a question to a full-size model with random weights (goal: 90 s, 8,192 MiB on 2 cores)
     python benchmarks/encoders.py --device cuda         batch sweep, with and without compile, memory (goal: half of the measured peak)
+
+With --results the lines go to benchmarks/results/encoders_cpu.jsonl, or encoders_cuda.jsonl, for chapter 10.
 """
-import argparse, json, platform, resource, time
+import argparse, datetime, json, os, platform, resource, time
+from pathlib import Path
 
 import torch, transformers
 
-from ctvlm.core import pick_device, seed_everything
+from ctvlm.core import pick_device, seed_everything, write_atomically
 from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor, fast_dtype
 from ctvlm.text import train_tokenizer
 from ctvlm.vision import EncoderSizes, WindowEncoder
 
 
+lines = []
 def report(what, **more):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"benchmark": "encoders", "what": what, "threads": torch.get_num_threads(), "torch": torch.__version__, **more, "peak_mib": round(peak)}), flush=True)
+    lines.append(json.dumps({"benchmark": "encoders", "what": what, "threads": torch.get_num_threads(), **more, "peak_mib": round(peak)}))
+    print(lines[-1], flush=True)
 
 
 def cpu_name():
@@ -56,7 +61,7 @@ def window_encoder(device, dtype, batches, compiled=False):
         windows = torch.rand(n, 1, *encoder.window, device=device).half()
         with torch.inference_mode(): took = seconds(lambda: encoder.features(windows), device, 10 if device.type == "cuda" else 2)
         peak, rate = matmul_peak(device, dtype), n * flop_per_window(encoder) / took
-        more = {"gpu_mib": round(torch.cuda.max_memory_allocated() / 2**20), "gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {"cpu": cpu_name()}
+        more = {"gpu_mib": round(torch.cuda.max_memory_allocated() / 2**20)} if device.type == "cuda" else {}
         report("window encoder, large", dtype=str(dtype)[6:], windows=n, compiled=compiled, windows_per_s=round(n / took, 3), tflops=round(rate / 1e12, 3), matmul_peak_tflops=round(peak / 1e12, 3), share_of_peak=round(rate / peak, 3), **more)
 
 
@@ -75,9 +80,10 @@ def question(device, scan):
     tokenizer = train_tokenizer(["Consolidation in the left lower lobe."], 300)
     model = CTVLMModel(CTVLMConfig.large()).eval().to(device)
     model.processor = CTVLMProcessor(tokenizer, model.config.window_spec)
-    built, began = time.perf_counter() - began, time.perf_counter()
+    built, began, used = time.perf_counter() - began, time.perf_counter(), time.process_time()
     answer = model.localize(scan, ["Consolidation in the left lower lobe."])[0]
-    report("localize with large, random weights", building_s=round(built, 1), seconds=round(time.perf_counter() - began, 1), bins=len(answer.bin_depths_mm), dtype=str(fast_dtype(device))[6:])
+    report("localize with large, random weights", building_s=round(built, 1), seconds=round(time.perf_counter() - began, 1), cpu_seconds=round(time.process_time() - used, 1),
+           bins=len(answer.bin_depths_mm), dtype=str(fast_dtype(device))[6:])
 
 
 def main():
@@ -85,17 +91,21 @@ def main():
     ap.add_argument("--device", default=None, help="cpu, cuda; the best one present")
     ap.add_argument("--threads", type=int, default=None, help="CPU threads")
     ap.add_argument("--scan", default=None, help="a scan for the question")
+    ap.add_argument("--results", action="store_true", help="keep the lines for chapter 10")
     args = ap.parse_args()
     device = pick_device(args.device)
     if args.threads: torch.set_num_threads(args.threads)
     dtype = fast_dtype(device)
-    report("versions", transformers=transformers.__version__, device=str(device))
+    report("versions", date=str(datetime.date.today()), machine=torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(), cores=os.cpu_count(), load=round(os.getloadavg()[0], 1),
+           torch=torch.__version__, transformers=transformers.__version__)
     if device.type == "cuda":
         for compiled in (False, True): window_encoder(device, dtype, (1, 4, 16, 32, 64, 128), compiled)
     else:
         window_encoder(device, dtype, (4,))
         for kind in sorted({torch.float32, dtype}, key=str): tiny_training(device, kind)
     if args.scan: question(device, args.scan)
+    if args.results:
+        with write_atomically(Path(__file__).parent/"results"/f"encoders_{device.type}.jsonl") as t: t.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__": main()

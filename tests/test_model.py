@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from ctvlm.core import CTVolume, InputError
 from ctvlm.localization import DepthCalibration
 from ctvlm.model import (CTVLMConfig, CTVLMModel, CTVLMProcessor, DepthAnswer, SPECTRE, VolumeEmbedding, fast_dtype, fold_depth, place_adapters, rename)
-from ctvlm.text import AdapterSizes, merge_adapters, train_tokenizer
+from ctvlm.text import AdapterSizes, train_tokenizer
 
 torch.set_num_threads(1)
 HERE, SHARED = Path(__file__).parent / "golden", Path(__file__).parent.parent.parent / "shared" / "golden"
@@ -81,7 +81,7 @@ def test_adapters_contained_or_not(tmp_path, caplog):
     wrong = CTVLMModel.from_radfinder(TINY / "weights.safetensors", config_of(TINY), lora_merged=False)
     assert (texts(wrong, i, "report") - o["report_embedding"]).abs().max() > 0.05
     assert sorted(n for n, p in merged.text_encoder.named_parameters() if p.requires_grad) == sorted(n for n, _ in merged.text_encoder.named_parameters() if "lora_" in n)
-    merge_adapters(merged.text_encoder)
+    merged.merge_adapters()
     close(texts(merged, i, "report"), o["report_embedding"])
 
 
@@ -98,6 +98,10 @@ def test_every_misfit_is_named(tmp_path):
         with pytest.raises(InputError, match=f"{section} has {key}"): CTVLMConfig.from_radfinder({**source, section: {**source[section], key: 3}})
         with pytest.raises(InputError, match=f"{section} has no"): CTVLMConfig.from_radfinder({**source, section: {}})
     with pytest.raises(InputError, match="has no vision"): CTVLMConfig.from_radfinder({})
+    with pytest.raises(InputError, match="a dict or the path"): CTVLMConfig.from_radfinder([])
+    for path in (tmp_path / "absent.safetensors", tmp_path, TINY / "config.json"):
+        with pytest.raises(InputError, match="cannot be read as safetensors"): CTVLMModel.from_radfinder(path, source)
+    assert CTVLMConfig.from_radfinder(TINY / "config.json").to_dict() == CTVLMConfig.from_radfinder(source).to_dict()
 
 
 def released(**model):
@@ -167,7 +171,7 @@ def test_spectre_reads_no_code_and_names_absent_files(tmp_path):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "owned"),)
     torch.save({"x": Evil()}, tmp_path / next(iter(SPECTRE)))
-    with pytest.raises(Exception): CTVLMModel.from_spectre(tmp_path)
+    with pytest.raises(InputError, match="holds no plain tensors"): CTVLMModel.from_spectre(tmp_path)
     assert not (tmp_path / "owned").exists()
     (tmp_path / next(iter(SPECTRE))).unlink()
     with pytest.raises(InputError, match="spectre_backbone_vit_large_patch16_128.pt.*hf download cclaess/SPECTRE"): CTVLMModel.from_spectre(tmp_path)
@@ -247,10 +251,10 @@ def test_push_to_hub_takes_the_whole_folder(monkeypatch, model):
     class Api:
         def __init__(self, token=None): pass
         def create_repo(self, repo_id, **_): return type("Repo", (), {"repo_id": repo_id})
-        def upload_folder(self, repo_id, folder_path, commit_message): sent.update({f.name: f.read_bytes() for f in Path(folder_path).iterdir()}, to=repo_id)
+        def upload_folder(self, repo_id, folder_path, **more): sent.update({f.name: f.read_bytes() for f in Path(folder_path).iterdir()}, to=repo_id, **more)
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    model.push_to_hub("owner/ct")
-    assert sent["to"] == "owner/ct" and b"Not a medical device" in sent["README.md"] and {"model.safetensors", "tokenizer.json", "processor_config.json"} <= set(sent)
+    model.push_to_hub("owner/ct", commit_message="one more epoch", create_pr=True)
+    assert sent["to"] == "owner/ct" and sent["commit_message"] == "one more epoch" and sent["create_pr"] and b"Not a medical device" in sent["README.md"] and {"model.safetensors", "tokenizer.json", "processor_config.json"} <= set(sent)
 
 
 def test_processor(model):
@@ -320,8 +324,64 @@ def test_paths_chunks_and_state(model, tmp_path):
     model.train(); model.embed(v); assert not model.training
 
 
-def test_without_tokenizer_the_remedy_is_said():
-    with pytest.raises(InputError, match="model.processor = CTVLMProcessor"): CTVLMModel(CTVLMConfig.tiny(vocab_size=300)).localize(volume(), "cyst")
+def test_a_fresh_small_model_brings_its_tokenizer(tmp_path):
+    m = CTVLMModel(CTVLMConfig.tiny())
+    assert len(m.localize(volume(), ["cyst in the liver"])) == 1 and len(m.processor.tokenizer) == 2048
+    m.processor = None; m.save_pretrained(tmp_path)
+    assert CTVLMModel.from_pretrained(tmp_path).processor.tokens("Kein Erguss.")["input_ids"].equal(m.processor.tokens("Kein Erguss.")["input_ids"])
+
+
+def test_loaded_weights_are_not_given_a_tokenizer_that_they_do_not_know(tmp_path):
+    released = CTVLMModel.from_radfinder(TINY / "weights.safetensors", config_of(TINY))
+    CTVLMModel(CTVLMConfig.tiny()).save_pretrained(tmp_path)
+    for f in tmp_path.glob("*token*"): f.unlink()
+    (tmp_path / "processor_config.json").unlink()
+    for m in (released, CTVLMModel.from_pretrained(tmp_path), CTVLMModel(CTVLMConfig.tiny(vocab_size=200))):
+        with pytest.raises(InputError, match="model.processor = CTVLMProcessor"): m.embed_text("cyst")
+
+
+def test_what_is_no_scan_or_no_text_is_refused(model):
+    v = volume()
+    for wrong in (v.array, None, 3, [v]):
+        with pytest.raises(InputError, match="where a scan should be"): model.embed(wrong)
+    for ask in (model.localize, model.classify, lambda v, t: model.rank(t, [v])):
+        for wrong in ("", " ", ["cyst", ""], [3], 3):
+            with pytest.raises(InputError, match="a text is empty or no text"): ask(v, wrong)
+    assert model.rank([], [v]) == [] and model.rank("cyst", model.embed(v))[0].order == (0,)      # one scan needs no list
+    with pytest.raises(InputError, match="nothing.nii.gz does not exist"): model.rank("cyst", "/nothing.nii.gz")
+
+
+def test_masks_are_checked(model):
+    x = torch.rand(2, 1, 32, 32, 32)
+    with pytest.raises(InputError, match=r"\(3, 8\), the features of \(2, 8\)"): model.encode_scan(x, (1, 1, 2), torch.ones(3, 8, dtype=torch.bool))
+    with pytest.raises(InputError, match="leaves nothing of a scan"): model.encode_scan(x, [[1, 1, 1]] * 2, torch.arange(2)[:, None].expand(2, 8) > 0)
+    with pytest.raises(InputError, match=r"found windows of shape \(0, 1"): model.encode_windows(x[:0])
+
+
+def test_a_language_model_by_its_name(tmp_path, monkeypatch):
+    from transformers import AutoConfig, AutoModel
+    text = CTVLMConfig.tiny(vocab_size=300).text
+    torch.manual_seed(1)
+    language = AutoModel.from_config(AutoConfig.for_model(**text)).eval()
+    language.save_pretrained(tmp_path)
+    config = CTVLMConfig.tiny(text=text, text_name=str(tmp_path), adapters=dict(r=2, alpha=8., dropout=0.))
+    m, ids = CTVLMModel(config).load_text().eval(), torch.randint(0, 300, (2, 6))
+    with torch.no_grad(): close(m.text_encoder(ids, torch.ones_like(ids)), language(ids).last_hidden_state[:, -1])   # adapters start at zero
+    assert all(p.requires_grad == ("lora_" in n) for n, p in m.text_encoder.named_parameters())
+    for n, p in m.named_parameters():
+        if "lora_B" in n: torch.nn.init.normal_(p)
+    with torch.no_grad():
+        before = m.encode_text(ids, torch.ones_like(ids))
+        close(m.load_text().encode_text(ids, torch.ones_like(ids)), before)                       # loading again leaves the adapters alone
+        close(m.merge_adapters().encode_text(ids, torch.ones_like(ids)), before)
+    m.save_pretrained(tmp_path / "merged")
+    with torch.no_grad(): close(CTVLMModel.from_pretrained(tmp_path / "merged").encode_text(ids, torch.ones_like(ids)), before)
+    with pytest.raises(InputError, match="does not fit the configuration: missing model.layers.2"):
+        CTVLMModel(CTVLMConfig.tiny(text={**text, "num_hidden_layers": 3})).load_text(str(tmp_path))
+    with pytest.raises(InputError, match="names no text encoder"): CTVLMModel(CTVLMConfig.tiny(text=text)).load_text()
+    def unreachable(*args, **kwargs): raise OSError("no network")
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(InputError, match="hf download owner/none --local-dir none"): m.load_text("owner/none")
 
 
 def test_training_reaches_everything():
