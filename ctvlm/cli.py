@@ -280,17 +280,26 @@ def embed(
     output:Annotated[Optional[Path], typer.Option("--output", "-o", help="A scan: file of its embeddings, .safetensors. A table: folder of the feature store.")]=None,
     workers:Annotated[int, typer.Option(help="Processes that read scans ahead of the encoder.")]=2,
     series:Annotated[Optional[int], typer.Option(help="Series number, where a folder holds several.")]=None,
-    device:Device=None, as_json:AsJson=False, quiet:Quiet=False,
+    device:Device=None,
+    devices:Annotated[Optional[str], typer.Option(help="A table: several devices of this machine, a process each, for example cuda:0,cuda:1. Or start several processes with `accelerate launch -m ctvlm.cli embed ...`.")]=None,
+    as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Embed one scan, or compute the window features of every scan of a table once. Status 1 if a scan of the table failed."
     if scan.suffix == ".parquet":
+        from ctvlm.core import pick_device
         from ctvlm.data import embed_studies, read_studies
         if output is None: raise InputError("no output was given: name the folder of the feature store, for example -o features")
-        loaded = load_model(model, device)
-        summary = embed_studies(read_studies(scan), loaded, output, fit=loaded.config.fit, workers=workers, quiet=quiet)
+        names = tuple(name.strip() for name in devices.split(",")) if devices else ()
+        for name in names: pick_device(name)                        # all of them are there
+        table = read_studies(scan)
+        several = names or "RANK" in os.environ                     # then each process moves its copy to its own device
+        summary = embed_studies(table, load_model(model, "cpu" if several else device), output, workers=workers, devices=names, quiet=quiet)
+        if not summary: return                                      # a process of several; the first one speaks for all
+        del summary["profile"]
         say(summary, as_json)
         if summary["failed"]: raise typer.Exit(1)
         return
+    if devices: raise InputError(f"--devices shares out a table of studies, this is one scan: use --device {devices.split(',')[0]}")
     from safetensors.torch import save_file
     from ctvlm.preprocessing import load_volume
     volume = load_volume(scan, series)

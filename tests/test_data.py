@@ -1,5 +1,5 @@
 "Studies, adaptors on trees of the published layouts, the feature store and its bad days, batches."
-import json, os, shutil, subprocess, sys, tempfile, time
+import json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nibabel, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
@@ -324,7 +324,9 @@ def test_the_run_ends_with_one_unreadable_scan_in_ten(hospital, filled):
     assert (found["scans"], found["computed"], found["failed"]) == (10, 9, 1)
     index = pd.read_parquet(Path(found["store"]) / "index.parquet")
     assert index.status.tolist() == ["ok"] * 3 + ["failed"] + ["ok"] * 6 and "cut off" in index.reason[3] and "Fall Nr 3" in index.reason[3]
-    assert found["waiting"] > 0 and found["encoding"] > 0
+    p = found["profile"]
+    assert len(p) == 10 and (p[list(data.PROFILE[1:])].diff(axis=1).iloc[:, 1:] >= 0).all(axis=None) and set(p.process) == {os.getpid()}   # here, one after another
+    assert sum(found[k] for k in ("waiting", "encoding", "writing")) == pytest.approx(p.written.max()) and found["reading"] < found["waiting"]
 
 
 def test_features_are_those_of_the_encoder(hospital, filled):
@@ -385,7 +387,7 @@ def test_a_store_that_cannot_be_written(hospital, filled):
         store = FeatureStore(folder + "/f")
         def reads():
             assert len(store.load(data.scan_key(next(hospital.itertuples())))) == 5
-            assert data.summary(store, hospital, [dict(seconds=0.)])["present"] == 9
+            assert data.summary(store, hospital, [dict(computed=0, seconds=0., profile=pd.DataFrame(columns=data.PROFILE, dtype=float))])["present"] == 9
         def writes():
             with pytest.raises(InputError, match="cannot be written .Permission denied."):
                 data.fill(store, table(row("new", scan=scan)), tiny().config.window_spec, lambda found: (dict(cls=torch.zeros(1)), ""), workers=0, quiet=True)
@@ -404,18 +406,27 @@ def unprivileged(code):
 
 
 RUN = """
-import sys, pandas as pd
+import sys
 sys.path.insert(0, {tests!r})
-from ctvlm.data import embed_studies, read_studies
-from made_up_encoder import Encoder
-if __name__ == "__main__": print(embed_studies(read_studies({table!r}), Encoder(), {output!r}, workers=0, quiet=True).get("computed"))
+import ctvlm.cli, made_up_encoder
+marker = {marker!r}
+ctvlm.cli.load_model = lambda name, device=None: made_up_encoder.Dying(marker) if marker else made_up_encoder.Encoder()
+if __name__ == "__main__": ctvlm.cli.main()
 """
 
 
-def start(tmp_path, hospital, output, **env):
+def embed(tmp_path, hospital, *words, launcher=(), marker=""):
+    "Start `ctvlm embed` with a light encoder, as a process; one that is killed at its third scan if there is a marker to leave."
+    (tmp_path / "run.py").write_text(RUN.format(tests=str(Path(__file__).parent), marker=str(marker)))
     write_studies(hospital, tmp_path / "t.parquet")
-    (tmp_path / "run.py").write_text(RUN.format(tests=str(Path(__file__).parent), table=str(tmp_path / "t.parquet"), output=str(output)))
-    return subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    words = [sys.executable, *launcher, tmp_path / "run.py", "embed", tmp_path / "t.parquet", "-m", "light", "-o", tmp_path / "f", "--json", "--quiet", *words]
+    return subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def answer(run, status=1): # 1: a scan is unreadable
+    out, err = run.communicate()
+    assert run.returncode == status, err
+    return json.loads(out)
 
 
 def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*.safetensors"))}
@@ -429,27 +440,67 @@ def alone(hospital, tmp_path_factory):
     return files(output)
 
 
-def test_two_runs_and_a_killed_one_fill_the_same_store(hospital, alone, tmp_path):
-    both = [start(tmp_path, hospital, tmp_path / "f") for _ in range(2)]
-    while not list((tmp_path / "f").glob("*/*/*.safetensors")) and any(p.poll() is None for p in both): time.sleep(0.02)
-    both[0].kill(); both[0].communicate()
-    err = both[1].communicate()[1]
-    assert both[1].returncode == 0, err
+def test_a_run_killed_in_the_middle_goes_on(hospital, alone, tmp_path):
+    run = embed(tmp_path, hospital, "--workers", 0, marker=tmp_path / "died")
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL and (tmp_path / "died").exists()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "f").rglob("*.safetensors")}
+    folder = next(iter(before)).parent
+    stale, fresh = folder / ".a.tmp", folder / ".b.tmp"                      # of a run killed long ago, and of one that may be writing now
+    stale.touch(); fresh.touch(); os.utime(stale, (0, 0))
+    found = answer(embed(tmp_path, hospital, "--workers", 0))
+    assert len(before) == 2 and (found["computed"], found["present"], found["failed"]) == (7, 9, 1)
+    assert files(tmp_path / "f") == alone and before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "f").rglob("*.safetensors")}.items()
+    assert not stale.exists() and fresh.exists()
+
+
+def test_two_runs_fill_the_same_store(hospital, alone, tmp_path):
+    runs = [embed(tmp_path, hospital, "--workers", 0) for _ in range(2)]
+    found = [answer(run) for run in runs]
+    assert [f["present"] for f in found] == [9, 9] and sum(f["computed"] for f in found) >= 9
     assert files(tmp_path / "f") == alone and len(alone) == 9
 
 
 def test_devices_share_the_work(hospital, alone, tmp_path):
-    found = embed_studies(hospital, made_up_encoder.Encoder(), tmp_path / "f", workers=1, devices=("cpu", "cpu"), quiet=True)
-    assert found["computed"] == 9 and found["failed"] == 1 and files(tmp_path / "f") == alone
+    found = answer(embed(tmp_path, hospital, "--devices", "cpu, cpu", "--workers", 1))
+    assert (found["computed"], found["present"], found["failed"]) == (9, 9, 1) and "profile" not in found
+    assert files(tmp_path / "f") == alone
 
 
 def test_accelerate_shares_the_work(hospital, alone, tmp_path):
-    import socket
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = str(s.getsockname()[1])
-    ranks = [start(tmp_path, hospital, tmp_path / "f", RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(2)]
-    ends = [p.communicate() for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], ends
-    assert [out.strip() for out, _ in ends] == ["9", "None"] and files(tmp_path / "f") == alone
+    found = answer(embed(tmp_path, hospital, "--workers", 0, launcher=["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--main_process_port", 0]))
+    assert (found["computed"], found["present"], found["failed"]) == (9, 9, 1) and files(tmp_path / "f") == alone
+
+
+@pytest.mark.parametrize("words, says", [(("--devices", "cuda:7,cuda:8"), "cuda:7 was asked for"), (("--devices", "cpu,tpu9"), "no device is called 'tpu9'")])
+def test_a_device_that_is_not_there(hospital, tmp_path, words, says):
+    run = embed(tmp_path, hospital, *words)
+    out, err = run.communicate()
+    assert run.returncode == 2 and out == "" and err.startswith("ctvlm: ") and says in err and err.count("\n") == 1 and not (tmp_path / "f").exists()
+
+
+LARGE = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import made_up_encoder
+from ctvlm.data import embed_studies, read_studies
+if __name__ == "__main__":
+    model = made_up_encoder.Encoder()
+    model.more = torch.nn.Parameter(torch.zeros(4_000_000))
+    embed_studies(read_studies({table!r}), model, {output!r}, devices=("cpu", "cpu"), quiet=True)
+"""
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode != 0, reason="needs the right to mount")
+def test_too_little_shared_memory_for_the_model(hospital, tmp_path):
+    (tmp_path / "run.py").write_text(LARGE.format(tests=str(Path(__file__).parent), table=str(write_studies(hospital, tmp_path / "t.parquet")), output=str(tmp_path / "f")))
+    done = subprocess.run(["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec "$0" "$@"', sys.executable, tmp_path / "run.py"], capture_output=True, text=True)
+    assert "InputError: the model does not fit into shared memory" in done.stderr and "--num_processes 2" in done.stderr
+
+
+def test_one_process_per_device_has_its_own_readers(hospital, tmp_path):
+    p = embed_studies(hospital, made_up_encoder.Encoder(), tmp_path / "f", workers=1, devices=("cpu", "cpu"), quiet=True)["profile"]
+    assert len(p) == 10 and set(p.encoder) == {0, 1} and p.groupby("process").encoder.nunique().tolist() == [1, 1]
 
 
 def test_a_killed_worker_costs_one_job():
@@ -523,6 +574,14 @@ def test_one_scan_of_several_per_report(hospital, filled, tmp_path, tokenizer):
 
 
 def shout(findings, impression, rng): return findings.upper() + str(rng.integers(1000)), impression
+
+
+def test_a_batch_comes_whole_from_another_process(hospital, filled, tokenizer):
+    make = lambda w: list(Batches(hospital, filled[0], tokenizer, batch_size=4, findings=("Lung nodule",), workers=w, seed=2))
+    for here, there in zip(make(0), make(1), strict=True):
+        assert list(here) == list(there)
+        for name, x in here.items():
+            assert torch.equal(x.nan_to_num(), there[name].nan_to_num()) and x.dtype == there[name].dtype if isinstance(x, torch.Tensor) else x == there[name], name
 
 
 def test_augmented_variants_are_drawn_ahead_and_repeat(hospital, filled, tokenizer):
