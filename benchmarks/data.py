@@ -1,7 +1,9 @@
-"""Scans per second from a feature store, with 0, 1 and 2 workers; time and memory against the number of scans; one JSON line each.
+"""Scans per second from a feature store, with 0, 1 and 2 workers; time and memory against the number of scans; how reading and encoding overlap.
+One JSON line each.
 
     python benchmarks/data.py                        1,000 and 10,000 scans of 2 windows at full width (about 0.4 GB in a temporary folder)
     python benchmarks/data.py --scans 500 --windows 36
+    python benchmarks/data.py --profile              12 phantoms read from NIfTI and encoded; the chapter draws benchmarks/results/embed_profile.json
 """
 import argparse, gc, json, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -9,10 +11,14 @@ from pathlib import Path
 import numpy as np, pandas as pd, psutil, torch
 from safetensors.torch import save
 
-from ctvlm.data import Batches, FeatureStore, read_studies, scan_key, write_studies
+from ctvlm.core import write_atomically
+from ctvlm.data import Batches, FeatureStore, embed_studies, read_phantoms, read_studies, scan_key, spent, write_studies
+from ctvlm.model import CTVLMConfig, CTVLMModel
+from ctvlm.phantoms import PhantomCohort, write_cohort
 from ctvlm.text import train_tokenizer
 
 WIDTH = 1080
+RESULT = Path(__file__).parent / "results" / "embed_profile.json"
 
 
 def synthetic(folder, scans, windows):
@@ -47,13 +53,29 @@ def measure(folder, workers, batch_size):
     seconds, first = [], time.perf_counter()
     for _ in range(2):
         for k, batch in enumerate(batches):
-            if k == 0: began, start = time.perf_counter(), time.perf_counter() - first
+            if k == 0: began, start, busy = time.perf_counter(), time.perf_counter() - first, time.process_time()
             batch["cls"].sum()
-        seconds.append(time.perf_counter() - began); first = time.perf_counter()
+        seconds.append(time.perf_counter() - began); first, busy = time.perf_counter(), time.process_time() - busy
     counted = (len(batches) - 1) * batch_size
     print(json.dumps({"benchmark": "data", "what": "epoch from the store", "scans": n, "workers": workers, "batch_size": batch_size, "scans_per_second": round(counted / seconds[-1]),
-                      "ms_per_batch": round(1000 * seconds[-1] / (len(batches) - 1), 2), "seconds_to_prepare": round(prepared, 2), "seconds_to_first_batch": round(start, 2),
+                      "ms_per_batch": round(1000 * seconds[-1] / (len(batches) - 1), 2), "cpu_ms_per_batch_here": round(1000 * busy / (len(batches) - 1), 2), "seconds_to_prepare": round(prepared, 2), "seconds_to_first_batch": round(start, 2),
                       "mib_before": before, "mib_after": mib()}), flush=True)
+
+
+def profile(workers=(0, 1, 2), scans=12):
+    "Where the time goes when features are computed: one thread encodes, `workers` processes read."
+    torch.set_num_threads(1); torch.manual_seed(0)
+    model, runs = CTVLMModel(CTVLMConfig.tiny(300)), {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_cohort(PhantomCohort(scans), folder, quiet=True)
+        studies, _ = read_phantoms(folder)
+        for w in workers:
+            found = embed_studies(studies, model, Path(folder) / f"features {w}", workers=w, quiet=True)
+            p = found["profile"]
+            print(json.dumps({"benchmark": "data", "what": "features of phantoms", "scans": scans, "workers": w, **{k: round(found[k], 2) for k in ("seconds", *spent(p))},
+                              "encoder_busy": round(float((p.encoded - p.taken).sum() / (p.written.max() - p.taken.min())), 2)}), flush=True)
+            runs[w] = p.round(3).to_dict("list")
+    with write_atomically(RESULT) as t: t.write_text(json.dumps(runs) + "\n")
 
 
 def main():
@@ -63,7 +85,9 @@ def main():
     ap.add_argument("--batch-size", type=int, default=16)
     ap.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     ap.add_argument("--folder", help="measure here (used by the script itself)")
+    ap.add_argument("--profile", action="store_true")
     args = ap.parse_args()
+    if args.profile: return profile()
     if args.folder: return measure(Path(args.folder), args.workers[0], args.batch_size)
     for scans in args.scans:
         with tempfile.TemporaryDirectory() as folder:

@@ -292,7 +292,7 @@ def embed(
         names = tuple(name.strip() for name in devices.split(",")) if devices else ()
         for name in names: pick_device(name)                        # all of them are there
         table = read_studies(scan)
-        several = names or "RANK" in os.environ                     # then each process moves its copy to its own device
+        several = names or int(os.environ.get("WORLD_SIZE", 1)) > 1                     # then each process moves its copy to its own device
         summary = embed_studies(table, load_model(model, "cpu" if several else device), output, workers=workers, devices=names, quiet=quiet)
         if not summary: return                                      # a process of several; the first one speaks for all
         del summary["profile"]

@@ -9,8 +9,9 @@ __all__ = ['log', 'SPLITS', 'PAIR', 'STUDY_SCHEMA', 'RAD_CHESTCT', 'READERS', 'P
            'split_report', 'leaves', 'scan_problem', 'short_reason', 'Collection', 'class_labels', 'read_ct_rate',
            'read_merlin', 'read_inspect', 'read_rad_chestct', 'read_csv_folder', 'read_phantoms', 'dicom_studies',
            'read_dicom_root', 'count_studies', 'scan_studies', 'fingerprint', 'scan_key', 'scan_size', 'FeatureStore',
-           'read_windows', 'encoded', 'keep', 'fill', 'spent', 'summary', 'embed_studies', 'window_studies',
-           'RayEncoder', 'embed_with_ray', 'prepare_texts', 'BatchReader', 'pack', 'unpack', 'prompt_tokens', 'Batches']
+           'read_windows', 'encoded', 'keep', 'plot_profile', 'fill', 'spent', 'summary', 'embed_studies',
+           'window_studies', 'RayEncoder', 'embed_with_ray', 'prepare_texts', 'BatchReader', 'pack', 'unpack',
+           'prompt_tokens', 'Batches']
 
 # %% ../nbs/11_data.ipynb #b3379201
 import contextlib, functools, gzip, hashlib, inspect, io, itertools, json, logging, math, os, re, tempfile, time, zipfile, zlib
@@ -19,7 +20,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
-from .core import CTVolume, InputError, progress, stable_rng, write_atomically
+from .core import BLUE, ORANGE, CTVolume, InputError, progress, stable_rng, write_atomically
 from .findings import CT_RATE_CLASSES, FINDINGS, label_report, prompts_for
 from .preprocessing import WindowSpec, check_forms, check_geometry, load_volume, make_windows
 
@@ -808,9 +809,26 @@ def keep(
     return True
 
 
-# %% ../nbs/11_data.ipynb #76475ad1
+# %% ../nbs/11_data.ipynb #d5e2b002
 PROFILE = ("process", "read_from", "read_to", "taken", "encoded", "written")
 
+def plot_profile(
+    profile:pd.DataFrame, # `PROFILE` in seconds, and the number of the `encoder`
+    ax=None,              # matplotlib axes; a new figure if `None`
+):                        # the axes
+    "Draw what each process did, and when: readers above, encoders below."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(layout="constrained")[1]
+    p, readers = profile, {process: i + 1 for i, process in enumerate(dict.fromkeys(profile.process))}
+    ax.barh(p.process.map(readers), p.read_to - p.read_from, left=p.read_from, color=BLUE, edgecolor="white", hatch="//")
+    ax.barh(-p.encoder, p.encoded - p.taken, left=p.taken, color=ORANGE, edgecolor="white")
+    encoders = p.encoder.nunique()
+    busy = (p.encoded - p.taken).sum() / (p.written.max() - p.taken.min()) / encoders
+    ax.set(yticks=range(1 - encoders, len(readers) + 1), yticklabels=["encoding"] * encoders + ["reading"] * len(readers), title=f"the encoder is busy {busy:.0%} of the time")
+    ax.grid(axis="y", visible=False)
+    return ax
+
+# %% ../nbs/11_data.ipynb #76475ad1
 def fill(
     store:FeatureStore,
     studies:pd.DataFrame,

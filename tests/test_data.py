@@ -220,7 +220,8 @@ def test_inspect(tmp_path):
 
 def test_rad_chestct(tmp_path):
     (tmp_path / "npz").mkdir()
-    for s in ("trn1", "tst1", "tst3"): np.savez_compressed(tmp_path / "npz" / f"{s}.npz", ct=body((30, 28, 26))[::-1])
+    ct = body((30, 28, 26)); ct[3, 5, 7] = 2000                              # indices count from head, front and right
+    for s in ("trn1", "tst1", "tst3"): np.savez_compressed(tmp_path / "npz" / f"{s}.npz", ct=ct)
     cut(tmp_path / "npz" / "tst3.npz")
     for part, ids in (("train", ["trn1"]), ("test", ["tst1", "tst2", "tst3"])):
         pd.DataFrame({"NoteAcc_DEID": ids, "calcification*aorta": 0, "calcification*heart": 1, "nodule*left_lung": 0, "nodulegr1cm*lung": 0, "hernia*esophagus": 0, "air_trapping*lung": 1}).to_csv(tmp_path / f"img{part}_Abnormality_and_Location_Labels.csv", index=False)
@@ -230,7 +231,8 @@ def test_rad_chestct(tmp_path):
     assert label["Arterial wall calcification"] == label["Coronary artery wall calcification"] == 1 and label["Lung nodule"] == label["Hiatal hernia"] == 0 and "Mosaic attenuation pattern" not in label
     assert refused.study.tolist() == ["tst2", "tst3"]
     v = load_volume(studies.scan[1])
-    assert v.array.shape == (26, 28, 30)
+    assert v.array.shape == (26, 28, 30) and np.allclose(v.spacing, 0.8)
+    assert np.unravel_index(v.array.argmax(), v.array.shape) == (25 - 7, 27 - 5, 29 - 3)   # and RAS from left, back and feet
 
 
 def test_the_classes_of_the_benchmarks_are_in_the_catalogue():
