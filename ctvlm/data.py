@@ -1087,10 +1087,11 @@ def pack(
 
 def unpack(
     packed:tuple, # of `pack`
-)->dict:          # the batch; its tensors share the memory of the flat one
+)->dict:          # the batch; tensors of more than a quarter of the bytes share the memory of the flat one
     "What `pack` was given."
     flat, tensors, batch = packed
     parts = flat.split([math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors])
+    parts = [part if 4 * len(part) > len(flat) else part.clone() for part in parts]
     return batch | {name: part.view(dtype).reshape(shape) for part, (name, dtype, shape) in zip(parts, tensors)}
 
 # %% ../nbs/11_data.ipynb #983a8b7b
