@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['plot_recall', 'plot_roc', 'plot_auc', 'plot_depths', 'plot_baselines', 'plot_reliability', 'plot_errors',
            'plot_training', 'plot_posterior', 'localization_figure', 'draw_cases', 'pick_examples', 'write_report',
-           'Planes', 'report_sentences', 'widget_classes', 'Explorer', 'explore']
+           'Planes', 'report_sentences', 'widget_classes', 'Explorer', 'watch_windows', 'explore', 'show_job', 'serve']
 
 # %% ../nbs/14_viewer.ipynb #709db8b9
-import base64, html, io, re
+import base64, html, io, json, os, re, signal, sys, tempfile, time
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 import numpy as np
@@ -397,15 +398,15 @@ def _page(metrics, history, examples, title, notes): # the HTML
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main><h1>{html.escape(title)}</h1>\n' + "\n".join(parts) + "\n</main></body></html>\n"
 
 # %% ../nbs/14_viewer.ipynb #b4a09ee5
-_COLOURS = {"green": GREEN, "orange": ORANGE, "white": "#ffffff", "band": "#0b4636", "dim": "#6f7780"} # palette entries after the grays
+_COLOURS = {"here": "#56b4e9", "predicted": GREEN, "cited": ORANGE, "bars": "#5fd7b0", "band": "#0b4636", "dim": "#6f7780"} # palette entries after 250 grays
 _INDEX = {name: 250 + i for i, name in enumerate(_COLOURS)}
 
 class Planes:
     "Draws axial, coronal and sagittal slices and a posterior of one volume as one PNG."
     def __init__(self,
         volume:CTVolume,
-        size:int=400,   # pixels of the longest edge of a plane
-        strip:int=110,  # pixels of the posterior's width
+        size:int=512,   # pixels of the longest edge of a plane
+        strip:int=130,  # pixels of the posterior's width
     ):
         self.volume, self.kept = volume, {}
         (X, Y, Z), (sx, sy, sz) = volume.array.shape, volume.spacing
@@ -417,13 +418,15 @@ class Planes:
         self.width, self.height = x - 4, max(h for _, h in parts.values())
         self.palette = bytes([g * 255 // 249 for g in range(250) for _ in range(3)]) + bytes.fromhex("".join(c[1:] for c in _COLOURS.values()))
 
-    def _slice(self, name, index, window): # gray levels at display size
+    def _slice(self, name, index, window): # gray levels at display size; the patient's right, front and head are left, up (in sagittal: left) and up
         from PIL import Image
         _, _, w, h = self.boxes[name]
-        a = self.volume.array
-        image = {"axial": lambda: a[::-1, ::-1, index].T, "coronal": lambda: a[::-1, index, ::-1].T, "sagittal": lambda: a[index, :, ::-1].T}[name]()
-        gray = Image.fromarray(np.minimum(_gray(image, window), 249)).resize((w, h), Image.Resampling.BILINEAR, reducing_gap=2.0)
-        return np.asarray(gray)
+        if self.kept.get(name, (None,))[0] != (index, window):
+            a = self.volume.array
+            image = {"axial": lambda: a[::-1, ::-1, index].T, "coronal": lambda: a[::-1, index, ::-1].T, "sagittal": lambda: a[index, ::-1, ::-1].T}[name]()
+            gray = Image.fromarray(np.minimum(_gray(image, window), 249)).resize((w, h), Image.Resampling.BILINEAR, reducing_gap=2.0)
+            self.kept[name] = (index, window), np.asarray(gray)
+        return self.kept[name][1]
 
     def row(self, depth_mm): # depth -> pixel row in the upright planes
         z, sz, h = self.volume.depths_mm, self.volume.spacing[2], self.boxes["coronal"][3]
@@ -437,25 +440,13 @@ class Planes:
     )->bytes:                     # PNG
         "One picture of all planes."
         from PIL import Image
-        canvas, (X, Y, _) = np.zeros((self.height, self.width), np.uint8), self.volume.array.shape
+        canvas = np.zeros((self.height, self.width), np.uint8)
         for name, index in (("axial", k), ("coronal", j), ("sagittal", i)):
             x, y, w, h = self.boxes[name]
-            if name == "axial": image = self._slice(name, index, window)
-            else:
-                if self.kept.get(name, (None,))[0] != (index, window): self.kept[name] = (index, window), self._slice(name, index, window)
-                image = self.kept[name][1]
-            canvas[y:y + h, x:x + w] = image
+            canvas[y:y + h, x:x + w] = self._slice(name, index, window)
         self._posterior(canvas, answer)
-        level, marks = self.row(self.volume.depths_mm[k]), [] if reference_mm is None else [self.row(reference_mm)]
-        for name in ("coronal", "posterior", "sagittal"):
-            x, _, w, h = self.boxes[name]
-            canvas[level, x:x + w] = _INDEX["green"]
-            for m in marks: canvas[max(m - 1, 0):m + 1, x + np.flatnonzero(np.arange(w) % 10 < 5)] = _INDEX["orange"] # dashed
-        x, _, w, h = self.boxes["axial"]
-        column, row = x + int((1 - (i + 0.5) / X) * w), int((1 - (j + 0.5) / Y) * h)
-        canvas[row, x:x + w:6] = canvas[0:h:6, column] = _INDEX["dim"]                                  # where the other planes lie
-        image = Image.fromarray(canvas)                                                                  # (height, width), one byte a pixel
-        image = image.convert("P") if image.mode != "P" else image
+        self._lines(canvas, i, j, k, answer, reference_mm)
+        image = Image.frombytes("P", (self.width, self.height), canvas.tobytes())                       # one byte a pixel
         image.putpalette(self.palette)
         out = io.BytesIO()
         image.save(out, "png", compress_level=1)
@@ -470,15 +461,33 @@ def _posterior(self:Planes, canvas, answer): # bars to the right, height upwards
         low, high = (self.row(mm) for mm in answer.interval_mm)
         canvas[high:low + 1, x:x + w] = _INDEX["band"]
     bins, p = np.asarray(answer.bin_depths_mm, dtype=float), np.asarray(answer.probabilities, dtype=float)
-    for mm, share in zip(bins[np.isfinite(bins)], p[np.isfinite(bins)] / max(np.nanmax(p), 1e-9)):
-        canvas[self.row(mm + 5):self.row(mm - 5) + 1, x:x + int(share * (w - 6))] = _INDEX["white"]
+    bins, p = bins[np.isfinite(bins)], p[np.isfinite(bins)]
+    z, sz = self.volume.depths_mm, self.volume.spacing[2]
+    mm = z[-1] + sz / 2 - (np.arange(h) + 0.5) / h * (z[-1] - z[0] + sz)                                # depth of each row
+    share = p[np.abs(mm[:, None] - bins).argmin(1)] / max(p.max(), 1e-9)                                # of its nearest bin
+    canvas[:h, x:x + w][np.arange(w) < share[:, None] * 0.9 * w] = _INDEX["bars"]
 
 @patch
-def at(self:Planes, x, y): # fractions of the picture -> name of the part, fractions inside it; or None
-    "What lies at a point of the picture."
-    px, py = x * self.width, y * self.height
-    for name, (left, top, w, h) in self.boxes.items():
-        if left <= px < left + w and top <= py < top + h: return name, (px - left) / w, (py - top) / h
+def _lines(self:Planes, canvas, i, j, k, answer, reference_mm): # where the other planes lie (thin), the answer (thick), the reference (dashed)
+    X, Y, _ = self.volume.array.shape
+    level = self.row(self.volume.depths_mm[k])
+    for name in ("coronal", "posterior", "sagittal"):
+        x, _, w, h = self.boxes[name]
+        canvas[level, x:x + w] = _INDEX["here"]
+        if answer is not None: canvas[max(self.row(answer.depth_mm) - 1, 0):self.row(answer.depth_mm) + 2, x:x + w] = _INDEX["predicted"]
+        if reference_mm is not None: canvas[max(self.row(reference_mm) - 1, 0):self.row(reference_mm) + 1, x + np.flatnonzero(np.arange(w) % 14 < 8)] = _INDEX["cited"]
+    for name, u, v in (("axial", 1 - (i + 0.5) / X, 1 - (j + 0.5) / Y), ("coronal", 1 - (i + 0.5) / X, None), ("sagittal", 1 - (j + 0.5) / Y, None)):
+        x, _, w, h = self.boxes[name]
+        canvas[0:h:6, x + int(u * w)] = _INDEX["dim"]
+        if v is not None: canvas[int(v * h), x:x + w:6] = _INDEX["dim"]
+
+@patch
+def labels(self:Planes, answer, reference_mm): # `[height from 0 (top) to 1, kind, words]`
+    "What to write beside the posterior: the answer, and the reference where there is room for it."
+    h = self.boxes["posterior"][3]
+    out = [] if answer is None else [[self.row(answer.depth_mm) / h, "predicted", f"{answer.depth_mm:.0f} mm"]]
+    if reference_mm is not None and all(abs(y - self.row(reference_mm) / h) > 0.05 for y, *_ in out): out.append([self.row(reference_mm) / h, "cited", f"{reference_mm:.0f} mm"])
+    return out
 
 # %% ../nbs/14_viewer.ipynb #bbf12bad
 def _marked(text, spans): # text and `(start, end, kind)` -> `[piece, kind]` in order, kind "" between; earlier spans win where two overlap
@@ -515,63 +524,144 @@ def _cited_depth(r, volume, series): # of one reference, in mm; None where this 
     return float(volume.depths_mm[where[0]]) if len(where) else None
 
 # %% ../nbs/14_viewer.ipynb #68bcbd6b
-_IMAGE_JS = """
+_MAKE_JS = """
+const make = (tag, props = {}, ...inside) => {
+  const e = document.createElement(tag);
+  for (const [k, v] of Object.entries(props)) k in e ? e[k] = v : e.setAttribute(k, v);
+  e.append(...inside); return e;
+};
+"""
+
+_PLANES_JS = _MAKE_JS + """
+const AXIS = { axial: 2, coronal: 1, sagittal: 0, posterior: 2 }, KEYS = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 10, PageDown: -10, Home: -1e6, End: 1e6 };
 function render({ model, el }) {
-  const img = document.createElement("img");
-  let busy = false, waiting = 0, url = null;
-  img.tabIndex = 0; img.style.cssText = "max-width:100%;height:auto;display:block;background:#000;cursor:crosshair";
-  const send = n => {
-    if (busy) { waiting += n; return; }
-    busy = true; model.set("steps", model.get("steps") + n); model.save_changes();
-    setTimeout(() => { busy = false; flush(); }, 300);
+  let busy = false, waiting = [0, 0, 0], turn = 0;
+  const flush = () => {
+    if (busy || !waiting.some(n => n)) return;
+    busy = true; model.set("steps", model.get("steps").map((n, i) => n + waiting[i])); waiting = [0, 0, 0]; model.save_changes();
   };
-  const flush = () => { if (!busy && waiting) { const n = waiting; waiting = 0; send(n); } };
-  const draw = () => {
-    const old = url; url = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
-    img.src = url; img.alt = model.get("alt"); if (old) URL.revokeObjectURL(old);
+  const step = (axis, n) => { waiting[axis] += n; flush(); };
+
+  const panel = ([name, [x, y, w, h], letters]) => {
+    const axis = AXIS[name], canvas = make("canvas", { width: w, height: h, tabIndex: 0 }), value = make("span", { className: "value" }), over = make("div", { className: "over", "aria-hidden": "true" });
+    if (name == "posterior") canvas.setAttribute("role", "img");
+    else for (const [k, v] of Object.entries({ role: "slider", "aria-orientation": "vertical", "aria-label": `${name} plane`, "aria-valuemin": 0, "aria-valuemax": model.get("sizes")[axis] - 1 })) canvas.setAttribute(k, v);
+    let turned = 0;
+    canvas.addEventListener("wheel", e => {
+      e.preventDefault(); turned = Math.abs(e.deltaY) < 50 && e.deltaMode == 0 ? turned + e.deltaY : 50 * Math.sign(e.deltaY);
+      if (Math.abs(turned) >= 50) { step(axis, turned > 0 ? -1 : 1); turned = 0; }
+    }, { passive: false });
+    canvas.addEventListener("keydown", e => { if (KEYS[e.key]) { e.preventDefault(); step(axis, KEYS[e.key]); } });
+    canvas.addEventListener("click", e => {
+      const r = canvas.getBoundingClientRect();
+      model.set("clicked", [name, (e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height, Date.now()]); model.save_changes();
+    });
+    const stage = make("div", { className: "stage" }, canvas, over, ...letters.map(([side, letter]) => make("span", { className: "letter " + side, textContent: letter, "aria-hidden": "true" })));
+    const figure = make("figure", { className: name }, make("figcaption", {}, make("b", { textContent: name }), value), stage);
+    figure.style.setProperty("--ratio", w / h);
+    return { name, figure, ratio: w / h, draw(bitmap) {
+      canvas.getContext("2d").drawImage(bitmap, x, y, w, h, 0, 0, w, h);
+      if (name == "posterior") {
+        over.replaceChildren(...model.get("labels").map(([top, kind, words]) => { const s = make("span", { className: kind, textContent: words }); s.style.top = 100 * top + "%"; return s; }));
+        canvas.setAttribute("aria-label", model.get("alt"));
+      } else {
+        value.textContent = model.get("texts")[axis];
+        canvas.setAttribute("aria-valuenow", model.get("at")[axis]); canvas.setAttribute("aria-valuetext", model.get("texts")[axis]);
+      }
+    } };
+  };
+  const panels = model.get("panels").map(panel);
+
+  const range = make("input", { type: "range", min: 0, max: model.get("sizes")[2] - 1, "aria-label": "axial slice" });
+  range.addEventListener("input", () => step(2, range.value - model.get("at")[2] - waiting[2]));
+  const group = "window-" + Math.random(), windows = model.get("windows").map(name => {
+    const dot = make("input", { type: "radio", name: group, value: name });
+    dot.addEventListener("change", () => { model.set("window", name); model.save_changes(); });
+    return make("label", {}, dot, make("span", { textContent: name }));
+  });
+  const key = [["here", "this slice"], ["predicted", "predicted"], ["interval", "its interval"], ["cited", "cited by the radiologist"]].map(([k, words]) => make("span", {}, make("i", { className: k }), words));
+  const rows = [["axial", "sagittal"], ["coronal", "posterior"]].map(names => names.map(n => panels.find(p => p.name == n)));
+  const box = make("section", { className: "ctvlm-planes", "aria-label": "Scan", "data-lm-suppress-shortcuts": "true" }, ...rows.map(row => make("div", { className: "row" }, ...row.map(p => p.figure))),
+    make("div", { className: "tools" }, make("label", { className: "range" }, make("span", { textContent: "slice" }), range), make("div", { className: "windows", role: "radiogroup", "aria-label": "window" }, ...windows)),
+    make("div", { className: "key", "aria-hidden": "true" }, ...key));
+
+  box.style.setProperty("--widest", Math.max(...rows.map(row => row.reduce((sum, p) => sum + p.ratio, 0))));       // so that all planes stand equally high
+  box.style.setProperty("--coronal", rows[1][0].ratio);
+
+  const draw = async () => {
+    const mine = ++turn, bitmap = await createImageBitmap(new Blob([model.get("png")], { type: "image/png" }));
+    if (mine == turn) {
+      panels.forEach(p => p.draw(bitmap));
+      range.value = model.get("at")[2] + waiting[2]; range.setAttribute("aria-valuetext", model.get("texts")[2]);
+      windows.forEach(label => label.firstChild.checked = label.firstChild.value == model.get("window"));
+      box.dataset.drawn = model.get("drawn");
+    }
     busy = false; flush();
   };
-  model.on("change:png", draw); draw();
-  img.addEventListener("wheel", e => { e.preventDefault(); if (e.deltaY) send(e.deltaY > 0 ? -1 : 1); }, { passive: false });
-  const keys = { ArrowUp: 1, ArrowDown: -1, PageUp: 10, PageDown: -10 };
-  img.addEventListener("keydown", e => { if (keys[e.key]) { e.preventDefault(); send(keys[e.key]); } });
-  img.addEventListener("click", e => {
-    const r = img.getBoundingClientRect();
-    model.set("clicked", [(e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height, Date.now()]); model.save_changes();
-  });
-  el.appendChild(img);
-  return () => { if (url) URL.revokeObjectURL(url); };
+  model.on("change:drawn", draw); draw();
+  el.appendChild(box);
+  return () => model.off("change:drawn", draw);
 }
 export default { render };
 """
 
-_REPORT_JS = """
+# %% ../nbs/14_viewer.ipynb #5c1d7be2
+_REPORT_JS = _MAKE_JS + """
 function render({ model, el }) {
-  const box = document.createElement("div");
-  box.className = "ctvlm-report";
+  const text = make("div", { className: "text" }), said = make("div", { className: "said", role: "status", "aria-live": "polite" });
+  const input = make("input", { type: "text", placeholder: "a sentence of your own" }), form = make("form", {}, make("label", {}, make("span", { textContent: "Where is" }), input), make("button", { type: "submit", textContent: "Find" }));
+  const send = changes => { for (const [k, v] of Object.entries(changes)) model.set(k, v); model.save_changes(); };
   const draw = () => {
-    box.replaceChildren(...model.get("sentences").map((s, i) => {
-      const span = document.createElement("span");
-      for (const [text, kind] of s.pieces) { const p = document.createElement("span"); p.textContent = text; if (kind) { p.className = kind; p.title = kind; } span.appendChild(p); }
+    const sentences = model.get("sentences");
+    text.replaceChildren(...sentences.map((s, i) => {
+      const span = make("span", {}, ...s.pieces.map(([words, kind]) => kind ? make("span", { className: kind, title: kind, textContent: words }) : words));
       if (!s.query) return span;
-      const choose = () => { model.set("chosen", i); model.set("presses", model.get("presses") + 1); model.save_changes(); };
-      span.tabIndex = 0; span.className = "sentence"; span.setAttribute("role", "button"); span.setAttribute("aria-pressed", String(i === model.get("chosen")));
+      const choose = () => send({ chosen: i, presses: model.get("presses") + 1 });
+      for (const [k, v] of Object.entries({ class: "sentence", role: "button", tabindex: 0, "aria-pressed": "false" })) span.setAttribute(k, v);
       span.addEventListener("click", choose);
-      span.addEventListener("keydown", e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(); } });
+      span.addEventListener("keydown", e => { if (e.key == "Enter" || e.key == " ") { e.preventDefault(); choose(); } });
       return span;
     }));
+    if (!sentences.length) text.textContent = "No report was given. Ask a sentence of your own.";
   };
-  const mark = () => [...box.children].forEach((c, i) => c.hasAttribute("role") && c.setAttribute("aria-pressed", String(i === model.get("chosen"))));
-  model.on("change:sentences", draw); model.on("change:chosen", mark); draw();
-  el.appendChild(box);
+  const mark = () => [...text.children].forEach((c, i) => c.hasAttribute("role") && c.setAttribute("aria-pressed", String(i == model.get("chosen"))));
+  const answer = () => { said.replaceChildren(...model.get("said").map(([kind, words]) => make("p", { className: kind, textContent: words }))); said.setAttribute("aria-busy", String(model.get("busy"))); };
+  form.addEventListener("submit", e => { e.preventDefault(); if (input.value.trim()) send({ chosen: -1, asked: input.value, presses: model.get("presses") + 1 }); });
+  model.on("change:sentences", draw); model.on("change:chosen", mark); model.on("change:said", answer); model.on("change:busy", answer);
+  draw(); mark(); answer();
+  const key = make("p", { className: "key" }, make("span", { className: "asserted", textContent: "asserted" }), " ", make("span", { className: "denied", textContent: "denied" }), " ", make("span", { className: "reference", textContent: "reference" }));
+  el.appendChild(make("section", { className: "ctvlm-report", "aria-label": "Report", "data-lm-suppress-shortcuts": "true" }, make("h2", { textContent: "Report" }), text, key, form, said));
 }
 export default { render };
 """
 
-_REPORT_CSS = """.ctvlm-report { white-space: pre-wrap; line-height: 1.5; max-height: 60vh; overflow: auto; color: var(--jp-ui-font-color1, inherit) }
-.ctvlm-report .sentence { cursor: pointer; border-radius: 3px } .ctvlm-report .sentence:hover, .ctvlm-report .sentence:focus-visible { outline: 2px solid #029e73 }
-.ctvlm-report .sentence[aria-pressed=true] { box-shadow: inset 0 -3px 0 #029e73 } .ctvlm-report .reference { border-bottom: 2px dashed #de8f05 }
-.ctvlm-report .asserted { font-weight: 700 } .ctvlm-report .denied { font-style: italic; text-decoration: underline dotted }"""
+# %% ../nbs/14_viewer.ipynb #5c1d7be3
+_PLANES_CSS = """.ctvlm-planes { container-type: inline-size; box-sizing: border-box; background: #0f1419; color: #e4e8ec; border-radius: 10px; padding: 10px 12px; font: 13px/1.4 system-ui, sans-serif; min-width: 0 }
+.ctvlm-planes .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: flex-start; margin-bottom: 6px; --h: min(38vh, calc((100cqw - 8px) / var(--widest))) } .ctvlm-planes figure { margin: 0; width: calc(var(--ratio) * var(--h)) } .ctvlm-planes .posterior { flex: 1 } .ctvlm-planes .stage canvas { height: var(--h) }
+.ctvlm-planes figcaption { height: 1.6em; overflow: hidden; white-space: nowrap; text-overflow: ellipsis } .ctvlm-planes .value { margin-left: .6em; color: #b4bdc6; font-variant-numeric: tabular-nums }
+.ctvlm-planes .stage { position: relative } .ctvlm-planes canvas { display: block; width: 100%; background: #000; cursor: crosshair; border-radius: 3px }
+.ctvlm-planes .posterior canvas { background: #171e25 } .ctvlm-planes :focus-visible { outline: 3px solid #56b4e9; outline-offset: 1px }
+.ctvlm-planes .letter { position: absolute; color: #d9c9a3; text-shadow: 0 0 3px #000; font-size: 12px; pointer-events: none }
+.ctvlm-planes .top { top: 2px; left: 50%; transform: translateX(-50%) } .ctvlm-planes .bottom { bottom: 2px; left: 50%; transform: translateX(-50%) }
+.ctvlm-planes .left { left: 5px; top: 50%; transform: translateY(-50%) } .ctvlm-planes .right { right: 5px; top: 50%; transform: translateY(-50%) }
+.ctvlm-planes .over { position: absolute; inset: 0; pointer-events: none } .ctvlm-planes .over span { position: absolute; right: 2px; transform: translateY(-110%); padding: 0 4px; border-radius: 3px; background: #000c; font-size: 12px; white-space: nowrap }
+.ctvlm-planes .over .predicted { color: #5fd7b0; font-weight: 700 } .ctvlm-planes .over .cited { color: #f2b455 }
+.ctvlm-planes .tools { display: flex; flex-wrap: wrap; gap: 6px 20px; align-items: center; margin-top: 10px } .ctvlm-planes .range { flex: 1 1 14rem; display: flex; gap: 10px; align-items: center } .ctvlm-planes .range input { flex: 1; accent-color: #56b4e9 }
+.ctvlm-planes .windows { display: flex; border: 1px solid #46515c; border-radius: 6px } .ctvlm-planes .windows label { position: relative; cursor: pointer } .ctvlm-planes .windows input { position: absolute; opacity: 0; inset: 0; margin: 0; cursor: pointer }
+.ctvlm-planes .windows span { display: block; padding: 4px 14px; border-radius: 5px } .ctvlm-planes .windows :checked + span { background: #e4e8ec; color: #0f1419; font-weight: 600 } .ctvlm-planes .windows :focus-visible + span { outline: 3px solid #56b4e9; outline-offset: 1px }
+.ctvlm-planes .key { display: flex; flex-wrap: wrap; gap: 2px 18px; margin-top: 8px; color: #b4bdc6; font-size: 12px } .ctvlm-planes .key i { display: inline-block; width: 22px; height: 0; margin-right: 6px; vertical-align: middle; border-top: 1px solid #56b4e9 }
+.ctvlm-planes .key .predicted { border-top: 3px solid #029e73 } .ctvlm-planes .key .interval { border-top: 11px solid #0b4636 } .ctvlm-planes .key .cited { border-top: 2px dashed #de8f05 }
+@container (max-width: 480px) { .ctvlm-planes .axial, .ctvlm-planes .sagittal { width: 100% } .ctvlm-planes .coronal { width: 72cqw } .ctvlm-planes .stage canvas { height: auto } .ctvlm-planes .posterior .stage canvas { height: calc(72cqw / var(--coronal)) } }"""
+
+_REPORT_CSS = """.ctvlm-report { box-sizing: border-box; padding: 10px 16px 12px; border: 1px solid var(--jp-border-color2, #c8ced4); border-radius: 10px; font: 14px/1.6 system-ui, sans-serif; color: var(--jp-ui-font-color1, #1b1f24); background: var(--jp-layout-color1, #fff) }
+.ctvlm-report h2 { margin: 0 0 4px; font-size: 1rem } .ctvlm-report .text { white-space: pre-wrap; max-height: 46vh; overflow: auto; padding: 3px }
+.ctvlm-report .sentence { cursor: pointer; border-radius: 3px } .ctvlm-report .sentence:hover { background: #029e7322 } .ctvlm-report :focus-visible { outline: 3px solid #0173b2; outline-offset: 1px }
+.ctvlm-report .sentence[aria-pressed=true] { box-shadow: inset 0 -3px 0 #029e73; background: #029e7322 }
+.ctvlm-report .asserted { font-weight: 700 } .ctvlm-report .denied { font-style: italic; text-decoration: underline dotted } .ctvlm-report .reference { border-bottom: 2px dashed #de8f05 }
+.ctvlm-report .key { margin: 6px 0 10px; font-size: 12px; display: flex; gap: 14px } .ctvlm-report form { display: flex; gap: 8px } .ctvlm-report form label { flex: 1; display: flex; gap: 8px; align-items: center; white-space: nowrap }
+.ctvlm-report input { flex: 1; min-width: 0 } .ctvlm-report input, .ctvlm-report button { font: inherit; padding: 4px 10px; border: 1px solid #87919b; border-radius: 6px; color: inherit; background: inherit } .ctvlm-report button { cursor: pointer; background: #0173b2; border-color: #0173b2; color: #fff }
+.ctvlm-report .said { margin-top: 10px; min-height: 4.8em } .ctvlm-report .said p { margin: 0 } .ctvlm-report .said .predicted { font-weight: 600; border-left: 4px solid #029e73; padding-left: 8px } .ctvlm-report .said .cited { border-left: 4px dashed #de8f05; padding-left: 8px }
+.ctvlm-report .said .note { font-size: 12px; opacity: .8 } .ctvlm-report [aria-busy=true] { opacity: .7 }"""
 
 # %% ../nbs/14_viewer.ipynb #e3273762
 @cache
@@ -580,101 +670,136 @@ def widget_classes():
     try: import anywidget
     except ImportError: raise InputError("the viewer draws with anywidget, which is not installed: pip install anywidget") from None
     import traitlets as t
+    def known(kind, *start): return kind(*start).tag(sync=True)                                # known to Python and browser
     class PlanesWidget(anywidget.AnyWidget): # the picture
-        _esm = _IMAGE_JS
-        png, alt, steps, clicked = t.Bytes(b"").tag(sync=True), t.Unicode("").tag(sync=True), t.Int(0).tag(sync=True), t.List([]).tag(sync=True)
+        _esm, _css = _PLANES_JS, _PLANES_CSS
+        panels, sizes, windows, window = known(t.List), known(t.List), known(t.List), known(t.Unicode)
+        png, alt, at, texts, labels, drawn = known(t.Bytes), known(t.Unicode), known(t.List), known(t.List), known(t.List), known(t.Int)
+        steps, clicked = known(t.List, t.Int(), [0, 0, 0]), known(t.List)
     class ReportWidget(anywidget.AnyWidget): # the report
         _esm, _css = _REPORT_JS, _REPORT_CSS
-        sentences, chosen, presses = t.List([]).tag(sync=True), t.Int(-1).tag(sync=True), t.Int(0).tag(sync=True)
+        sentences, said, busy = known(t.List), known(t.List), known(t.Bool)
+        chosen, asked, presses = known(t.Int, -1), known(t.Unicode), known(t.Int)
     return PlanesWidget, ReportWidget
 
 # %% ../nbs/14_viewer.ipynb #bdc01231
+_LETTERS = {"axial": [["top", "A"], ["bottom", "P"], ["left", "R"], ["right", "L"]], "coronal": [["top", "H"], ["bottom", "F"], ["left", "R"], ["right", "L"]],
+            "sagittal": [["top", "H"], ["bottom", "F"], ["left", "A"], ["right", "P"]], "posterior": []}
+
 class Explorer:
     "Scan and report side by side; see `explore`."
     def __init__(self, volume:CTVolume, report, model, series=None, window:str="soft tissue"):
         import ipywidgets as w
         if not isinstance(volume, CTVolume):
             from ctvlm.preprocessing import load_volume
-            volume = load_volume(volume)
+            volume = load_volume(volume, series)
         if window not in HU_WINDOWS: raise InputError(f"no window is called {window!r}: use one of {', '.join(HU_WINDOWS)}")
         report = getattr(report, "text", report)
+        if isinstance(report, str): self.sentences = report_sentences(report, volume, series) if report.strip() else []
+        else: self.sentences = [{"text": s + "\n", "pieces": [[s + "\n", ""]], "query": s, "reference_mm": None} for s in report]
         self.volume, self.model, self.embedded, self.answers, self.answer, self.reference_mm = volume, model, None, {}, None, None
-        self.planes, self.position = Planes(volume), [n // 2 for n in volume.array.shape]
-        self.sentences = report_sentences(report, volume, series) if isinstance(report, str) else [{"text": s + "\n", "pieces": [[s + "\n", ""]], "query": s, "reference_mm": None} for s in report]
+        self.planes, self.at = Planes(volume), [n // 2 for n in volume.array.shape]
         Picture, Report = widget_classes()
-        self.picture, self.report = Picture(), Report(sentences=[{"pieces": s["pieces"], "query": s["query"]} for s in self.sentences])
-        self.slider = w.IntSlider(value=self.position[2], min=0, max=volume.array.shape[2] - 1, description="slice", layout=w.Layout(width="98%"))
-        self.window = w.ToggleButtons(options=list(HU_WINDOWS), value=window, description="window", style={"button_width": "8em"})
-        self.free, self.status = w.Text(placeholder="a sentence of your own, then Enter", description="ask", continuous_update=False, layout=w.Layout(width="98%")), w.HTML()
-        self.picture.observe(lambda e: self.scroll(e["new"] - e["old"]), "steps")
-        self.picture.observe(lambda e: self.click(*e["new"][:2]), "clicked")
+        ratio = {name: width / height for name, (_, _, width, height) in self.planes.boxes.items()}
+        widest = max(ratio["axial"] + ratio["sagittal"], ratio["coronal"] + ratio["posterior"])                  # two rows, which together fit on a screen
+        self.picture = Picture(panels=[[name, box, _LETTERS[name]] for name, box in self.planes.boxes.items()], sizes=list(volume.array.shape), windows=list(HU_WINDOWS), window=window, layout=w.Layout(flex="1 1 30rem", min_width="0", max_width=f"max(18rem, calc({38 * widest:.0f}vh + 32px))"))
+        self.report = Report(sentences=[{"pieces": s["pieces"], "query": s["query"]} for s in self.sentences], layout=w.Layout(flex="1 1 22rem", min_width="0"))
+        self.picture.observe(lambda e: self.move(*(n + b - a for n, a, b in zip(self.at, e["old"], e["new"]))), "steps")
+        self.picture.observe(lambda e: self.click(*e["new"][:3]), "clicked")
+        self.picture.observe(lambda e: self.draw(), "window")
         self.report.observe(lambda e: self.choose(self.report.chosen), "presses")
-        self.slider.observe(lambda e: self.jump(e["new"]), "value")
-        self.window.observe(lambda e: self.draw(), "value")
-        self.free.observe(lambda e: self.ask(e["new"]) if e["new"].strip() else None, "value")
-        side = w.VBox([self.report, self.free, self.status], layout=w.Layout(flex="1 1 20rem", min_width="16rem"))
-        self.widget = w.HBox([w.VBox([self.picture, self.slider, self.window], layout=w.Layout(flex="3 1 30rem", min_width="18rem")), side], layout=w.Layout(flex_flow="row wrap"))
+        self.widget = w.HBox([self.picture, self.report], layout=w.Layout(flex_flow="row wrap", grid_gap="12px", align_items="flex-start", overflow="visible"))
         self.draw()
 
     def _ipython_display_(self):
         from IPython.display import display
         display(self.widget)
 
-    def jump(self, k): # to axial slice `k`
-        k = int(np.clip(k, 0, self.volume.array.shape[2] - 1))
-        if k != self.position[2]: self.position[2] = k; self.draw()
-        if self.slider.value != k: self.slider.value = k
+    def move(self, i=None, j=None, k=None): # to these slices; a direction left out stays
+        self.at = [n if new is None else int(np.clip(new, 0, size - 1)) for n, new, size in zip(self.at, (i, j, k), self.volume.array.shape)]
+        self.draw()
 
-    def scroll(self, steps): self.jump(self.position[2] + steps) # up is towards the head
-
-    def click(self, x, y): # at a fraction of the picture: move all planes there
-        where = self.planes.at(x, y)
-        if where is None: return
-        (name, u, v), (X, Y, Z) = where, self.volume.array.shape
-        i, j, k = self.position
-        if name == "axial": i, j = int((1 - u) * X), int((1 - v) * Y)
-        else: k = int((1 - v) * Z)
-        if name == "coronal": i = int((1 - u) * X)
-        if name == "sagittal": j = int(u * Y)
-        self.position[:2] = i, j
-        if k == self.position[2]: self.draw()
-        else: self.jump(k)
+    def click(self, name, u, v): # at a point of a plane, from its upper left corner: move the others there
+        X, Y, Z = self.volume.array.shape
+        from_right, from_front, from_head = int((1 - u) * X), int((1 - (v if name == "axial" else u)) * Y), int((1 - v) * Z)
+        self.move(*{"axial": (from_right, from_front, None), "coronal": (from_right, None, from_head), "sagittal": (None, from_front, from_head), "posterior": (None, None, from_head)}[name])
 
 # %% ../nbs/14_viewer.ipynb #ffc5fa74
 @patch
 def draw(self:Explorer):
-    "Draw the state: one image, one line of text."
-    k, z = self.position[2], self.volume.depths_mm
-    number = "" if self.volume.image_numbers is None else f", image {self.volume.image_numbers[k]}"
-    self.picture.alt = f"Axial, coronal and sagittal slices at z = {z[k]:.0f} mm{number}, {self.window.value} window" + ("" if self.answer is None else f"; predicted depth {self.answer.depth_mm:.0f} mm")
-    self.picture.png = self.planes.draw(*self.position, self.window.value, self.answer, self.reference_mm)
-    self.status.value = f"<b>z = {z[k]:.0f} mm{number}</b>" + self._said()
+    "Show the state: one message with one image."
+    i, j, k = self.at
+    volume, answer, window = self.volume, self.answer, self.picture.window
+    x, y, z = (volume.affine[axis, 3] + volume.affine[axis, axis] * n for axis, n in enumerate(self.at))
+    number = "" if volume.image_numbers is None else f", image {volume.image_numbers[k]}"
+    with self.picture.hold_sync():
+        self.picture.png = self.planes.draw(i, j, k, window, answer, self.reference_mm)
+        self.picture.at, self.picture.texts = self.at, [f"x = {x:.0f} mm", f"y = {y:.0f} mm", f"z = {z:.0f} mm{number}"]
+        self.picture.labels = self.planes.labels(answer, self.reference_mm)
+        self.picture.alt = f"Axial, coronal and sagittal slices at z = {z:.0f} mm{number}, {window} window" + ("" if answer is None else f"; posterior over depth, predicted depth {answer.depth_mm:.0f} mm{_interval(answer)}")
+        self.picture.drawn += 1
+
+def _interval(answer): # in words, or nothing
+    if answer.interval_mm is None or not np.isfinite(answer.interval_mm).all(): return ""
+    kind = getattr(answer, "interval", "")
+    return f", interval {answer.interval_mm[0]:.0f} to {answer.interval_mm[1]:.0f} mm" + (f" ({kind})" if kind else "")
 
 @patch
-def _said(self:Explorer): # the answer in words
-    a = self.answer
-    if a is None: return ""
-    kind = getattr(a, "interval", "")
-    interval = f", interval {a.interval_mm[0]:.0f} to {a.interval_mm[1]:.0f} mm" + (f" ({kind})" if kind else "") if a.interval_mm is not None and np.isfinite(a.interval_mm).all() else ""
-    reference = "" if self.reference_mm is None else f"<br>the radiologist cited {self.reference_mm:.0f} mm, {abs(self.reference_mm - a.depth_mm):.0f} mm away"
-    unsure = "<br>The posterior is flat: this may not be in the scan." if getattr(a, "abstains", False) else ""
-    trained = getattr(getattr(self.model, "config", None), "trained_on", "")
-    return f"<br>“{html.escape(_short(a.text, 120))}”<br>predicted {a.depth_mm:.0f} mm{interval}{reference}{unsure}<br><small>For research, not for diagnosis. {html.escape(trained)}</small>"
+def _said(self:Explorer): # the answer: `[kind, words]` per paragraph
+    a, trained = self.answer, getattr(getattr(self.model, "config", None), "trained_on", "")
+    image = "" if a.image_number is None else f", image {a.image_number}"
+    out = [["asked", f"“{_short(a.text, 120)}”"], ["predicted", f"predicted {a.depth_mm:.0f} mm{image}{_interval(a)}"]]
+    if self.reference_mm is not None: out.append(["cited", f"the radiologist cited {self.reference_mm:.0f} mm, {abs(self.reference_mm - a.depth_mm):.0f} mm away"])
+    if getattr(a, "abstains", False): out.append(["unsure", "The posterior is flat: this may not be in the scan."])
+    return [*out, ["note", "For research, not for diagnosis." + (f" Trained on {trained}." if trained else "")]]
+
+# %% ../nbs/14_viewer.ipynb #5c1d7be4
+@contextmanager
+def watch_windows(
+    model, # a `CTVLMModel`
+    each,  # list of pieces of a scan -> the same pieces one by one, such as a progress bar
+):
+    "While the block runs, the model encodes the windows of scans through `each`."
+    import torch
+    encode = model.encode_windows
+    def watched(windows, chunk=None): return tuple(torch.cat(p) for p in zip(*map(encode, each(windows.split(chunk or max(1, len(windows)))))))
+    model.encode_windows = watched
+    try: yield
+    finally: del model.encode_windows
+
+@patch
+def read(self:Explorer):
+    "Embed the scan, the first time that something is asked."
+    if self.embedded is not None: return
+    def each(pieces):
+        began = time.perf_counter()
+        for n, piece in enumerate(pieces):
+            left = f", {(time.perf_counter() - began) / n * (len(pieces) - n):.0f} s left" if n else ""
+            self.report.said = [["asked", f"Reading the scan, once: {n} of {len(pieces)} pieces done{left}"]]
+            yield piece
+    if not hasattr(self.model, "embed"): self.embedded = self.volume
+    else:
+        with watch_windows(self.model, each): self.embedded = self.model.embed(self.volume)
 
 @patch
 def ask(self:Explorer, text:str, reference_mm=None):
     "Ask the model where `text` is, and go there."
     text = " ".join(text.split())
-    if self.embedded is None: self.embedded = self.model.embed(self.volume) if hasattr(self.model, "embed") else self.volume # the scan is read once
-    if text not in self.answers: self.answers[text] = self.model.localize(self.embedded, [text])[0]
-    self.answer, self.reference_mm = self.answers[text], reference_mm
-    k = self.volume.slice_at(self.answer.depth_mm)
-    if k == self.position[2]: self.draw()
-    else: self.jump(k)
+    self.report.busy = True
+    try:
+        self.read()
+        if text not in self.answers: self.answers[text] = self.model.localize(self.embedded, [text])[0]
+    except InputError as e: self.report.said = [["unsure", str(e)]]
+    else:
+        self.answer, self.reference_mm = self.answers[text], reference_mm
+        self.report.said = self._said()
+        self.move(k=self.volume.slice_at(self.answer.depth_mm))
+    finally: self.report.busy = False
 
 @patch
 def choose(self:Explorer, i:int):
-    "Sentence `i` of the report was pressed."
+    "Sentence `i` of the report was pressed, or -1: the free sentence was sent."
+    if i == -1 and self.report.asked.strip(): self.ask(self.report.asked)
     if 0 <= i < len(self.sentences) and self.sentences[i]["query"]: self.ask(self.sentences[i]["query"], self.sentences[i]["reference_mm"])
 
 # %% ../nbs/14_viewer.ipynb #af694f14
@@ -687,3 +812,114 @@ def explore(
 )->Explorer:                  # shows itself in a notebook
     "Read a scan and its report side by side: click a sentence, and the scan jumps to the predicted depth."
     return Explorer(volume, report, model, series, window)
+
+# %% ../nbs/14_viewer.ipynb #5c1d7be6
+_PAGE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
+{% import "spinner.macro.html.j2" as spinner %}
+{%- block notebook_css -%}
+{% if frontend == "voila" %}{{ resources.include_js("static/voila-style.js") }}{% endif %}
+{{ spinner.css() }}
+<style>#rendered_cells { max-width: 1700px; margin: 0 auto; padding: 4px 12px } .jp-mod-noOutputs.jp-mod-noInput { display: none }
+.ctvlm-head { display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: baseline; font: 14px/1.4 system-ui, sans-serif } .ctvlm-head h1 { margin: 0; font-size: 1.3rem }</style>
+{{ super.super() }}
+{%- endblock -%}
+"""
+
+def _private_page(folder, job): # what Voila needs, in the private `folder`: the job, a notebook of one cell, a page that fetches nothing from elsewhere, this Python as its kernel
+    notebook = {"nbformat": 4, "nbformat_minor": 5, "cells": [{"cell_type": "code", "id": "reader", "metadata": {}, "outputs": [], "execution_count": None, "source": "from ctvlm.viewer import show_job\nshow_job('job.json')"}],
+                "metadata": {"title": "ctvlm reader", "kernelspec": {"name": "ctvlm", "display_name": "ctvlm", "language": "python"}}}
+    kernel = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "ctvlm", "language": "python"}
+    for name, text in {"job.json": json.dumps(job), "reader.ipynb": json.dumps(notebook), "page/index.html.j2": _PAGE, "kernels/ctvlm/kernel.json": json.dumps(kernel)}.items():
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_text(text, encoding="utf-8")
+
+def show_job(
+    path, # JSON file with `scan model report series device window`
+)->None:
+    "Show the reader for a job that `serve` wrote: the one cell of its page."
+    import logging, warnings
+    from IPython.display import HTML, display
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        volume, model = _read_job(job)
+        reader = explore(volume, job["report"], model, job["series"], job["window"])
+    except InputError as e: display(HTML(f'<p role="alert">{html.escape(str(e))}</p>'))
+    else: display(HTML(f'<header class="ctvlm-head"><h1>ctvlm reader</h1><span>{html.escape(volume.name)}</span></header>'), reader.widget)
+
+def _read_job(job): # -> scan and model, or the reason why not
+    from ctvlm.core import pick_device
+    from ctvlm.model import CTVLMModel
+    from ctvlm.preprocessing import load_volume
+    device, volume = pick_device(job["device"]), load_volume(job["scan"], job["series"])
+    return volume, CTVLMModel.from_pretrained(job["model"]).to(device).eval()
+
+# %% ../nbs/14_viewer.ipynb #5c1d7be7
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+def _voila(folder, token, port, ready, browser): # a Voila server that only this machine reaches, and only with the token
+    try: from voila.app import Voila
+    except ImportError: raise InputError("the reader is served by Voila, which is not installed: pip install 'ctvlm[view]'") from None
+    import webbrowser
+    from jupyter_core.utils import run_sync
+    from jupyter_server.auth.identity import IdentityProvider
+    from tornado.web import HTTPError
+    from traitlets.config import Config
+
+    class TokenOnly(IdentityProvider): # 403 instead of a page to log in
+        async def get_user(self, handler):
+            user = await super().get_user(handler)
+            if user is None:
+                handler.current_user = handler._jupyter_current_user = None                   # the page of the error asks for them
+                raise HTTPError(403, "without the token of `ctvlm view`")
+            return user
+
+    class Reader(Voila):
+        def setup_template_dirs(self): super().setup_template_dirs(); self.template_paths.insert(0, str(folder/"page"))
+        def launch_browser(self):                                                             # called once it listens
+            url, page = f"http://127.0.0.1:{self.port}/?token={token}", folder/"open.html"
+            page.write_text(f'<meta http-equiv="refresh" content="0; url={url}">')            # a private file: others can read the words of a command, and a token must not stand there
+            ready(url)
+            if browser: webbrowser.open(page.as_uri())
+        def stop(self):                                                                       # the folder goes in `serve`
+            for s in _SIGNALS: signal.signal(s, signal.SIG_IGN)                                # a second Ctrl-C must not leave a kernel behind
+            run_sync(self.kernel_manager.shutdown_all)(now=True)
+
+    transport = "ipc" if os.name == "posix" and len(str(folder)) < 40 else "tcp"              # sockets in the private folder: on TCP any user of the machine can listen to what a kernel shows
+    config = Config(Voila=dict(ip="127.0.0.1", port=port, token=token, identity_provider_class=TokenOnly, connection_dir_root=str(folder), config_file_paths=[], open_browser=True, log_level=50,
+                               tornado_settings=dict(allow_remote_access=False, local_hostnames=["localhost", "127.0.0.1"])),
+                    VoilaConfiguration=dict(allow_template_override="NO", allow_theme_override="NO", file_allowlist=[]),
+                    KernelSpecManager=dict(kernel_dirs=[str(folder/"kernels")], ensure_native_kernel=False), ConnectionFileMixin=dict(transport=transport),
+                    MappingKernelManager=dict(cull_idle_timeout=300, cull_interval=60))       # kernels of pages that were closed
+    server = Reader(config=config)
+    server.initialize([str(folder/"reader.ipynb")])
+    return server
+
+def serve(
+    scan,                     # what `load_volume` reads
+    model,                    # folder of a saved model, or hub name
+    report:str="",            # its text
+    series:int|None=None,     # series number, where the scan holds several
+    device:str|None=None,     # see `pick_device`
+    window:str="soft tissue", # a name of `HU_WINDOWS`
+    port:int=8866,            # the next free one from here
+    browser:bool=False,       # open one
+    ready=print,              # told the address, with its token, as soon as it answers
+)->None:                      # after Ctrl-C or SIGTERM
+    "Serve the reader to browsers of this machine, until interrupted."
+    import secrets, shutil
+    place = lambda p: str(Path(p).absolute()) if Path(p).exists() else str(p)
+    job = dict(scan=place(scan), model=place(model), report=report, series=series, device=device, window=window)
+    _read_job(job)                                                                            # what is wrong is said here and not in a page
+    folder, token = Path(tempfile.mkdtemp(prefix="ctvlm-")), secrets.token_urlsafe(32)        # only this user may look into it
+    before = {s: signal.getsignal(s) for s in _SIGNALS}
+    try:
+        _private_page(folder, job)
+        server = _voila(folder, token, port, ready, browser)
+        for s in before: signal.signal(s, signal.default_int_handler)
+        server.start()
+    except SystemExit: raise InputError(f"found no free port near {port}: choose another, for example --port {port + 100}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for s, handler in before.items(): signal.signal(s, handler)

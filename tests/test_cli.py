@@ -1,10 +1,11 @@
 "The command, from a shell's point of view: the whole journey on a handful of phantoms, and bad input."
-import json, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 
-from ctvlm.cli import app, demo_cohort, demo_model
+from ctvlm import cli
+from ctvlm.cli import app, demo_cohort, demo_model, manual
 from ctvlm.phantoms import PhantomCohort, write_cohort
 from typer.testing import CliRunner
 
@@ -101,7 +102,9 @@ def test_a_real_chest(cohort, tmp_path):
 @pytest.mark.parametrize("words", [
     ("localize", "nowhere", "-m", "MODEL", "-t", "cyst"), ("localize", "EMPTY", "-m", "MODEL", "-t", "cyst"), ("localize", "NOTES", "-m", "MODEL", "-t", "cyst"),
     ("localize", "SCAN", "-m", "MODEL", "-t", ""), ("localize", "SCAN", "-m", "nowhere", "-t", "cyst"), ("mine", "NOTES"), ("evaluate", "NOTES", "--features", "EMPTY", "-m", "MODEL", "-o", "OUT"),
-    ("localize", "SCAN", "-m", "MODEL", "-t", "cyst", "--device", "gpu9"), ("search", " ", "SCAN", "-m", "MODEL")], ids=lambda w: "-".join(w[:2]))
+    ("localize", "SCAN", "-m", "MODEL", "-t", "cyst", "--device", "gpu9"), ("search", " ", "SCAN", "-m", "MODEL"),
+    ("view", "nowhere", "-m", "MODEL"), ("view", "SCAN", "-m", "EMPTY"), ("view", "SCAN", "-m", "MODEL", "--report", " "), ("view", "SCAN", "-m", "MODEL", "--window", "brain"), ("localise", "SCAN"), ("localize", "SCAN", "-m", "MODEL"),
+    ("localize", "SCAN", "-m", "MODEL", "-t", "cyst", "--jsn")], ids=lambda w: "-".join(w[:2]))
 def test_bad_input_is_one_line_and_status_2(cohort, tmp_path, words):
     (tmp_path / "empty").mkdir(); (tmp_path / "notes.txt").write_text("no scan")
     names = {"MODEL": cohort / "model", "EMPTY": tmp_path / "empty", "NOTES": tmp_path / "notes.txt", "SCAN": sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))[0], "OUT": tmp_path / "out"}
@@ -112,10 +115,73 @@ def test_bad_input_is_one_line_and_status_2(cohort, tmp_path, words):
 
 
 def test_debug_shows_the_traceback():
-    status, _, err = shell("--debug", "localize", "nowhere", "-m", "nowhere", "-t", "cyst")
-    assert status != 0 and "Traceback" in err
+    for words in (("--debug", "localize", "nowhere", "-m", "nowhere", "-t", "cyst"), ("localize", "nowhere", "-m", "nowhere", "-t", "cyst", "--debug")):
+        status, _, err = shell(*words)
+        assert status != 0 and "Traceback" in err
+
+
+def ended(capsys, *words):
+    "Status and standard error of `main` in this process."
+    with pytest.raises(SystemExit) as left: cli.main(list(words))
+    return left.value.code, capsys.readouterr().err
+
+
+def test_statuses(monkeypatch, capsys, tmp_path):
+    (tmp_path / "w.txt").write_text("x")
+    for error, status in ((KeyError("Mrs Smith"), 3), (KeyboardInterrupt(), 130), (PermissionError(13, "Permission denied", "w.txt"), 2)):
+        def fail(*a, **k): raise error
+        monkeypatch.setattr("ctvlm.preprocessing.check_paths", fail)
+        code, err = ended(capsys, "check", str(tmp_path / "w.txt"))
+        assert code == status and err.count("\n") == 1 and err.startswith("ctvlm: ") and "Smith" not in err
+        assert {3: "--debug", 130: "interrupted", 2: "w.txt: Permission denied; check"}[status] in err
+    monkeypatch.undo()
+    assert ended(capsys, "check", str(tmp_path / "w.txt"), "--json")[0] == 1     # done, but refused
+    assert ended(capsys, "--version")[0] == 0
+
+
+def test_version_says_what_computes():
+    import torch, ctvlm
+    status, out, _ = shell("--version")
+    assert status == 0 and out.startswith(f"ctvlm {ctvlm.__version__}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, device ")
+
+
+def test_verbs_share_their_options():
+    from typer.main import get_command
+    verbs = get_command(app).commands
+    of = {name: {o for p in command.params for o in p.opts} for name, command in verbs.items()}
+    assert all("--json" in o for o in of.values())
+    assert all({"--json", "--quiet", "--device"} <= of[v] for v in ("localize", "classify", "search", "view", "embed", "evaluate"))
+    for name, command in verbs.items():
+        assert command.help and all(p.help for p in command.params if p.name != "help"), name
+        for p in command.params:                                                 # one letter means one thing
+            for short, long in (("-o", "--output"), ("-m", "--model"), ("-q", "--quiet")):
+                if long in p.opts: assert (short in p.opts) and p.opts.index(long) >= 0, (name, p.opts)
+
+
+def test_the_manual_knows_every_verb():
+    from typer.main import get_command
+    page = manual()
+    for name, command in get_command(app).commands.items():
+        part = page.split(f"### ctvlm {name}\n")[1].split("\n### ")[0].split("\n## ")[0]
+        assert command.help in part and all(o in part for p in command.params if p.param_type_name == "option" for o in p.opts)
+    for title in ("Name", "Synopsis", "Options", "Verbs", "Exit status", "Environment", "Completion", "Examples"): assert f"\n## {title}\n" in page
+    assert all(f"| {n} | {text} |" in page for n, text in cli.STATUS.items())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_completion_in_bash(tmp_path):
+    (tmp_path / "ctvlm").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ctvlm.cli "$@"\n')
+    (tmp_path / "ctvlm").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    def bash(script): return subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, env=environment, timeout=300).stdout.split("\n")
+    bash("ctvlm --install-completion; true")
+    assert "ctvlm.sh" in (tmp_path / ".bashrc").read_text()
+    ask = 'source "$HOME/.bash_completions/ctvlm.sh"; COMP_WORDS=(%s); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _ctvlm_completion ctvlm; printf "%%s\\n" "${COMPREPLY[@]}"'
+    assert {"localize", "label"} <= set(bash(ask % "ctvlm l")) and "view" not in bash(ask % "ctvlm l")
+    assert "--window" in bash(ask % "ctvlm view --w")
+    assert {"rules", "llm"} <= set(bash(ask % 'ctvlm label --engine ""'))
 
 
 def test_the_command_line_explains_itself():
-    for verb in ("demo", "phantoms", "mine", "label", "check", "preprocess", "studies", "embed", "train", "evaluate", "compare", "localize", "classify", "search"):
+    for verb in ("demo", "phantoms", "mine", "label", "check", "preprocess", "studies", "embed", "train", "evaluate", "compare", "localize", "classify", "search", "view"):
         assert "Usage" in run(verb, "--help")

@@ -1,4 +1,4 @@
-import io, json, re, shutil, subprocess, time
+import io, time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
@@ -73,18 +73,29 @@ def test_planes_lie_as_radiologists_see_them(scan):
     assert at("axial", 0.05, 0.5) == 255 and at("axial", 0.97, 0.6) < 20         # the patient's right is on the left
     assert at("axial", 0.5, 0.14) == 255 and at("axial", 0.5, 0.96) < 20         # front is up
     assert at("coronal", 0.05, 0.05) < 20 and at("coronal", 0.05, 0.9) == 255    # head is up
-    assert at("sagittal", 0.85, 0.5) == 255                                      # front is right
+    assert at("sagittal", 0.15, 0.5) == 255 and at("sagittal", 0.97, 0.5) < 20   # front is left
 
 
 def test_lines_stand_at_their_depth(scan):
     planes, answer = Planes(scan), answer_at(1200, scan)
     x, _, w, h = planes.boxes["coronal"]
-    rgb = np.asarray(Image.open(io.BytesIO(planes.draw(30, 25, scan.slice_at(1200), "lung", answer, 1100.))).convert("RGB"))
+    rgb = np.asarray(Image.open(io.BytesIO(planes.draw(30, 25, scan.slice_at(1260), "lung", answer, 1100.))).convert("RGB"))
+    blue = np.flatnonzero((rgb[:, x + w // 3] == (86, 180, 233)).all(1))
     green = np.flatnonzero((rgb[:, x + w // 2] == (2, 158, 115)).all(1))
     orange = np.flatnonzero((rgb[:, x:x + w] == (222, 143, 5)).all(2).any(1))
     to_mm = lambda row: scan.depths_mm[-1] + 4 - (row + 0.5) / h * 320
-    assert abs(to_mm(green.mean()) - 1200) < 5 and abs(to_mm(orange.mean()) - 1100) < 2
-    assert planes.at(0.999, 0.0)[0] == "sagittal" and planes.at((planes.boxes["axial"][2] + 1) / planes.width, 0.5) is None
+    assert abs(to_mm(green.mean()) - 1200) < 2 and abs(to_mm(orange.mean()) - 1100) < 2 and abs(to_mm(blue.mean()) - scan.depths_mm[scan.slice_at(1260)]) < 2
+    dashes = (rgb[orange[0], x:x + w] == (222, 143, 5)).all(1)
+    assert (len(blue), len(green)) == (1, 3) and 0.4 < dashes.mean() < 0.7          # thin, thick, dashed: told apart without colour
+    assert [kind for _, kind, _ in planes.labels(answer, 1100.)] == ["predicted", "cited"] and len(planes.labels(answer, 1201.)) == 1
+
+
+def test_only_what_changed_is_read_anew(scan):
+    planes = Planes(scan)
+    planes.draw(30, 25, 10)
+    kept = {name: planes.kept[name][1] for name in ("axial", "coronal", "sagittal")}
+    planes.draw(30, 25, 11)
+    assert [planes.kept[name][1] is kept[name] for name in kept] == [False, True, True]
 
 
 def test_a_wheel_step_is_fast():
@@ -93,10 +104,10 @@ def test_a_wheel_step_is_fast():
     planes.draw(256, 256, 150)
     times = []
     for k in range(100, 115):
-        start = time.perf_counter()
+        start = time.process_time()                                              # of the processor: other processes may be running
         planes.draw(256, 256, k, answer=answer_at(100, volume))
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.06                                                     # the quickest: other processes may be running
+        times.append(time.process_time() - start)
+    assert np.median(times) < 0.06
 
 
 def test_localization_figure(scan):
@@ -175,41 +186,82 @@ def press(reader, i):
     reader.report.presses += 1
 
 
+def said(reader): return " | ".join(words for _, words in reader.report.said)
+
+
 def test_pressing_a_sentence_jumps(reader, scan):
-    before = reader.picture.png
+    before, drawn = reader.picture.png, reader.picture.drawn
     press(reader, 0)
-    assert reader.slider.value == reader.position[2] == scan.slice_at(1200) and reader.picture.png != before
-    assert "predicted 1200 mm, interval 1170 to 1230 mm" in reader.status.value and "not for diagnosis" in reader.status.value
+    assert reader.at[2] == scan.slice_at(1200) and reader.picture.png != before and reader.picture.drawn == drawn + 1
+    assert "predicted 1200 mm, image 15, interval 1170 to 1230 mm" in said(reader) and "not for diagnosis" in said(reader)
     press(reader, 1)
     press(reader, 0)
     press(reader, 0)
-    assert reader.model.calls == 2                                               # answers are kept
+    assert reader.model.calls == 2 and not reader.report.busy                    # answers are kept
 
 
-def test_wheel_slider_window_and_click(reader, scan):
+def test_wheel_window_and_click(reader, scan):
     press(reader, 0)
-    k = reader.position[2]
-    reader.picture.steps -= 4
-    assert reader.position[2] == reader.slider.value == k - 4
-    reader.picture.steps += 1000
-    assert reader.position[2] == 39                                              # the end of the scan, no further
-    reader.slider.value = 7
-    assert reader.position[2] == 7 and f"z = {scan.depths_mm[7]:.0f} mm, image {scan.image_numbers[7]}" in reader.status.value
+    k = reader.at[2]
+    reader.picture.steps = [0, 0, -4]
+    assert reader.at[2] == k - 4
+    reader.picture.steps = [2, -3, -4]
+    assert reader.at == [32, 22, k - 4]
+    reader.picture.steps = [2, -3, 1000]
+    assert reader.at[2] == 39                                                    # the end of the scan, no further
+    reader.move(k=7)
+    assert reader.picture.texts[2] == f"z = {scan.depths_mm[7]:.0f} mm, image {scan.image_numbers[7]}"
     png = reader.picture.png
-    reader.window.value = "bone"
+    reader.picture.window = "bone"
     assert reader.picture.png != png and "bone window" in reader.picture.alt
-    x, y, w, h = reader.planes.boxes["coronal"]
-    reader.picture.clicked = [(x + w / 4) / reader.planes.width, (h / 2) / reader.planes.height, 1]
-    assert reader.position[0] in (44, 45) and abs(reader.position[2] - 20) <= 1
-    reader.picture.clicked = [1.0, 1.0, 2]                                       # nothing there
+    for name, u, v, at in (("coronal", 0.25, 0.5, [45, 22, 20]), ("axial", 0.5, 0.1, [30, 45, 20]), ("sagittal", 0.0, 0.0, [30, 49, 39]), ("posterior", 0.3, 1.0, [30, 49, 0])):
+        reader.picture.clicked = [name, u, v, time.time()]
+        assert all(abs(a - b) <= 1 for a, b in zip(reader.at, at)), (name, reader.at)
+
+
+def test_every_event_is_answered(reader):
+    drawn = reader.picture.drawn
+    reader.picture.steps = [0, 0, 1000]
+    reader.picture.steps = [0, 0, 1001]                                          # at the end already: the browser waits for an answer all the same
+    assert reader.picture.drawn == drawn + 2
+
+
+def ask(reader, text):
+    reader.report.asked = text
+    press(reader, -1)
 
 
 def test_a_free_sentence(reader, scan):
-    reader.free.value = "  where is   the liver? "
-    assert reader.position[2] == scan.slice_at(1050) and "where is the liver?" in reader.status.value
+    ask(reader, "  where is   the liver? ")
+    assert reader.at[2] == scan.slice_at(1050) and "where is the liver?" in said(reader)
     calls = reader.model.calls
-    reader.free.value = " "
+    ask(reader, " ")
     assert reader.model.calls == calls
+
+
+def test_what_the_model_refuses_is_said(reader, monkeypatch):
+    def refuse(volume, texts): raise InputError("this model has no tokenizer: give it one")
+    monkeypatch.setattr(reader.model, "localize", refuse)
+    at = list(reader.at)
+    ask(reader, "liver")
+    assert said(reader) == "this model has no tokenizer: give it one" and reader.at == at and not reader.report.busy
+
+
+def test_reading_a_scan_tells_how_far_it_is(scan):
+    torch, told = pytest.importorskip("torch"), []
+    class Encoder(Model):
+        def encode_windows(self, windows, chunk=None): return windows.sum((1, 2)), windows
+        def embed(self, volume): return self.encode_windows(torch.ones(5, 2, 3), 2)
+        def localize(self, embedded, texts): return super().localize(scan, texts)
+    reader = explore(scan, ["Nodule in the lung."], Encoder())
+    reader.report.observe(lambda e: told.append(e["new"][0][1]), "said")
+    press(reader, 0)
+    assert told[0] == "Reading the scan, once: 0 of 3 pieces done" and "2 of 3 pieces done" in told[2] and "s left" in told[2]
+    assert reader.embedded[0].tolist() == [6.0] * 5 and reader.embedded[1].shape == (5, 2, 3) and "encode_windows" not in vars(reader.model)
+
+
+def test_no_report(scan):
+    assert explore(scan, " \n", Model()).sentences == []
 
 
 def test_report_with_references(scan):
@@ -223,7 +275,7 @@ def test_report_with_references(scan):
     assert {"reference", "asserted"} <= kinds and "image" not in reader.sentences[nodule]["query"]
     press(reader, nodule)
     depth = float(scan.depths_mm[np.flatnonzero(scan.image_numbers == 15)[0]])
-    assert reader.reference_mm == depth and f"the radiologist cited {depth:.0f} mm" in reader.status.value
+    assert reader.reference_mm == depth and f"the radiologist cited {depth:.0f} mm" in said(reader)
     assert not next(s for s in reader.sentences if s["text"].strip() == "Findings:")["query"]
     other = explore(scan, REPORT, Model(), series=5)
     assert all(s["reference_mm"] is None for s in other.sentences)
@@ -232,83 +284,3 @@ def test_report_with_references(scan):
 def test_marked_pieces():
     assert viewer._marked("a nodule (4/38).", [(2, 8, "asserted"), (10, 14, "reference"), (0, 16, "denied")]) == [
         ["a ", "denied"], ["nodule", "asserted"], [" (", "denied"], ["4/38", "reference"], [").", "denied"]]
-
-
-SCRIPT = """
-class El { constructor() { this.children = []; this.style = {}; this.l = {}; this.attrs = {} }
-  addEventListener(n, f) { this.l[n] = f } appendChild(c) { this.children.push(c) } replaceChildren(...c) { this.children = c }
-  setAttribute(k, v) { this.attrs[k] = v } hasAttribute(k) { return k in this.attrs } getBoundingClientRect() { return { left: 10, top: 20, width: 100, height: 50 } } }
-globalThis.document = { createElement: () => new El() }; URL.createObjectURL = () => "blob:1"; URL.revokeObjectURL = () => {};
-const Model = d => { const h = {}; return { get: k => d[k], set: (k, v) => { d[k] = v }, save_changes() {}, on: (e, f) => { h[e] = f }, fire: e => h[e](), d } };
-const load = async s => (await import("data:text/javascript," + encodeURIComponent(s))).default, out = [], ev = o => ({ preventDefault() {}, ...o });
-let m = Model({ png: new DataView(new ArrayBuffer(8)), alt: "", steps: 0, clicked: [] }), el = new El();
-(await load(SOURCES[0])).render({ model: m, el }); let x = el.children[0];
-for (const d of [5, 5, 5]) x.l.wheel(ev({ deltaY: d })); out.push(m.d.steps); m.fire("change:png"); out.push(m.d.steps); m.fire("change:png");
-x.l.keydown(ev({ key: "PageUp" })); out.push(m.d.steps); x.l.click(ev({ clientX: 60, clientY: 45 })); out.push(...m.d.clicked.slice(0, 2));
-m = Model({ sentences: [{ pieces: [["A ", ""], ["nodule", "asserted"]], query: "q" }, { pieces: [["Findings:", ""]], query: "" }], chosen: -1, presses: 0 }); el = new El();
-(await load(SOURCES[1])).render({ model: m, el }); x = el.children[0].children;
-out.push(x[1].hasAttribute("role")); x[0].l.keydown(ev({ key: "Enter" })); m.fire("change:chosen"); out.push(m.d.chosen, m.d.presses, x[0].attrs["aria-pressed"]);
-console.log(JSON.stringify(out)); process.exit(0);
-"""
-
-
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-def test_scripts_of_the_widgets(tmp_path):
-    (tmp_path / "run.mjs").write_text(f"const SOURCES = {json.dumps([viewer._IMAGE_JS, viewer._REPORT_JS])};" + SCRIPT)
-    done = subprocess.run(["node", tmp_path / "run.mjs"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [-1, -3, 7, 0.5, 0.5, False, 0, 1, "true"]  # one step at once, two more when the picture came
-
-
-# ---------------------------------------------------------------- and in a real one
-
-NOTEBOOK = """
-from types import SimpleNamespace
-import numpy as np
-from ctvlm.core import CTVolume
-from ctvlm.viewer import explore
-array = np.random.default_rng(0).integers(-200, 300, size=(128, 128, 80)).astype(np.float32)
-scan = CTVolume(array, np.diag([3., 3, 5, 1]))
-bins = np.arange(6, 400, 12.)
-class Model:
-    def localize(self, volume, texts): return [SimpleNamespace(text=t, depth_mm=300., image_number=None, interval_mm=(280., 320.), bin_depths_mm=bins, probabilities=np.ones(len(bins)) / len(bins)) for t in texts]
-explore(scan, ["Nodule in the lung."], Model())
-"""
-
-
-@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("jupyter-lab")), reason="needs Chromium and JupyterLab")
-def test_in_a_real_browser(tmp_path):
-    pytest.importorskip("anywidget")
-    playwright = pytest.importorskip("playwright.sync_api")
-    import nbformat, os, sys
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.strip())], metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
-    nbformat.write(nb, tmp_path / "view.ipynb")
-    log = open(tmp_path / "server.log", "w+")
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", "--IdentityProvider.token=t", f"--ServerApp.root_dir={tmp_path}"], stdout=log, stderr=log,
-                              env=os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data")})
-    try:
-        for _ in range(300):
-            port = re.search(r"http://127\.0\.0\.1:(\d+)/lab", (tmp_path / "server.log").read_text())
-            if port: break
-            time.sleep(0.1)
-        with playwright.sync_playwright() as p:
-            page = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"]).new_page(viewport={"width": 1400, "height": 900})
-            page.goto(f"http://127.0.0.1:{port[1]}/lab/tree/view.ipynb?token=t")
-            page.locator(".jp-Cell .cm-content").first.click(timeout=60_000)
-            page.wait_for_timeout(1500)
-            page.keyboard.press("Shift+Enter")
-            image, status = page.locator(".jp-OutputArea img"), page.locator(".widget-html-content", has_text="z =")
-            image.wait_for(timeout=60_000)
-            page.wait_for_function("() => [...document.querySelectorAll('.jp-OutputArea img')].some(i => i.naturalWidth > 500)")
-            assert "z = 200 mm" in status.inner_text()
-            image.hover()
-            page.mouse.wheel(0, 100)                                             # towards the feet
-            page.get_by_text("z = 195 mm").wait_for(timeout=5000)
-            page.get_by_role("button", name="Nodule in the lung.").click()
-            page.get_by_text("predicted 300 mm").wait_for(timeout=5000)
-            assert "z = 300 mm" in status.inner_text() and "predicted depth 300 mm" in image.get_attribute("alt")
-            page.keyboard.press("Tab")
-            page.screenshot(path=tmp_path / "viewer.png")
-    finally:
-        server.terminate()
-        server.wait(20)
