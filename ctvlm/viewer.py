@@ -405,8 +405,8 @@ class Planes:
     "Draws axial, coronal and sagittal slices and a posterior of one volume as one PNG."
     def __init__(self,
         volume:CTVolume,
-        size:int=512,   # pixels of the longest edge of a plane
-        strip:int=130,  # pixels of the posterior's width
+        size:int=448,   # pixels of the longest edge of a plane
+        strip:int=112,  # pixels of the posterior's width
     ):
         self.volume, self.kept = volume, {}
         (X, Y, Z), (sx, sy, sz) = volume.array.shape, volume.spacing
