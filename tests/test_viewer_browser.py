@@ -188,7 +188,7 @@ def test_in_jupyterlab(open_page, tmp_path):
         assert focused(page)[1] == "axial plane"
         page.get_by_role("button", name="Nodule in the lung.").click()
         page.get_by_text("predicted 300 mm").wait_for()
-        assert z(page) == 60
+        wait_for(page, "() => document.querySelector('figure.axial canvas').getAttribute('aria-valuenow') == 60")
         page.screenshot(path=tmp_path / "jupyterlab.png")
     finally:
         server.terminate()
