@@ -9,7 +9,7 @@ __all__ = ['log', 'QWEN3', 'PREFIXES', 'SUFFIXES', 'SPECTRE', 'TEXT', 'CTVLMConf
            'FindingAnswer', 'RankAnswer']
 
 # %% ../nbs/10_model.ipynb #2e46e3af
-import contextlib, json, logging, math, pickle, struct, sys, tempfile
+import contextlib, copy, json, logging, math, pickle, struct, sys, tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -304,12 +304,15 @@ def rename(
 
 def place_adapters(
     state:dict,          # our names; adapters beside their weights as loralib keeps them
-    sizes:AdapterSizes|None, # `None`: no adapters wanted
+    sizes:AdapterSizes|None, # `None`: no adapters wanted, which is possible where the weights contain them
     merged:bool,         # do the weights contain their adapters already?
 )->dict:                 # names as peft has them
     "Give each adapter its place, and each weight without its adapter."
     out = {k: v for k, v in state.items() if not k.endswith((".lora_A", ".lora_B"))}
-    for name in [k.removesuffix(".lora_A") for k in state if k.endswith(".lora_A")]:
+    names = [k.removesuffix(".lora_A") for k in state if k.endswith(".lora_A")]
+    if sizes is None and names and not merged: raise InputError(f"the weights hold adapters ({names[0]} and others), the configuration none: give their sizes, and merge them once they are loaded")
+    if sizes is None: return out
+    for name in names:
         A, B = state[name + ".lora_A"], state[name + ".lora_B"]                                               # (r, in), (out, r)
         weight = out.pop(name + ".weight")
         if merged: weight = (weight.float() - sizes.scale * B.float() @ A.float()).to(weight.dtype)           # (out, in)
@@ -443,6 +446,7 @@ def load_text(self:CTVLMModel,
 def merge_adapters(self:CTVLMModel)->CTVLMModel: # itself
     "Add the text encoder's adapters into its weights; the model computes the same and is saved without them."
     merge_adapters(self.text_encoder)
+    self.config = copy.deepcopy(self.config)                       # others may hold the old one
     self.config.adapters = {}
     return self
 

@@ -81,8 +81,13 @@ def test_adapters_contained_or_not(tmp_path, caplog):
     wrong = CTVLMModel.from_radfinder(TINY / "weights.safetensors", config_of(TINY), lora_merged=False)
     assert (texts(wrong, i, "report") - o["report_embedding"]).abs().max() > 0.05
     assert sorted(n for n, p in merged.text_encoder.named_parameters() if p.requires_grad) == sorted(n for n, _ in merged.text_encoder.named_parameters() if "lora_" in n)
+    config = CTVLMConfig.from_radfinder(config_of(TINY), adapters={})                           # without adapters: the weights that contain them do alone
+    close(texts(CTVLMModel.from_radfinder(TINY / "weights.safetensors", config), i, "report"), o["report_embedding"])
+    with pytest.raises(InputError, match="the weights hold adapters"): CTVLMModel.from_radfinder(tmp_path / "bare.safetensors", config, lora_merged=False)
+    before = merged.config
     merged.merge_adapters()
     close(texts(merged, i, "report"), o["report_embedding"])
+    assert merged.config.adapters == {} and before.adapters                                     # whoever shares the old configuration keeps it
 
 
 def test_every_misfit_is_named(tmp_path):

@@ -160,6 +160,13 @@ def test_attention_in_bfloat16_agrees_with_the_fused_one():
         assert (attend(*(t.bfloat16() for t in (q, k, v)), m).float() - whole).abs().max() < 0.03
 
 
+def test_attention_in_bfloat16_takes_some_heads_at_a_time():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 5, 400, 12).bfloat16()                                         # six of the fifteen heads at once, then three
+    mask = torch.rand(3, 1, 1, 400) > 0.4                                                       # another one for each row
+    for m in (None, mask): assert (attend(q, k, v, m).float() - F.scaled_dot_product_attention(*(t.float() for t in (q, k, v)), attn_mask=m)).abs().max() < 0.02
+
+
 def test_misuse_is_named():
     with pytest.raises(InputError, match="multiple of 6"): EncoderSizes(width=64, heads=4)
     with pytest.raises(InputError, match="does not divide"): EncoderSizes(width=64, heads=3)
