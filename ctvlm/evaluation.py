@@ -14,7 +14,8 @@ __all__ = ['BIN_MM', 'ORGANS', 'TASKS', 'RESULT_FORMAT', 'RESULT_SCHEMA', 'TOTAL
            'worst_cases', 'organ_extents', 'organ_check']
 
 # %% ../nbs/13_evaluation.ipynb #610d3c49
-import json, re
+import json, os, re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -91,17 +92,17 @@ def _embeddings(x, name="embeddings"): # to a finite `(N, E)` array, from numpy 
 
 def _lengths(x): return np.maximum(np.sqrt(np.einsum("ne,ne->n", x, x, dtype=np.float64)), 1e-30)[:, None] # (N, 1)
 
-def _count(S, own, exact): # block of similarities `(r, c)`, those to the right one `(r,)` in float64; exact(i, j): float64 similarities
-    "Per row, how many of `S` are above `own` and how many tie with it (the right one itself among them)."
+def _count(S, own, exact, mask): # block of similarities `(r, c)`, those to the right one `(r,)` in float64; exact(i, j): float64 similarities; scratch `(r, c)` bool
+    "Per row, how many of `S` are above `own` and how many tie with it (the right one itself among them): `(2, r)`."
     low, high = ((own + d).astype(np.float32)[:, None] for d in (-_CLOSE, _CLOSE))
-    count = lambda mask: mask.view(np.uint8).sum(1, dtype=np.uint16).astype(np.int64)
-    above = count(S >= high)
-    rows = np.flatnonzero(count(S >= low) > above)           # where something is too close to tell
+    count = lambda cut: np.greater_equal(S, cut, out=mask).view(np.uint8).sum(1, dtype=np.uint32).astype(np.int64)
+    above = count(high)
+    rows = np.flatnonzero(count(low) > above)                # where something is too close to tell
     i, j = np.nonzero((S[rows] >= low[rows]) & (S[rows] < high[rows]))
     i = rows[i]
     difference = exact(i, j) - own[i]
-    bins = lambda mask: np.bincount(i[mask], minlength=len(own))
-    return above + bins(difference > _TIE), bins(np.abs(difference) <= _TIE)
+    bins = lambda where: np.bincount(i[where], minlength=len(own))
+    return np.stack([above + bins(difference > _TIE), bins(np.abs(difference) <= _TIE)])
 
 def _exact(A, B): # raw rows `(r, E)`, `(c, E)` -> the function (i, j) -> float64 cosines of A[i], B[j]
     def cosines(i, j):
@@ -122,14 +123,20 @@ def pair_ranks(
     image, text = _embeddings(image, "image embeddings"), _embeddings(text, "text embeddings")
     if image.shape != text.shape: raise InputError(f"image embeddings {image.shape} and text embeddings {text.shape} differ: row i of both must belong to one pair")
     u, v = ((x / _lengths(x)).astype(np.float32) for x in (image, text))
-    own = np.concatenate([_exact(text[k:k + rows], image[k:k + rows])(*[np.arange(len(text[k:k + rows]))] * 2) for k in range(0, len(text), rows)])
-    ranks = {d: np.zeros((2, len(own)), np.int64) for d in ("text_to_image", "image_to_text")}
-    for r in (slice(k, k + rows) for k in range(0, len(own), rows)):
-        for c in (slice(k, k + columns) for k in range(0, len(own), columns)):
-            S = v[r] @ u[c].T                                               # (r, c)
-            ranks["text_to_image"][:, r] += _count(S, own[r], _exact(text[r], image[c]))
-            ranks["image_to_text"][:, c] += _count(S.T, own[c], _exact(image[c], text[r]))
-    return {d: tuple(x) for d, x in ranks.items()}
+    blocks = lambda size: [slice(k, min(k + size, len(u))) for k in range(0, len(u), size)]
+    own = np.concatenate([_exact(text[b], image[b])(*[np.arange(b.stop - b.start)] * 2) for b in blocks(rows)])
+    def one(r): # a block of texts with all images: counts `(2 directions, 2, N)`
+        counts, S, mask = np.zeros((2, 2, len(u)), np.int64), np.empty((rows, columns), np.float32), np.empty((rows, columns), bool)
+        for c in blocks(columns):
+            shape = slice(r.stop - r.start), slice(c.stop - c.start)
+            s = np.matmul(v[r], u[c].T, out=S[shape])                       # (r, c)
+            counts[0, :, r] += _count(s, own[r], _exact(text[r], image[c]), mask[shape])
+            counts[1, :, c] += _count(s.T, own[c], _exact(image[c], text[r]), mask[shape].T)
+        return counts
+    total = np.zeros((2, 2, len(u)), np.int64)
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:                # numpy lets go of the interpreter: one block multiplies while another counts
+        for counts in pool.map(one, blocks(rows)): total += counts
+    return {d: tuple(x) for d, x in zip(("text_to_image", "image_to_text"), total)}
 
 # %% ../nbs/13_evaluation.ipynb #f7673514
 def _chances(above, tied, ks): return np.stack([np.clip((k - above) / tied, 0, 1) for k in ks], -1) # (..., len(ks)) chance to be within the first k

@@ -1,0 +1,149 @@
+"""What makes localization better? Variants of the loss and of the reading, each trained over several seeds on cached window features.
+
+    ctvlm demo -o runs/demo
+    python benchmarks/improvements.py runs/demo                        minutes
+    python benchmarks/improvements.py runs/demo --epochs 1 --seeds 1   to try it out
+
+Scan encoder, text encoder and heads start from new weights for every seed and learn localization alone; the window encoder is the run's.
+Each variant is compared with the first, patient by patient. Prints one JSON line per run and writes benchmarks/results/improvements.json, which
+chapter 13 shows.
+"""
+import argparse, json, math, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np, torch
+import torch.nn.functional as F
+
+from ctvlm.core import InputError, seed_everything, write_atomically
+from ctvlm.data import Batches, embed_studies, read_studies
+from ctvlm.evaluation import calibrate_depth, embed_batches, encode_batch, paired_difference, read_depths
+from ctvlm.localization import depth_similarity, localization_loss
+from ctvlm.model import CTVLMModel
+
+TAU = 0.1
+
+
+def cross_entropy(b, sigma=2., on_bins=False):
+    "The loss of chapter 8 against a Gaussian around the cited depth, or around the bin that holds it."
+    return localization_loss(b.slices, b.snippets, b.bin.round() if on_bins else b.bin, b.valid, sigma, TAU, padding_free=True)
+
+
+def cdf_distance(b, power, places=4):
+    "Integral over depth of |F(z) - [z >= truth]|^power in bins: 1 the earth mover's distance to the cited depth, 2 the CRPS."
+    logits = (depth_similarity(b.slices, b.snippets) / TAU).masked_fill(~b.valid, -torch.inf)              # (S, D)
+    p = torch.softmax(logits, 1)[:, :, None]
+    inside = (torch.arange(places) + 0.5) / places                                                        # of a bin, from its lower end
+    below = p.cumsum(1) - p + p * inside                                                                  # (S, D, places)
+    above_truth = torch.arange(p.shape[1])[:, None] + inside - 0.5 >= b.bin[:, None, None]
+    return ((below - above_truth.float()).abs()**power * b.valid[:, :, None]).sum((1, 2)).mean() / places
+
+
+def other_scans(b, share=1.):
+    "Cross-entropy in which the depth bins of the batch's other scans compete with a scan's own."
+    own = (depth_similarity(b.slices, b.snippets) / TAU).masked_fill(~b.valid, -torch.inf)                 # (S, D)
+    foreign = torch.einsum("bdp,sp->sbd", F.normalize(b.all_slices, dim=-1), F.normalize(b.snippets, dim=-1)) / TAU
+    foreign = foreign.masked_fill(~b.all_valid | (torch.arange(len(b.all_valid))[:, None] == b.scan[:, None, None]), -torch.inf)
+    against = torch.logaddexp(own.logsumexp(1), foreign.flatten(1).logsumexp(1) + math.log(share)) - own.logsumexp(1)
+    return cross_entropy(b) + against.mean()
+
+
+LOSSES = {"Gaussian in mm, 24 mm": cross_entropy,
+          "Gaussian on bins": lambda b: cross_entropy(b, on_bins=True),
+          "Gaussian in mm, 12 mm": lambda b: cross_entropy(b, 1.),
+          "Gaussian in mm, 48 mm": lambda b: cross_entropy(b, 4.),
+          "+ CRPS": lambda b: cross_entropy(b) + cdf_distance(b, 2),
+          "+ earth mover": lambda b: cross_entropy(b) + cdf_distance(b, 1),
+          "earth mover alone": lambda b: cdf_distance(b, 1),
+          "+ negatives from other scans": other_scans}
+
+
+def parabola(posterior, depths, bin_mm):
+    "The best bin, moved to the top of the parabola through its logarithm and its neighbours'."
+    k = posterior.argmax(1)
+    rows, last = np.arange(len(k)), np.isfinite(depths).sum(1) - 1
+    log = np.log(np.maximum(posterior, 1e-30))
+    low, mid, high = (log[rows, np.clip(k + d, 0, last)] for d in (-1, 0, 1))
+    curve = low - 2 * mid + high
+    shift = np.where((k > 0) & (k < last) & (curve < 0), 0.5 * (low - high) / np.where(curve < 0, curve, -1), 0)
+    return depths[rows, k] + bin_mm * shift
+
+
+def train(model, data, loss, epochs, rate):
+    "AdamW with a short warm-up and a cosine, on the parts that localization needs."
+    parts = [p for name, p in model.named_parameters() if not name.startswith("window_encoder")]
+    optimiser, steps, step = torch.optim.AdamW(parts, lr=rate, betas=(0.9, 0.95), weight_decay=1e-2), epochs * len(data), 0
+    model.train()
+    for _ in range(epochs):
+        for batch in data:
+            step += 1
+            if not len(batch["snippet_scan"]): continue
+            for group in optimiser.param_groups: group["lr"] = rate * min(1, step / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            scans, where = encode_batch(model, batch), batch["snippet_scan"]
+            b = SimpleNamespace(slices=scans.slices[where], valid=scans.valid[where], bin=batch["snippet_bin"].float(), scan=where, all_slices=scans.slices,
+                                all_valid=scans.valid, snippets=model.encode_text(batch["snippet_ids"], batch["snippet_mask"], head="snippet"))
+            optimiser.zero_grad()
+            loss(b).backward()
+            torch.nn.utils.clip_grad_norm_(parts, 1.)
+            optimiser.step()
+
+
+def measure(model, batches):
+    "Errors of every snippet under each reading, whether the interval held it and how long it was."
+    calibration = calibrate_depth(embed_batches(model, batches("val"), quiet=True))
+    e = embed_batches(model, batches("test"), quiet=True)
+    found, posterior = read_depths(e, calibration)
+    truth = found.depth_mm.to_numpy()
+    readings = {"median": found.pred_mm, "best bin": found.argmax_mm, "parabola": parabola(posterior, e.bin_depths_mm, calibration.bin_mm)}
+    held = (found.interval_low_mm <= truth) & (truth <= found.interval_high_mm)
+    return found.patient.tolist(), {k: np.abs(np.asarray(v) - truth) for k, v in readings.items()}, float(held.mean()), float((found.interval_high_mm - found.interval_low_mm).mean())
+
+
+def summarise(runs, patients):
+    "Each variant's mean error per seed, and its paired difference to the first: seeds averaged, patients resampled."
+    variants, rows = list(dict.fromkeys(r["variant"] for r in runs)), []
+    errors = {v: np.stack([r["error"] for r in runs if r["variant"] == v]) for v in variants}                # (seeds, S)
+    first = errors[variants[0]]
+    for v, e in errors.items():
+        d = paired_difference(first.mean(0), e.mean(0), patients)
+        rows.append({"variant": v, "mae_mm": e.mean(1).round(2).tolist(), "mean_mm": float(e.mean()), "difference_mm": d["difference"], "difference_ci95": d["difference_ci95"],
+                     "better_in_every_seed": bool((e.mean(1) < first.mean(1)).all()), **{k: float(np.mean([r[k] for r in runs if r["variant"] == v])) for k in ("coverage", "length_mm")}})
+    return rows
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, model")
+    ap.add_argument("--epochs", type=int, default=12)
+    ap.add_argument("--seeds", type=int, default=3)
+    ap.add_argument("--batch", type=int, default=8)
+    ap.add_argument("--rate", type=float, default=2e-3)
+    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--features", type=Path, help="where window features are kept (RUN/features)")
+    ap.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"improvements.json")
+    args = ap.parse_args()
+    torch.set_num_threads(args.threads)
+    studies, model = read_studies(args.run/"studies.parquet"), CTVLMModel.from_pretrained(args.run/"model")
+    store, tokenizer = embed_studies(studies, model, args.features or args.run/"features", workers=args.threads)["store"], model.processor.tokenizer
+    split = dict(list(studies.groupby("split")))
+    if not {"train", "val", "test"} <= set(split): raise InputError(f"{args.run}/studies.parquet has the splits {', '.join(split)}, expected train, val and test: run `ctvlm demo`")
+    held_out = {name: Batches(split[name], store, tokenizer, args.batch, training=False) for name in ("val", "test")}
+    runs = []
+    for seed in range(args.seeds):
+        for name, loss in LOSSES.items():
+            began = time.perf_counter()
+            seed_everything(seed)
+            fresh = CTVLMModel(model.config)
+            train(fresh, Batches(split["train"], store, tokenizer, args.batch, seed=seed), loss, args.epochs, args.rate)
+            patients, errors, coverage, length = measure(fresh, held_out.__getitem__)
+            readings = errors if loss is cross_entropy else {"median": errors["median"]}
+            for reading, error in readings.items():
+                runs.append({"variant": name if reading == "median" else f"{name}, read at the {reading}", "seed": seed, "error": error, "coverage": coverage, "length_mm": length})
+            print(json.dumps({"benchmark": "improvements", "variant": name, "seed": seed, "mae_mm": {k: round(float(e.mean()), 2) for k, e in readings.items()},
+                              "coverage": round(coverage, 3), "length_mm": round(length, 1), "seconds": round(time.perf_counter() - began)}), flush=True)
+        if seed + 1 < args.seeds: continue
+        about = {"patients": {k: int(v.patient.nunique()) for k, v in split.items()}, "snippets": len(patients), "epochs": args.epochs, "seeds": args.seeds, "window_encoder": model.config.trained_on}
+        with write_atomically(args.output) as t: t.write_text(json.dumps({**about, "rows": summarise(runs, patients)}, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
