@@ -10,8 +10,8 @@ __all__ = ['BIN_MM', 'ORGANS', 'TASKS', 'RESULT_FORMAT', 'RESULT_SCHEMA', 'TOTAL
            'encode_batch', 'zero_shot_scores', 'combine_findings', 'benchmark_classes', 'evaluate_retrieval',
            'evaluate_pools', 'evaluate_volumes', 'evaluate_classification', 'calibrate_depth', 'read_depths',
            'ratio_ci', 'evaluate_localization', 'evaluate_model', 'snippet_table', 'evaluate_studies', 'check_result',
-           'write_result', 'read_result', 'paired_difference', 'paired_auc', 'compare_results', 'error_analysis',
-           'worst_cases', 'organ_extents', 'organ_check']
+           'json_schema', 'write_result', 'read_result', 'paired_difference', 'paired_auc', 'compare_results',
+           'error_analysis', 'worst_cases', 'organ_extents', 'organ_check']
 
 # %% ../nbs/13_evaluation.ipynb #610d3c49
 import json, os, re
@@ -657,7 +657,7 @@ def evaluate_localization(
 )->dict:                # section "localization"
     "Error of the predicted depth beside everything that needs no image."
     if not len(e.snippets): raise InputError("found 0 snippets with a depth, expected at least 1: localization needs studies with pairs")
-    if calibration is not None and not np.isfinite(calibration.margin_mm): calibration = replace(calibration, patients=0) # too few patients for an interval
+    if calibration is not None and not np.isfinite(calibration.stretch): calibration = replace(calibration, patients=0) # too few patients for an interval
     found, _ = read_depths(e, calibration)
     promised = calibration is not None and calibration.patients > 0
     patients, error = list(found.patient), np.abs(found.pred_mm - found.depth_mm)
@@ -800,6 +800,16 @@ def check_result(
     for task, schema in RESULT_SCHEMA.items():
         if task in result: check(result[task], schema, task)
     return result
+
+def json_schema()->dict:
+    "`RESULT_SCHEMA` as a JSON Schema, draft 2020-12."
+    names = {float: "number", int: "integer", str: "string", list: "array", dict: "object"}
+    def shape(kind, optional=False):
+        if not isinstance(kind, dict): return {"type": names[kind]}
+        return {"type": "object", "properties": {k: shape(v) for k, v in kind.items()}, "required": [] if optional else list(kind)}
+    tasks = shape(RESULT_SCHEMA, optional=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": RESULT_FORMAT, "type": "object",
+            "properties": {"format": {"const": RESULT_FORMAT}, **tasks["properties"]}, "required": ["format"]}
 
 def _finite(x): # what JSON can hold
     if isinstance(x, dict): return {k: _finite(v) for k, v in x.items()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['depth_target', 'depth_similarity', 'localization_loss', 'depth_posterior', 'posterior_quantile_mm',
-           'posterior_median_mm', 'posterior_interval_mm', 'decode_depth', 'fit_temperature', 'conformal_margin',
-           'flatness', 'DepthCalibration']
+           'posterior_median_mm', 'posterior_interval_mm', 'decode_depth', 'fit_temperature', 'expected_error_mm',
+           'conformal_quantile', 'flatness', 'DepthCalibration']
 
 # %% ../nbs/08_localization.ipynb #e08da51f
 import math
@@ -134,19 +134,32 @@ def fit_temperature(
     taus = [0.005 * 2**(i / 8) for i in range(73)]                                                    # 0.005 ... 2.56, steps of 9 %
     return min(taus, key=nll)
 
+# %% ../nbs/08_localization.ipynb #59979583
+def expected_error_mm(
+    prob:Tensor,          # `(S, D)` posterior
+    bin_depths_mm:Tensor, # `(S, D)` or `(D,)` bin centres in scanner mm, NaN where padded
+    depth_mm:Tensor,      # `(S,)` an answer
+    bin_mm:float=12.,     # thickness of a bin
+)->Tensor:                # `(S,)` mm
+    "How far from the answer the posterior itself expects the truth to lie."
+    depths = torch.as_tensor(bin_depths_mm, dtype=torch.float32).expand(len(prob), -1)
+    away, half = (torch.where(depths.isfinite(), depths, 0) - depth_mm[:, None]).abs(), bin_mm / 2    # (S, D)
+    inside = (away**2 + half**2) / bin_mm                                                             # the bin that holds the answer reaches to both sides of it
+    return (torch.where(depths.isfinite(), prob, 0) * torch.where(away < half, inside, away)).sum(1)
+
 # %% ../nbs/08_localization.ipynb #23bf7497
-def conformal_margin(
-    outside:Tensor,  # `(S,)` how far the truth lay outside of its interval, negative inside
+def conformal_quantile(
+    score:Tensor,    # `(S,)` how badly each held-out case was missed
     patient:list,    # `(S,)` whose snippet it is
     coverage:float=0.9, # share that shall be covered
-)->float:            # what to add at both ends; infinite with too few patients
-    "The margin that gives intervals their coverage on a new patient's snippet."
-    if len(outside) != len(patient): raise InputError(f"found {len(outside)} cases of {len(patient)} patients' names, expected one name per case")
+)->float:            # the score that a new patient's snippet stays below with that probability; infinite with too few patients
+    "Quantile of held-out scores in which every patient weighs the same and the one to come counts as missed."
+    if len(score) != len(patient): raise InputError(f"found {len(score)} cases of {len(patient)} patients' names, expected one name per case")
     names, who, many = np.unique(np.asarray(patient, str), return_inverse=True, return_counts=True)
-    order = torch.argsort(outside)
+    order = torch.argsort(score)
     share = torch.tensor(1 / many[who] / (len(names) + 1), dtype=torch.float64)[order].cumsum(0)
     enough = (share >= coverage - 1e-12).nonzero()
-    return float(outside[order[enough[0, 0]]]) if len(enough) else math.inf
+    return float(score[order[enough[0, 0]]]) if len(enough) else math.inf
 
 # %% ../nbs/08_localization.ipynb #4956add2
 def flatness(
@@ -162,9 +175,9 @@ class DepthCalibration:
     "What held-out patients taught about a model's posteriors: temperature, interval, and when to abstain."
     tau:float=0.1           # temperature of the posterior
     coverage:float=0.9      # share of cases that the interval holds
-    margin_mm:float=0.      # added at both ends of the posterior's central interval
+    stretch:float=1.        # half an interval, in units of the posterior's own expected error
     flat:float=1.           # a flatter posterior is no answer
-    patients:int=0          # held-out patients behind this; 0: not calibrated
+    patients:int=0          # held-out patients behind this; 0: not calibrated, the interval is the posterior's
     bin_mm:float=12.        # thickness of a depth bin
 
     @classmethod
@@ -178,27 +191,24 @@ class DepthCalibration:
         missed:float=0.05,    # share of true snippets that may be refused
         bin_mm:float=12.,
     ):
-        "Calibrate on held-out patients: half of them set the temperature, the others interval and threshold."
-        names = {p: i for i, p in enumerate(sorted(set(map(str, patient))))}
-        odd = torch.tensor([names[str(p)] % 2 == 1 for p in patient])
-        if len(names) < 4: raise InputError(f"found {len(names)} held-out patients, expected 4 or more (20 for a 90 % interval): hold out more")
-        tau = fit_temperature(similarity[odd], valid[odd], ((depth_mm - bin_depths_mm[:, 0]) / bin_mm)[odd])
-        prob, rest = depth_posterior(similarity, valid, tau)[~odd], [p for p, o in zip(patient, odd) if not o]
-        low, high = posterior_interval_mm(prob, bin_depths_mm[~odd], coverage, bin_mm).T
-        margin = conformal_margin(torch.maximum(low - depth_mm[~odd], depth_mm[~odd] - high), rest, coverage)
-        flat = float(torch.quantile(flatness(prob, valid[~odd]), 1 - missed))
-        return cls(tau, coverage, margin, flat, len(names), bin_mm)
+        "Calibrate on held-out patients."
+        patients = len(set(map(str, patient)))
+        if patients < 4: raise InputError(f"found {patients} held-out patients, expected 4 or more (9 for a finite 90 % interval): hold out more")
+        tau = fit_temperature(similarity, valid, (depth_mm - bin_depths_mm[:, 0]) / bin_mm)
+        prob = depth_posterior(similarity, valid, tau)
+        answer = posterior_median_mm(prob, bin_depths_mm, bin_mm)
+        stretch = conformal_quantile((depth_mm - answer).abs() / expected_error_mm(prob, bin_depths_mm, answer, bin_mm), patient, coverage)
+        return cls(tau, coverage, stretch, float(torch.quantile(flatness(prob, valid), 1 - missed)), patients, bin_mm)
 
     def posterior(self, similarity, valid): return depth_posterior(similarity, valid, self.tau)      # `(S, D)`
 
     def interval_mm(self, prob, bin_depths_mm): # `(S, 2)`, within the scan
-        "Interval with the promised coverage."
+        "Interval with the promised coverage; the posterior's central one where nothing was calibrated."
         depths = torch.as_tensor(bin_depths_mm, dtype=torch.float32).expand(len(prob), -1)
-        low, high = posterior_interval_mm(prob, depths, self.coverage, self.bin_mm).T
-        low, high = low - self.margin_mm, high + self.margin_mm
-        low, high = torch.minimum(low, (low + high) / 2), torch.maximum(high, (low + high) / 2)       # a negative margin must not turn it round
-        edges = _edges(depths, self.bin_mm)
-        return torch.stack([low.maximum(edges[:, 0]), high.minimum(edges[:, -1])], 1)
+        if not self.patients: return posterior_interval_mm(prob, depths, self.coverage, self.bin_mm)
+        answer, edges = posterior_median_mm(prob, depths, self.bin_mm), _edges(depths, self.bin_mm)
+        half = self.stretch * expected_error_mm(prob, depths, answer, self.bin_mm)
+        return torch.stack([(answer - half).maximum(edges[:, 0]), (answer + half).minimum(edges[:, -1])], 1)
 
     def abstains(self, prob, valid): return flatness(prob, valid) > self.flat # `(S,)` bool
     def to_dict(self): return asdict(self)  # for JSON

@@ -4,6 +4,7 @@ import numpy as np, pytest
 from sklearn import metrics as sk
 from ctvlm.core import InputError
 from ctvlm.evaluation import *
+from ctvlm.evaluation import _finite
 
 GOLDEN = Path(__file__).parent / "golden/metrics"
 
@@ -211,6 +212,20 @@ def test_evaluate_model(tiny, tmp_path):
     assert {r["better"] for r in compare_results(tmp_path / "a.json", result, resamples=100)} == {"neither"}
 
 
+def test_json_schema_says_what_check_result_says(tiny):
+    jsonschema = pytest.importorskip("jsonschema")
+    model, tokenizer = tiny
+    result = evaluate_model(model, batches(tokenizer, n=6), findings=("Lung nodule", "Cardiomegaly"), tasks=("retrieval", "volumes", "classification", "localization"), resamples=20, quiet=True)
+    fits = lambda r: jsonschema.Draft202012Validator(json_schema()).is_valid(_finite(r))
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    assert fits(result) and fits({"format": result["format"]})
+    for task, key in (("retrieval", "text_to_image"), ("volumes", "map@5"), ("localization", "items"), ("classification", "mean_auroc")):
+        without = {**result, task: {k: v for k, v in result[task].items() if k != key}}
+        assert not fits(without)
+        with pytest.raises(InputError, match=f"{task} has no '{key}'"): check_result(without)
+    assert not fits({**result, "format": "other"}) and not fits({**result, "localization": {**result["localization"], "n_snippets": "24"}})
+
+
 def test_embedding_alone_equals_in_company(tiny):
     model, tokenizer = tiny
     everything = embed_batches(model, batches(tokenizer), quiet=True)
@@ -249,7 +264,7 @@ def test_depths_are_read_where_the_posterior_is():
     assert abs(found.pred_mm - truth).max() < 6 and abs(found.argmax_mm - truth).max() < 6.01
     assert found.share_below.between(0.2, 0.8).all() and found.interval_low_mm.isna().all()
     calibration = calibrate_depth(e)
-    assert read_depths(e, calibration)[0].interval_low_mm.notna().all() or calibration.margin_mm == np.inf
+    assert read_depths(e, calibration)[0].interval_low_mm.notna().all() or calibration.stretch == np.inf
 
 
 REAL = Path(__file__).parents[2] / "shared/data/thorax_abdomen"

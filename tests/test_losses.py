@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from ctvlm.core import InputError
 from ctvlm.disease import disease_prompt_loss, draw_phrasings, mean_phrasings, positive_weights
-from ctvlm.localization import (DepthCalibration, conformal_margin, decode_depth, depth_posterior, depth_target, fit_temperature,
+from ctvlm.localization import (DepthCalibration, conformal_quantile, decode_depth, depth_posterior, depth_target, expected_error_mm, fit_temperature,
                                 localization_loss, posterior_interval_mm, posterior_median_mm, posterior_quantile_mm)
 from ctvlm.siglip import _pairs, siglip_loss, value_and_gradients
 
@@ -133,25 +133,60 @@ def test_median_has_the_least_expected_error():
     assert [float(decode_depth(p, z, how)) for how in ("argmax", "mean")] == pytest.approx([12, 12 * 1.7])
 
 
+def invented(n, seed, wrong=0.05): # 3 snippets per patient, errors shared within a patient, some plainly wrong
+    g = torch.Generator().manual_seed(seed)
+    patient = torch.arange(n).repeat_interleave(3)
+    truth = torch.rand(3 * n, generator=g) * 300
+    peak = truth + 25 * torch.randn(n, generator=g)[patient] + 10 * torch.randn(3 * n, generator=g)
+    peak = torch.where(torch.rand(3 * n, generator=g) < wrong, torch.rand(3 * n, generator=g) * 300, peak)
+    z = 12 * torch.arange(25) + 6.
+    similarity = torch.exp(-(z - peak[:, None])**2 / (2 * 30**2)) + 0.02 * torch.randn(3 * n, 25, generator=g)
+    return similarity, torch.ones(3 * n, 25, dtype=torch.bool), z.expand(3 * n, -1), truth, patient.tolist()
+
+
 def test_interval_keeps_its_promise():
-    def cases(n, seed): # 3 snippets per patient, errors shared within a patient
-        g = torch.Generator().manual_seed(seed)
-        patient = torch.arange(n).repeat_interleave(3)
-        truth = torch.rand(3 * n, generator=g) * 300
-        peak = truth + 25 * torch.randn(n, generator=g)[patient] + 10 * torch.randn(3 * n, generator=g)
-        z = 12 * torch.arange(25) + 6.
-        similarity = torch.exp(-(z - peak[:, None])**2 / (2 * 30**2)) + 0.02 * torch.randn(3 * n, 25, generator=g)
-        return similarity, torch.ones(3 * n, 25, dtype=torch.bool), z.expand(3 * n, -1), truth, patient.tolist()
-    calibration, (similarity, valid, z, truth, _) = DepthCalibration.fit(*cases(300, 1)), cases(2000, 2)
+    calibration, (similarity, valid, z, truth, _) = DepthCalibration.fit(*invented(300, 1)), invented(2000, 2)
     low, high = calibration.interval_mm(calibration.posterior(similarity, valid), z).T
     assert abs(float(((low <= truth) & (truth <= high)).float().mean()) - 0.9) < 0.03
     assert calibration.patients == 300 and DepthCalibration(**calibration.to_dict()) == calibration
 
 
-def test_conformal_margin_counts_patients():
-    assert conformal_margin(torch.arange(19.), [str(i) for i in range(19)], 0.9) == 17              # 18 of 20
-    assert conformal_margin(torch.arange(8.), list("abcdefgh"), 0.9) == math.inf
-    assert conformal_margin(torch.tensor([5.] * 100 + [1.] * 9), ["a"] * 100 + list("bcdefghij"), 0.8) == 1  # a hundred snippets of one patient weigh one
+@pytest.mark.parametrize("patients, coverage", [(12, 0.8), (30, 0.9)])
+def test_few_patients_are_covered_on_average(patients, coverage): # over the draw of the calibration patients too, which is what is promised
+    similarity, valid, z, truth, _ = invented(400, 10**6)
+    held = []
+    for seed in range(40):
+        calibration = DepthCalibration.fit(*invented(patients, seed), coverage=coverage)
+        low, high = calibration.interval_mm(calibration.posterior(similarity, valid), z).T
+        held.append(float(((low <= truth) & (truth <= high)).float().mean()))
+    assert coverage - 0.01 < sum(held) / 40 < coverage + 1 / (patients + 1) + 0.02
+
+
+def test_sure_answers_get_short_intervals():
+    similarity, valid, z, truth, patient = invented(100, 3)
+    calibration = DepthCalibration.fit(similarity, valid, z, truth, patient)
+    length = [float((lambda i: i[:, 1] - i[:, 0])(calibration.interval_mm(calibration.posterior(s, valid[:1]), z[:1]))) for s in (similarity[:1], 0.3 * similarity[:1])]
+    assert 0 < length[0] < length[1] <= 300
+    nobody = DepthCalibration.fit(*(x[:15] for x in (similarity, valid, z, truth, patient)))          # five patients: no finite promise
+    whole = nobody.interval_mm(nobody.posterior(similarity[:1], valid[:1]), z[:1])
+    assert nobody.stretch == math.inf and whole[0].tolist() == [0, 300]
+
+
+@settings(max_examples=40, deadline=None)
+@given(bins=st.integers(1, 30), seed=st.integers(0, 999), share=st.floats(-0.2, 1.2))
+def test_expected_error_is_the_integral(bins, seed, share):
+    g = torch.Generator().manual_seed(seed)
+    p, z = torch.softmax(2 * torch.randn(1, bins, generator=g), 1), 12 * torch.arange(bins) - 50.
+    x = -56 + share * 12 * bins
+    fine = torch.arange(-56, -56 + 12 * bins, 0.01, dtype=torch.float64) + 0.005
+    density = p[0].double()[((fine + 56) / 12).long()] / 12
+    close(expected_error_mm(p, z, torch.tensor([x]))[0], torch.tensor(float((density * (fine - x).abs()).sum() * 0.01)), 1e-3)
+
+
+def test_conformal_quantile_counts_patients():
+    assert conformal_quantile(torch.arange(19.), [str(i) for i in range(19)], 0.9) == 17              # 18 of 20
+    assert conformal_quantile(torch.arange(8.), list("abcdefgh"), 0.9) == math.inf
+    assert conformal_quantile(torch.tensor([5.] * 100 + [1.] * 9), ["a"] * 100 + list("bcdefghij"), 0.8) == 1  # a hundred snippets of one patient weigh one
 
 
 def test_temperature_is_found_again():

@@ -290,14 +290,15 @@ def test_bins_of_an_answer_lie_where_the_windows_say(model):
 
 
 def test_calibrated_interval(model):
-    v, calibration = volume(), DepthCalibration(tau=0.02, coverage=0.8, margin_mm=10., flat=0.5, patients=30)
+    v, calibration = volume(), DepthCalibration(tau=0.02, coverage=0.8, stretch=0.5, flat=0.5, patients=30)
     plain = model.localize(v, "cyst")[0]
     model.config.interval_calibration = calibration.to_dict()
     try: a = model.localize(v, "cyst")[0]
     finally: model.config.interval_calibration = None
     assert a.interval == "conformal, 80%" and a.probabilities.max() > plain.probabilities.max() and a.abstains
-    tails = np.interp([0.1, 0.9], np.cumsum(a.probabilities), a.bin_depths_mm + 6)
-    assert a.interval_mm[0] == pytest.approx(max(tails[0] - 10, v.depths_mm[0]), abs=0.1) and a.interval_mm[1] == pytest.approx(min(tails[1] + 10, v.depths_mm[-1]), abs=0.1)
+    away = np.abs(a.bin_depths_mm - a.depth_mm)
+    half = 0.5 * float((a.probabilities * np.where(away < 6, (away**2 + 36) / 12, away)).sum())           # of the posterior's own expected error
+    assert a.interval_mm == pytest.approx((max(a.depth_mm - half, v.depths_mm[0]), min(a.depth_mm + half, v.depths_mm[-1])), abs=0.1)
 
 
 def test_classify(model):

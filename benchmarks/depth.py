@@ -1,0 +1,122 @@
+"""Does a trained model know where, and does it know how well it knows? Fresh phantoms, then a real scan with organ masks.
+
+    ctvlm demo -o runs/demo
+    python benchmarks/depth.py runs/demo --real ../shared/data/thorax_abdomen     minutes: 500 patients are rendered
+    python benchmarks/depth.py runs/demo --calibration 20 --test 20               to try it out
+
+Coverage and length of intervals, refusals, errors beside baselines, organ names against organ masks. Prints one JSON line per measurement, writes
+benchmarks/results/depth.json and nbs/images/depth.png, worst_cases.png, which chapter 13 shows.
+"""
+import argparse, json
+from pathlib import Path
+
+import numpy as np, torch
+
+from ctvlm.cli import demo_cohort
+from ctvlm.core import stable_rng, write_atomically
+from ctvlm.data import Batches, embed_studies, read_studies
+from ctvlm.evaluation import (ORGANS, TOTALSEGMENTATOR, bootstrap_ci, calibrate_depth, embed_batches, error_analysis, evaluate_localization, organ_check, organ_extents,
+                              organ_of, read_depths, snippet_table, worst_cases)
+from ctvlm.model import CTVLMModel
+from ctvlm.preprocessing import load_volume
+
+ROOT = Path(__file__).parent.parent
+LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+def say(what, **more): print(json.dumps({"benchmark": "depth", "what": what, **more}), flush=True)
+
+
+def with_interval(values, patients): # mean, low, high
+    return [round(float(x), 4) for x in bootstrap_ci(np.asarray(values, float), list(patients))]
+
+
+def coverage(e, calibration):
+    "Share of snippets inside their interval, and its length in mm."
+    found, _ = read_depths(e, calibration)
+    held, length = (found.interval_low_mm <= found.depth_mm) & (found.depth_mm <= found.interval_high_mm), found.interval_high_mm - found.interval_low_mm
+    return {"patients": calibration.patients, "promised": calibration.coverage, "covered": with_interval(held, found.patient), "length_mm": with_interval(length, found.patient), "median_length_mm": float(length.median())}
+
+
+def place(study, organ): # lower and upper end of an organ, scanned or not, by its name in `ORGANS`
+    return next((study.organ_heights[n] for n in (organ, f"{organ}s") if n in study.organ_heights), None)
+
+
+def foreign(cohort, studies, each=5, seed=0):
+    "The same scans with findings of other patients, in organs that these scans do not show."
+    donors, template = {}, next(p for pairs in studies.pairs for p in pairs if p["depth_mm"] is not None)
+    for text in dict.fromkeys(p["cleaned"] for pairs in studies.pairs for p in pairs if p["cleaned"] and not p["prior"]):
+        donors.setdefault(organ_of(text), []).append(text)
+    def asked(study):
+        low, high = study.scan.low, study.scan.high
+        gone = [o for o in ORGANS if o in donors and (ends := place(study, o)) and (ends[1] < low or ends[0] > high)]
+        rng, texts = stable_rng(seed, "foreign", study.study), [t for o in gone for t in donors[o]]
+        return [{**template, "snippet": t, "cleaned": t, "depth_mm": (low + high) / 2, "prior": False} for t in rng.choice(texts, min(each, len(texts)), replace=False).tolist()] if texts else []
+    return studies.assign(pairs=[asked(study) for study in cohort])
+
+
+def pictures(localization, load, folder):
+    "Four panels of the errors, and the ten worst cases on their scans."
+    import matplotlib.pyplot as plt
+    from ctvlm.core import use_theme
+    from ctvlm.viewer import draw_cases, plot_baselines, plot_depths, plot_errors, plot_reliability
+    use_theme()
+    fig, axes = plt.subplots(2, 2, figsize=(11, 8.4), layout="constrained")
+    plot_depths(localization, axes[0, 0]); plot_baselines(localization, axes[0, 1]); plot_reliability(localization, axes[1, 0])
+    plot_errors(error_analysis(localization), "organ", axes[1, 1])
+    for name, figure in (("depth", fig), ("worst_cases", draw_cases(worst_cases(localization), load))):
+        with write_atomically(folder/f"{name}.png") as t: figure.savefig(t, format="png", dpi=80)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, features or windows, model")
+    ap.add_argument("--calibration", type=int, default=200, help="fresh patients to calibrate on, beside the run's own")
+    ap.add_argument("--test", type=int, default=300, help="fresh patients to test on")
+    ap.add_argument("--seed", type=int, default=2026, help="of the fresh cohort")
+    ap.add_argument("--real", type=Path, help="folder with example_ct_sm.nii.gz and example_seg.nii.gz")
+    ap.add_argument("--work", type=Path, help="where features are kept (RUN/features)")
+    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--output", type=Path, default=ROOT/"benchmarks"/"results"/"depth.json")
+    ap.add_argument("--images", type=Path, default=ROOT/"nbs"/"images")
+    args = ap.parse_args()
+    torch.set_num_threads(args.threads)
+    model, work = CTVLMModel.from_pretrained(args.run/"model"), args.work or args.run/"features"
+    cohort, fresh = demo_cohort({"calibration": args.calibration, "test": args.test}, args.seed)
+    store = embed_studies(fresh, model, work, workers=args.threads)["store"]
+    split, tested = dict(list(fresh.groupby("split"))), [cohort[i] for i in range(args.calibration, args.calibration + args.test)]
+    embed = lambda table: embed_batches(model, Batches(table, store, model.processor.tokenizer, 8, training=False), quiet=True)
+    held_out, e, wrong = embed(split["calibration"]), embed(split["test"]), embed(foreign(tested, split["test"]))
+
+    own, many = model.config.calibration, {c: calibrate_depth(held_out, c) for c in LEVELS}
+    out = {"model": model.config.trained_on, "seed": args.seed, "test_patients": args.test, "intervals": [coverage(e, c) for c in ([own] if own.patients else []) + [many[0.9]]], "levels": [coverage(e, c) for c in many.values()]}
+    for row in out["intervals"]: say("interval", **row)
+
+    out["refused"] = {}
+    for name, said in (("finding is in the scan", e), ("organ is not in the scan", wrong)):
+        found, _ = read_depths(said, many[0.9])
+        out["refused"][name] = {"snippets": len(found), "share": with_interval(found.abstains, found.patient)}
+        say("refused", case=name, **out["refused"][name])
+
+    table = read_studies(args.run/"studies.parquet")
+    training = snippet_table(table[table.split == "train"], embed_studies(table[table.split == "train"], model, work, workers=args.threads)["store"])
+    localization = evaluate_localization(e, training, many[0.9])
+    out["localization"] = {k: v for k, v in localization.items() if k != "items"}
+    out["errors"], out["worst"] = error_analysis(localization).round(2).to_dict("records"), worst_cases(localization)[["snippet", "depth_mm", "pred_mm", "error_mm", "abstains"]].to_dict("records")
+    say("error", mae_mm=localization["mae_mm"], **{k: localization[k] for k in ("random_mm", "middle_mm", "organ_mm", "text_prior_mm")})
+
+    if args.real:
+        extents = organ_extents(args.real/"example_seg.nii.gz")
+        out["organs"] = {"real scan": organ_check(model, load_volume(args.real/"example_ct_sm.nii.gz"), extents).round(1).to_dict("records"), "phantoms": []}
+        for study in tested[:20]:
+            inside = {n: ends for n in TOTALSEGMENTATOR.values() if (ends := study.organ_heights.get(n)) and study.scan.low < ends[0] and ends[1] < study.scan.high}
+            if inside: out["organs"]["phantoms"] += organ_check(model, study.volume, inside).round(1).to_dict("records")
+        for name, rows in out["organs"].items():
+            say("organs", scan=name, organs=len(rows), **{k: round(float(np.mean([r[k] for r in rows])), 1) for k in ("outside_mm", "from_middle_mm", "scan_middle_outside_mm", "scan_middle_from_middle_mm")})
+
+    scans = {s.study: s for s in tested}
+    pictures(localization, lambda name: scans[name].volume, args.images)
+    with write_atomically(args.output) as t: t.write_text(json.dumps(out, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__": main()
