@@ -16,7 +16,8 @@ from ctvlm.cli import demo_cohort
 from ctvlm.core import stable_rng, write_atomically
 from ctvlm.data import Batches, embed_studies, read_studies
 from ctvlm.evaluation import (ORGANS, TOTALSEGMENTATOR, bootstrap_ci, calibrate_depth, embed_batches, error_analysis, evaluate_localization, organ_check, organ_extents,
-                              organ_of, read_depths, snippet_table, worst_cases)
+                              organ_of, read_depths, snippet_table, weighted_auc, worst_cases)
+from ctvlm.localization import flatness
 from ctvlm.model import CTVLMModel
 from ctvlm.preprocessing import load_volume
 
@@ -92,11 +93,15 @@ def main():
     out = {"model": model.config.trained_on, "seed": args.seed, "test_patients": args.test, "intervals": [coverage(e, c) for c in ([own] if own.patients else []) + [many[0.9]]], "levels": [coverage(e, c) for c in many.values()]}
     for row in out["intervals"]: say("interval", **row)
 
-    out["refused"] = {}
+    flat, out["refused"] = {}, {}
     for name, said in (("finding is in the scan", e), ("organ is not in the scan", wrong)):
-        found, _ = read_depths(said, many[0.9])
+        found, posterior = read_depths(said, many[0.9])
+        flat[name] = flatness(torch.from_numpy(posterior), torch.from_numpy(np.isfinite(said.bin_depths_mm))).numpy()
         out["refused"][name] = {"snippets": len(found), "share": with_interval(found.abstains, found.patient)}
         say("refused", case=name, **out["refused"][name])
+    scores, absent = np.concatenate(list(flat.values())), np.repeat([0, 1], [len(x) for x in flat.values()])
+    out["flatness_auc"] = float(weighted_auc(scores, absent, np.ones((len(scores), 1)))[0])
+    say("flatness tells absent from present", auc=out["flatness_auc"])
 
     table = read_studies(args.run/"studies.parquet")
     training = snippet_table(table[table.split == "train"], embed_studies(table[table.split == "train"], model, work, workers=args.threads)["store"])
