@@ -14,7 +14,7 @@ import numpy as np, torch
 
 from ctvlm.cli import demo_cohort
 from ctvlm.core import stable_rng, write_atomically
-from ctvlm.data import Batches, embed_studies, read_studies
+from ctvlm.data import Batches, FeatureStore, embed_studies, read_studies
 from ctvlm.evaluation import (ORGANS, TOTALSEGMENTATOR, bootstrap_ci, calibrate_depth, embed_batches, error_analysis, evaluate_localization, organ_check, organ_extents,
                               organ_of, read_depths, snippet_table, weighted_auc, worst_cases)
 from ctvlm.localization import flatness
@@ -71,7 +71,7 @@ def pictures(localization, load, folder):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, features or windows, model")
+    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, windows, model")
     ap.add_argument("--calibration", type=int, default=200, help="fresh patients to calibrate on, beside the run's own")
     ap.add_argument("--test", type=int, default=300, help="fresh patients to test on")
     ap.add_argument("--seed", type=int, default=2026, help="of the fresh cohort")
@@ -84,13 +84,12 @@ def main():
     torch.set_num_threads(args.threads)
     model, work = CTVLMModel.from_pretrained(args.run/"model"), args.work or args.run/"features"
     cohort, fresh = demo_cohort({"calibration": args.calibration, "test": args.test}, args.seed)
-    store = embed_studies(fresh, model, work, workers=args.threads)["store"]
+    kept, store = FeatureStore(args.run/"windows"), embed_studies(fresh, model, work, workers=args.threads)["store"]
     split, tested = dict(list(fresh.groupby("split"))), [cohort[i] for i in range(args.calibration, args.calibration + args.test)]
-    embed = lambda table: embed_batches(model, Batches(table, store, model.processor.tokenizer, 8, training=False), quiet=True)
-    held_out, e, wrong = embed(split["calibration"]), embed(split["test"]), embed(foreign(tested, split["test"]))
-
-    own, many = model.config.calibration, {c: calibrate_depth(held_out, c) for c in LEVELS}
-    out = {"model": model.config.trained_on, "seed": args.seed, "test_patients": args.test, "intervals": [coverage(e, c) for c in ([own] if own.patients else []) + [many[0.9]]], "levels": [coverage(e, c) for c in many.values()]}
+    embed = lambda table, store=store: embed_batches(model, Batches(table, store, model.processor.tokenizer, 8, training=False), quiet=True)
+    e, wrong, held_out, table = embed(split["test"]), embed(foreign(tested, split["test"])), embed(split["calibration"]), read_studies(args.run/"studies.parquet")
+    own, many = calibrate_depth(embed(table[table.split == "val"], kept)), {c: calibrate_depth(held_out, c) for c in LEVELS}
+    out = {"model": model.config.trained_on, "seed": args.seed, "test_patients": args.test, "intervals": [coverage(e, c) for c in (own, many[0.9])], "levels": [coverage(e, c) for c in many.values()]}
     for row in out["intervals"]: say("interval", **row)
 
     flat, out["refused"] = {}, {}
@@ -103,8 +102,7 @@ def main():
     out["flatness_auc"] = float(weighted_auc(scores, absent, np.ones((len(scores), 1)))[0])
     say("flatness tells absent from present", auc=out["flatness_auc"])
 
-    table = read_studies(args.run/"studies.parquet")
-    training = snippet_table(table[table.split == "train"], embed_studies(table[table.split == "train"], model, work, workers=args.threads)["store"])
+    training = snippet_table(table[table.split == "train"], kept)
     localization = evaluate_localization(e, training, many[0.9])
     out["localization"] = {k: v for k, v in localization.items() if k != "items"}
     out["errors"], out["worst"] = error_analysis(localization).round(2).to_dict("records"), worst_cases(localization)[["snippet", "depth_mm", "pred_mm", "error_mm", "abstains"]].to_dict("records")

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import numpy as np, torch
 import torch.nn.functional as F
 
-from ctvlm.core import InputError, seed_everything, write_atomically
-from ctvlm.data import Batches, embed_studies, read_studies
+from ctvlm.core import InputError, seed_everything, stable_rng, write_atomically
+from ctvlm.data import Batches, FeatureStore, read_studies
 from ctvlm.evaluation import calibrate_depth, embed_batches, encode_batch, paired_difference, read_depths
 from ctvlm.localization import depth_similarity, localization_loss
 from ctvlm.model import CTVLMModel
@@ -69,14 +69,24 @@ def parabola(posterior, depths, bin_mm):
     return depths[rows, k] + bin_mm * shift
 
 
-def train(model, data, loss, epochs, rate):
-    "AdamW with a short warm-up and a cosine, on the parts that localization needs."
+def cached(model, batches):
+    "The batches in memory, with features of the window encoder in place of windows."
+    out = []
+    for batch in batches:
+        with torch.no_grad():
+            if "windows" in batch: batch["cls"], batch["depth_tokens"] = model.encode_windows(batch.pop("windows"))
+        out.append(batch)
+    return out
+
+
+def train(model, data, loss, epochs, rate, seed):
+    "AdamW with a short warm-up and a cosine, on the parts that localization needs; the batches come in another order each epoch."
     parts = [p for name, p in model.named_parameters() if not name.startswith("window_encoder")]
     optimiser, steps, step = torch.optim.AdamW(parts, lr=rate, betas=(0.9, 0.95), weight_decay=1e-2), epochs * len(data), 0
     model.train()
-    for _ in range(epochs):
-        for batch in data:
-            step += 1
+    for epoch in range(epochs):
+        for i in stable_rng(seed, "order", epoch).permutation(len(data)):
+            step, batch = step + 1, data[i]
             if not len(batch["snippet_scan"]): continue
             for group in optimiser.param_groups: group["lr"] = rate * min(1, step / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
             scans, where = encode_batch(model, batch), batch["snippet_scan"]
@@ -90,8 +100,8 @@ def train(model, data, loss, epochs, rate):
 
 def measure(model, batches):
     "Errors of every snippet under each reading, whether the interval held it and how long it was."
-    calibration = calibrate_depth(embed_batches(model, batches("val"), quiet=True))
-    e = embed_batches(model, batches("test"), quiet=True)
+    calibration = calibrate_depth(embed_batches(model, batches["val"], quiet=True))
+    e = embed_batches(model, batches["test"], quiet=True)
     found, posterior = read_depths(e, calibration)
     truth = found.depth_mm.to_numpy()
     readings = {"median": found.pred_mm, "best bin": found.argmax_mm, "parabola": parabola(posterior, e.bin_depths_mm, calibration.bin_mm)}
@@ -113,36 +123,35 @@ def summarise(runs, patients):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, model")
+    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, windows, model")
     ap.add_argument("--epochs", type=int, default=12)
     ap.add_argument("--seeds", type=int, default=3)
     ap.add_argument("--batch", type=int, default=8)
     ap.add_argument("--rate", type=float, default=2e-3)
     ap.add_argument("--threads", type=int, default=2)
-    ap.add_argument("--features", type=Path, help="where window features are kept (RUN/features)")
+    ap.add_argument("--store", type=Path, help="windows or window features of the run's patients (RUN/windows)")
     ap.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"improvements.json")
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     studies, model = read_studies(args.run/"studies.parquet"), CTVLMModel.from_pretrained(args.run/"model")
-    store, tokenizer = embed_studies(studies, model, args.features or args.run/"features", workers=args.threads)["store"], model.processor.tokenizer
     split = dict(list(studies.groupby("split")))
     if not {"train", "val", "test"} <= set(split): raise InputError(f"{args.run}/studies.parquet has the splits {', '.join(split)}, expected train, val and test: run `ctvlm demo`")
-    held_out = {name: Batches(split[name], store, tokenizer, args.batch, training=False) for name in ("val", "test")}
+    store = FeatureStore(args.store or args.run/"windows")
+    data = {name: cached(model, Batches(split[name], store, model.processor.tokenizer, args.batch, training=name == "train")) for name in ("train", "val", "test")}
     runs = []
     for seed in range(args.seeds):
         for name, loss in LOSSES.items():
             began = time.perf_counter()
             seed_everything(seed)
             fresh = CTVLMModel(model.config)
-            train(fresh, Batches(split["train"], store, tokenizer, args.batch, seed=seed), loss, args.epochs, args.rate)
-            patients, errors, coverage, length = measure(fresh, held_out.__getitem__)
+            train(fresh, data["train"], loss, args.epochs, args.rate, seed)
+            patients, errors, coverage, length = measure(fresh, data)
             readings = errors if loss is cross_entropy else {"median": errors["median"]}
             for reading, error in readings.items():
                 runs.append({"variant": name if reading == "median" else f"{name}, read at the {reading}", "seed": seed, "error": error, "coverage": coverage, "length_mm": length})
             print(json.dumps({"benchmark": "improvements", "variant": name, "seed": seed, "mae_mm": {k: round(float(e.mean()), 2) for k, e in readings.items()},
                               "coverage": round(coverage, 3), "length_mm": round(length, 1), "seconds": round(time.perf_counter() - began)}), flush=True)
-        if seed + 1 < args.seeds: continue
-        about = {"patients": {k: int(v.patient.nunique()) for k, v in split.items()}, "snippets": len(patients), "epochs": args.epochs, "seeds": args.seeds, "window_encoder": model.config.trained_on}
+        about = {"patients": {k: int(v.patient.nunique()) for k, v in split.items()}, "snippets": len(patients), "epochs": args.epochs, "seeds": seed + 1, "window_encoder": model.config.trained_on}
         with write_atomically(args.output) as t: t.write_text(json.dumps({**about, "rows": summarise(runs, patients)}, indent=1) + "\n")
 
 
