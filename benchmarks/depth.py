@@ -71,20 +71,20 @@ def pictures(localization, load, folder):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, windows, model")
+    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, features, model")
     ap.add_argument("--calibration", type=int, default=200, help="fresh patients to calibrate on, beside the run's own")
     ap.add_argument("--test", type=int, default=300, help="fresh patients to test on")
     ap.add_argument("--seed", type=int, default=2026, help="of the fresh cohort")
     ap.add_argument("--real", type=Path, help="folder with example_ct_sm.nii.gz and example_seg.nii.gz")
-    ap.add_argument("--work", type=Path, help="where features are kept (RUN/features)")
+    ap.add_argument("--work", type=Path, help="where features of the fresh patients are kept (RUN/fresh)")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--output", type=Path, default=ROOT/"benchmarks"/"results"/"depth.json")
     ap.add_argument("--images", type=Path, default=ROOT/"nbs"/"images")
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
-    model, work = CTVLMModel.from_pretrained(args.run/"model"), args.work or args.run/"features"
+    model, work = CTVLMModel.from_pretrained(args.run/"model"), args.work or args.run/"fresh"
     cohort, fresh = demo_cohort({"calibration": args.calibration, "test": args.test}, args.seed)
-    kept, store = FeatureStore(args.run/"windows"), embed_studies(fresh, model, work, workers=args.threads)["store"]
+    kept, store = FeatureStore(args.run/"features"), embed_studies(fresh, model, work, workers=args.threads)["store"]
     split, tested = dict(list(fresh.groupby("split"))), [cohort[i] for i in range(args.calibration, args.calibration + args.test)]
     embed = lambda table, store=store: embed_batches(model, Batches(table, store, model.processor.tokenizer, 8, training=False), quiet=True)
     e, wrong, held_out, table = embed(split["test"]), embed(foreign(tested, split["test"])), embed(split["calibration"]), read_studies(args.run/"studies.parquet")

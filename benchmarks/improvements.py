@@ -69,16 +69,6 @@ def parabola(posterior, depths, bin_mm):
     return depths[rows, k] + bin_mm * shift
 
 
-def cached(model, batches):
-    "The batches in memory, with features of the window encoder in place of windows."
-    out = []
-    for batch in batches:
-        with torch.no_grad():
-            if "windows" in batch: batch["cls"], batch["depth_tokens"] = model.encode_windows(batch.pop("windows"))
-        out.append(batch)
-    return out
-
-
 def train(model, data, loss, epochs, rate, seed):
     "AdamW with a short warm-up and a cosine, on the parts that localization needs; the batches come in another order each epoch."
     parts = [p for name, p in model.named_parameters() if not name.startswith("window_encoder")]
@@ -123,21 +113,21 @@ def summarise(runs, patients):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, windows, model")
-    ap.add_argument("--epochs", type=int, default=12)
+    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, features, model")
+    ap.add_argument("--patients", type=int, default=400, help="to train on")
+    ap.add_argument("--epochs", type=int, default=6)
     ap.add_argument("--seeds", type=int, default=3)
-    ap.add_argument("--batch", type=int, default=8)
+    ap.add_argument("--batch", type=int, default=16)
     ap.add_argument("--rate", type=float, default=2e-3)
     ap.add_argument("--threads", type=int, default=2)
-    ap.add_argument("--store", type=Path, help="windows or window features of the run's patients (RUN/windows)")
     ap.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"improvements.json")
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     studies, model = read_studies(args.run/"studies.parquet"), CTVLMModel.from_pretrained(args.run/"model")
     split = dict(list(studies.groupby("split")))
     if not {"train", "val", "test"} <= set(split): raise InputError(f"{args.run}/studies.parquet has the splits {', '.join(split)}, expected train, val and test: run `ctvlm demo`")
-    store = FeatureStore(args.store or args.run/"windows")
-    data = {name: cached(model, Batches(split[name], store, model.processor.tokenizer, args.batch, training=name == "train")) for name in ("train", "val", "test")}
+    split["train"] = split["train"][:args.patients]
+    data = {name: list(Batches(split[name], FeatureStore(args.run/"features"), model.processor.tokenizer, args.batch, training=name == "train")) for name in ("train", "val", "test")}
     runs = []
     for seed in range(args.seeds):
         for name, loss in LOSSES.items():
