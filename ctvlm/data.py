@@ -986,7 +986,8 @@ def embed_with_ray(
     ok = 0
     if todo:
         read = ray.data.from_items(todo, override_num_blocks=len(todo)).map(_ray_read, fn_kwargs=dict(spec=model.config.window_spec, fit=model.config.fit))
-        done = read.map_batches(RayEncoder, fn_constructor_args=(model, str(store.folder.absolute()), chunk, "cuda" if gpus else "cpu"), batch_size=1, num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=actors))
+        done = read.map_batches(RayEncoder, fn_constructor_args=(model, str(store.folder.absolute()), chunk, "cuda" if gpus else "cpu"), batch_size=1, num_gpus=gpus or None, num_cpus=0,
+                                compute=ray.data.ActorPoolStrategy(size=actors))   # no core of its own: steps that want the same are run as one, and the encoder would read
         ok = sum(bool(row["ok"]) for row in done.iter_rows())
     return summary(store, studies, [dict(computed=ok, seconds=time.perf_counter() - began, profile=pd.DataFrame(columns=PROFILE, dtype=float))])
 
