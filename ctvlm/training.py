@@ -7,8 +7,8 @@ __all__ = ['TrainingConfig', 'replayed', 'cached_backward', 'length_groups', 'un
            'over_processes', 'add_gradients', 'effective_batch_backward', 'freeze', 'learning_rate_scales',
            'parameter_groups', 'learning_rate_at', 'without_comparisons', 'shuffle_organs', 'augment_report',
            'random_state', 'set_random_state', 'save_checkpoint', 'load_checkpoint', 'check_same_run', 'Log',
-           'peak_memory_mib', 'averaged_weights', 'TrainingStopped', 'asked_to_leave', 'same_bytes', 'Run', 'save_run',
-           'resume_run', 'optimiser_step', 'evaluate_run', 'train', 'share_of_step']
+           'peak_memory_mib', 'averaged_weights', 'TrainingStopped', 'asked_to_leave', 'same_bytes', 'Run',
+           'spare_the_run', 'save_run', 'resume_run', 'optimiser_step', 'evaluate_run', 'train', 'share_of_step']
 
 # %% ../nbs/12_training.ipynb #1bc9fc40
 import contextlib, csv, datetime, hashlib, itertools, json, math, os, random, re, shutil, signal, threading, time, warnings
@@ -133,8 +133,10 @@ def unpadded(
 
 # %% ../nbs/12_training.ipynb #fb250890
 def _scans(model, batch, slices): # ScanEmbeddings of a micro-batch, from windows or from cached features
-    encode, features = (model.encode_scan, ("windows",)) if "windows" in batch else (model.encode_features, ("cls", "depth_tokens"))
-    return encode(*(batch[k] for k in features), batch["grid"], patch_mask=batch.get("patch_mask"), slices=slices)
+    rest = dict(grid=batch["grid"], patch_mask=batch.get("patch_mask"), slices=slices)
+    if "windows" not in batch: return model.encode_features(batch["cls"], batch["depth_tokens"], **rest)
+    some = max(1, 8192 // math.prod(model.window_encoder.grid)) if model.device.type == "cpu" else None   # tokens that a processor's cache holds
+    return model.encode_scan(batch["windows"], chunk=some, **rest)
 
 def scan_part(
     model, batch,
@@ -462,7 +464,7 @@ class Log:
                 if self.columns is None: self.columns = list(row); out.writerow(self.columns)
                 out.writerow([row.get(c, "") for c in self.columns])
         except OSError as e: warnings.warn(f"could not write to {self.path} ({e})")
-        if self.tracker is not None: self.tracker.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+        if self.tracker is not None: self.tracker.log({f"{self.path.stem}/{k}": v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
 
 def peak_memory_mib(device:torch.device)->float:
     "Most memory in use so far: of the GPU, or of this process."
@@ -518,7 +520,7 @@ def _accelerator(config, folder):
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))                               # while the first process evaluates
     accelerator = Accelerator(mixed_precision=config.precision, log_with=here or None, project_dir=str(folder), kwargs_handlers=[patience])
     if here:
-        try: accelerator.init_trackers("ctvlm")
+        try: accelerator.init_trackers("ctvlm", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()})
         except Exception as e: warnings.warn(f"no tracking by {', '.join(here)} ({e}); log.csv is written all the same")
     return accelerator
 
@@ -567,6 +569,19 @@ class Run:
         if self.rank == 0: print(text, flush=True)
 
 # %% ../nbs/12_training.ipynb #0f817cc4
+def spare_the_run(
+    run:Run,
+    what:str, # is written, for the message
+    write,    # `() -> None`
+)->bool:      # written?
+    "Write something; a full disk is reported, what was written before stays, and training goes on."
+    try: write(); return True
+    except Exception as e:                                         # safetensors and torch wrap the system's error
+        if not isinstance(e, OSError) and not re.search("space|writ", str(e), re.I): raise
+        last = max((p.name for p in run.checkpoints.glob("step-*")), default="none")
+        run.say(f"could not write {what} ({getattr(e, 'strerror', None) or e}): free some space; the last good checkpoint is {last}; training goes on")
+        return False
+
 def save_run(
     run:Run,
 )->bool: # written?
@@ -578,21 +593,15 @@ def save_run(
     written = True
     if run.rank == 0:
         state = dict(optimizer=run.optimizer.state_dict(), processes=everyone, first_loss=run.first_loss, best=run.best, average=run.average)
-        try: save_checkpoint(run.checkpoints, run.step, dict(zip(run.names, run.trained)), state)
-        except OSError as e:
-            written = False
-            last = max((p.name for p in run.checkpoints.glob("step-*")), default="none")
-            run.say(f"could not write the checkpoint of step {run.step} ({e.strerror or e}): free some space; the last good one is {last}; training goes on")
-        except Exception as e:                                     # safetensors and torch wrap the system's error
-            if "space" not in str(e).lower() and "write" not in str(e).lower(): raise
-            written = False
-            run.say(f"could not write the checkpoint of step {run.step} ({e}): free some space; the last good one stays; training goes on")
+        written = spare_the_run(run, f"the checkpoint of step {run.step}", lambda: save_checkpoint(run.checkpoints, run.step, dict(zip(run.names, run.trained)), state))
     return over_processes(written, "sum", run.device) == process_count()
 
 def resume_run(run:Run)->None:
     "Continue from the newest sound checkpoint of the folder, if there is one."
     if run.rank == 0:
-        for left in run.checkpoints.glob(".step-*.tmp"): shutil.rmtree(left, ignore_errors=True)      # of a process killed while saving
+        for left in [*run.folder.glob(".*.tmp"), *run.checkpoints.glob(".*.tmp")]:                  # of a process killed while saving
+            if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
+            else: left.unlink()
     if process_count() > 1: dist.barrier()
     about = run.folder/"run.json"
     loaded = load_checkpoint(run.checkpoints, run.say)
@@ -651,7 +660,7 @@ def evaluate_run(
         with averaged_weights(run.trained, run.average), torch.no_grad():
             found = {k: float(v) for k, v in evaluate(run.model).items()}
             if "score" not in found: raise InputError(f"evaluate(model) gave {sorted(found)}, expected a 'score' among them: name the number to be maximised 'score'")
-            if found["score"] > run.best: run.best = found["score"]; _save_model(run.model, run.folder/"best")
+            if found["score"] > run.best and spare_the_run(run, "the best model", lambda: _save_model(run.model, run.folder/"best")): run.best = found["score"]
         log.write({"step": run.step, **found})
     set_random_state(state)
     if process_count() > 1: dist.barrier()
@@ -670,7 +679,7 @@ def train(
     run = Run(model, data, config, folder)
     resume_run(run)
     main = run.rank == 0
-    log, evaluations = (Log(run.folder/f"{name}.csv", run.step, run.accelerator if name == "log" else None) if main else None for name in ("log", "evaluation"))
+    log, evaluations = (Log(run.folder/f"{name}.csv", run.step, run.accelerator) if main else None for name in ("log", "evaluation"))
     epoch = None
     with asked_to_leave() as asked, same_bytes(run.device):
         for _ in progress(range(run.step, run.total), "training", quiet=not main):

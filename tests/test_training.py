@@ -319,7 +319,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, capsy
     full[0] = True
     model = made_up.model(); train(model, made_up.Data(), CONFIG, tmp_path/"run")
     said = capsys.readouterr().out
-    assert "could not write the checkpoint of step 4 (No space left on device)" in said and "last good one is step-00000003" in said
+    assert "could not write the checkpoint of step 4 (No space left on device)" in said and "last good checkpoint is step-00000003" in said
     assert sorted(p.name for p in (tmp_path/"run"/"checkpoints").iterdir()) == ["step-00000008", "step-00000009"]     # nothing half-written is left
     whole = made_up.model(); train(whole, made_up.Data(), CONFIG, tmp_path/"whole")
     assert equal(weights(model), weights(whole))
