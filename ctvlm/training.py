@@ -15,6 +15,7 @@ import contextlib, csv, datetime, hashlib, itertools, json, math, os, random, re
 from dataclasses import dataclass, asdict, fields, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from .core import InputError, progress, stable_rng, write_atomically
 from .siglip import gather_rows, process_count, siglip_loss
@@ -408,7 +409,7 @@ def save_checkpoint(
     with write_atomically(target) as temporary:
         temporary.mkdir()
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary/"model.safetensors")
-        torch.save(state, temporary/"state.pt")
+        with open(temporary/"state.pt", "wb") as f: torch.save(state, f)                                 # a file, not its name: errors stay the system's
         sums = {f.name: _sha256(f) for f in sorted(temporary.iterdir())}
         (temporary/"checkpoint.json").write_text(json.dumps({"step": step, "sha256": sums}, indent=1))
         for f in [*temporary.iterdir(), temporary]: _sync(f)
@@ -489,7 +490,7 @@ def averaged_weights(
             for p, x in zip(parameters, now): p.copy_(x)
 
 # %% ../nbs/12_training.ipynb #596ee025
-class TrainingStopped(RuntimeError):
+class TrainingStopped(InputError):
     "Training cannot go on; the message says why and where the last good checkpoint is."
 
 @contextlib.contextmanager
@@ -576,8 +577,7 @@ def spare_the_run(
 )->bool:      # written?
     "Write something; a full disk is reported, what was written before stays, and training goes on."
     try: write(); return True
-    except Exception as e:                                         # safetensors and torch wrap the system's error
-        if not isinstance(e, OSError) and not re.search("space|writ", str(e), re.I): raise
+    except (OSError, SafetensorError) as e:                        # safetensors has its own name for the system's error
         last = max((p.name for p in run.checkpoints.glob("step-*")), default="none")
         run.say(f"could not write {what} ({getattr(e, 'strerror', None) or e}): free some space; the last good checkpoint is {last}; training goes on")
         return False
@@ -700,7 +700,9 @@ def train(
                 run.say(f"asked to leave: {'saved' if written else 'could not save'} after step {run.step} of {run.total}; the same call continues")
                 raise SystemExit(143)
     if main:
-        with averaged_weights(run.trained, run.average): _save_model(model, run.folder/"model")
+        try:
+            with averaged_weights(run.trained, run.average): _save_model(model, run.folder/"model")
+        except (OSError, SafetensorError) as e: raise TrainingStopped(f"trained, but could not write {run.folder/'model'} ({e}): free some space; the same call continues from the last good checkpoint") from None
     for tracker in run.accelerator.trackers: tracker.finish()
     model.eval()
     return pd.read_csv(run.folder/"log.csv") if main else None

@@ -1,5 +1,5 @@
 "Training: gradients that do not depend on how a batch is cut, and runs that survive anything."
-import contextlib, errno, json, multiprocessing, os, signal, time
+import contextlib, errno, json, multiprocessing, os, resource, signal, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,7 +145,9 @@ def test_log_best_and_average(tmp_path):
     best, final = ({k: v for k, v in load_file(tmp_path/name/"model.safetensors").items() if k in seen[0]} for name in ("best", "model"))
     assert equal(best, seen[1])                                                    # the best, with averaged weights
     assert equal(final, seen[2]) and not equal(final, weights(model))              # the model in hand has the last weights
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    found = [EventAccumulator(str(p.parent)).Reload().Tags()["scalars"] for p in tmp_path.rglob("events.out.tfevents*")]
+    assert {"log/loss", "log/grad_disease", "log/scale", "log/bias", "log/learning_rate", "log/scans_per_second", "log/memory_mib", "evaluation/score"} <= {t for tags in found for t in tags}
 
 
 def test_bf16_trains(tmp_path):
@@ -183,25 +185,27 @@ def killed_at(event):
     def wrap(f):
         def g(*args, **kw): tick(); out = f(*args, **kw); tick(); return out
         return g
-    def half_save(state, path):
-        real["save"](state, path)
-        if count[0] == event: os.truncate(path, os.path.getsize(path) // 2)         # killed in the middle of writing
+    def half_save(state, file):
+        real["save"](state, file); file.flush()
+        if count[0] == event: os.truncate(file.name, file.tell() // 2)              # killed in the middle of writing
         tick()
     os.fsync, os.replace, torch.save, torch.optim.AdamW.step = wrap(real["fsync"]), wrap(real["replace"]), half_save, wrap(real["step"])
     try: yield count
     finally: os.fsync, os.replace, torch.save, torch.optim.AdamW.step = (real[k] for k in ("fsync", "replace", "save", "step"))
 
 
-def child(folder, event=-1, delay=None):
-    "One process of training; its final weights and events go to files."
+def child(folder, event=-1, delay=None, limit=resource.RLIM_INFINITY):
+    "One process of training, whose files may have `limit` bytes; its final weights and events go to files."
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     with open(f"{folder}.out", "a") as out, contextlib.redirect_stdout(out), killed_at(event) as count:
         model = made_up.model(adapters=None)                                        # dropout and rotary augmentation are on
         class Slow(made_up.Data):
             def __iter__(self):
                 for b in super().__iter__(): time.sleep(delay or 0); yield b
         train(model, Slow(), replace(CONFIG, ema=0.9), folder, score)
-        torch.save(weights(model), f"{folder}.pt"); Path(f"{folder}.events").write_text(str(count[0]))
+        with open(f"{folder}.pt", "wb") as f: torch.save(weights(model), f)
+        Path(f"{folder}.events").write_text(str(count[0]))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +223,7 @@ def processes():
 def uninterrupted(processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")/"run"
     p = processes(str(folder)); p.join(); assert p.exitcode == 0
-    return load_run(folder) | {"events": int(Path(f"{folder}.events").read_text())}
+    return load_run(folder) | {"events": int(Path(f"{folder}.events").read_text()), "state_bytes": max(folder.glob("checkpoints/step-*/state.pt")).stat().st_size}
 
 
 def load_run(folder):
@@ -238,21 +242,19 @@ def kill_and_resume(processes, folder, events, whole):
     run = load_run(folder)
     for name in ("weights", "model", "best"): assert equal(run[name], whole[name]), (name, events)
     for name in ("log", "evaluation"): pd.testing.assert_frame_equal(run[name], whole[name])
+    assert not list(Path(folder).rglob(".*.tmp")), "something half-written was left"
 
 
-def moments(events, n): return sorted(int(e) for e in stable_rng(0, "kill").choice(events, n, replace=False))
-
-
-def test_killed_at_three_moments(processes, uninterrupted, tmp_path):
-    a, b, c = moments(uninterrupted["events"], 3)
-    kill_and_resume(processes, tmp_path/"one", [a, b // 2], uninterrupted)           # twice in one run
-    kill_and_resume(processes, tmp_path/"other", [c], uninterrupted)
+@pytest.mark.parametrize("run", ["one", "other"])
+def test_killed_at_ten_moments(processes, uninterrupted, tmp_path, run):
+    moments = stable_rng(0, "kill", run).integers(uninterrupted["events"] // 5, size=5).tolist()        # of what is left of the run each time
+    kill_and_resume(processes, tmp_path/run, moments, uninterrupted)
 
 
 @slow
-@pytest.mark.parametrize("i", range(10))
-def test_killed_at_ten_moments(processes, uninterrupted, tmp_path, i):
-    kill_and_resume(processes, tmp_path/"run", [moments(uninterrupted["events"], 10)[i]], uninterrupted)
+@pytest.mark.parametrize("i", range(50))
+def test_killed_at_any_moment(processes, uninterrupted, tmp_path, i):
+    kill_and_resume(processes, tmp_path/"run", [int(stable_rng(2, i).integers(uninterrupted["events"]))], uninterrupted)
 
 
 @slow
@@ -323,6 +325,41 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, capsy
     assert sorted(p.name for p in (tmp_path/"run"/"checkpoints").iterdir()) == ["step-00000008", "step-00000009"]     # nothing half-written is left
     whole = made_up.model(); train(whole, made_up.Data(), CONFIG, tmp_path/"whole")
     assert equal(weights(model), weights(whole))
+
+
+def test_the_system_refuses_to_write(processes, uninterrupted, tmp_path):
+    p = processes(str(tmp_path/"run"), -1, None, uninterrupted["state_bytes"] - 5000); p.join()     # room for the model, not for the optimiser's state
+    assert p.exitcode == 0 and "could not write the checkpoint of step 2 (File too large)" in Path(f"{tmp_path/'run'}.out").read_text()
+    assert equal(load_run(tmp_path/"run")["weights"], uninterrupted["weights"]) and not list((tmp_path/"run"/"checkpoints").iterdir())
+
+
+def test_a_full_disk_costs_the_best_model_not_the_run(tmp_path, monkeypatch, capsys):
+    import ctvlm.training
+    from safetensors import SafetensorError
+    real, scores = ctvlm.training._save_model, iter([1., 3., 2.])
+    def full_at_three(model, folder):
+        if Path(folder).name == "best" and len(pd.read_csv(tmp_path/"log.csv")) == 6: raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(model, folder)
+    monkeypatch.setattr(ctvlm.training, "_save_model", full_at_three)
+    model = made_up.model(); train(model, made_up.Data(), CONFIG, tmp_path, lambda m: {"score": next(scores)})
+    assert "could not write the best model" in capsys.readouterr().out
+    best = load_file(tmp_path/"best"/"model.safetensors")
+    assert all(torch.equal(best[k], v) for k, v in weights(model).items() if k in best)             # the third score, 2, is the best of what could be written
+
+
+def test_sums_in_a_fixed_order():
+    from ctvlm.training import same_bytes
+    which, rows = torch.randint(0, 50, (200_000,), generator=torch.Generator().manual_seed(0)), torch.randn(200_000, 8, generator=torch.Generator().manual_seed(1))
+    def gathered():
+        table = torch.zeros(50, 8, requires_grad=True)
+        (table[which] * rows).sum().backward()
+        return table.grad
+    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with same_bytes(CPU): first = gathered(); assert all(torch.equal(first, gathered()) for _ in range(5))
+    finally: torch.set_num_threads(threads)
+    assert torch.are_deterministic_algorithms_enabled() == before
 
 
 def test_other_settings_are_refused(tmp_path):
