@@ -1,6 +1,6 @@
 """SigLIP loss with its gradients: time and peak memory of the matrix form and of ours, each in a process of its own.
 
-    python benchmarks/siglip.py                       ours at N = 32,768; the matrix as far as memory goes
+    python benchmarks/siglip.py > benchmarks/results/siglip.jsonl   ours to N = 32,768, the matrix as far as memory goes; chapter 7 shows it
     python benchmarks/siglip.py --form ours --n 4096  one measurement
 """
 import argparse, json, resource, subprocess, sys, time
