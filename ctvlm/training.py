@@ -458,14 +458,18 @@ class Log:
                 with write_atomically(path) as t, open(t, "w", newline="") as f: csv.writer(f).writerows([rows[0], *kept])
 
     def write(self, row:dict):
-        "Append a row; a full disk costs the row, not the run."
+        "Append a row; a full disk costs the row, a tracker that fails is dropped, and the run goes on."
         try:
             with open(self.path, "a", newline="") as f:
                 out = csv.writer(f)
                 if self.columns is None: self.columns = list(row); out.writerow(self.columns)
                 out.writerow([row.get(c, "") for c in self.columns])
         except OSError as e: warnings.warn(f"could not write to {self.path} ({e})")
-        if self.tracker is not None: self.tracker.log({f"{self.path.stem}/{k}": v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+        try:
+            if self.tracker is not None: self.tracker.log({f"{self.path.stem}/{k}": v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+        except Exception as e:
+            self.tracker = None
+            warnings.warn(f"no more tracking ({e}); {self.path.name} is written all the same")
 
 def peak_memory_mib(device:torch.device)->float:
     "Most memory in use so far: of the GPU, or of this process."
@@ -522,7 +526,9 @@ def _accelerator(config, folder):
     accelerator = Accelerator(mixed_precision=config.precision, log_with=here or None, project_dir=str(folder), kwargs_handlers=[patience])
     if here:
         try: accelerator.init_trackers("ctvlm", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()})
-        except Exception as e: warnings.warn(f"no tracking by {', '.join(here)} ({e}); log.csv is written all the same")
+        except Exception as e:
+            accelerator.trackers = []
+            warnings.warn(f"no tracking by {', '.join(here)} ({e}); log.csv is written all the same")
     return accelerator
 
 def _save_model(model, folder): # for use, not for continuing
@@ -703,7 +709,8 @@ def train(
         try:
             with averaged_weights(run.trained, run.average): _save_model(model, run.folder/"model")
         except (OSError, SafetensorError) as e: raise TrainingStopped(f"trained, but could not write {run.folder/'model'} ({e}): free some space; the same call continues from the last good checkpoint") from None
-    for tracker in run.accelerator.trackers: tracker.finish()
+    for tracker in run.accelerator.trackers:
+        with contextlib.suppress(OSError): tracker.finish()
     model.eval()
     return pd.read_csv(run.folder/"log.csv") if main else None
 

@@ -150,6 +150,17 @@ def test_log_best_and_average(tmp_path):
     assert {"log/loss", "log/grad_disease", "log/scale", "log/bias", "log/learning_rate", "log/scans_per_second", "log/memory_mib", "evaluation/score"} <= {t for tags in found for t in tags}
 
 
+@pytest.mark.parametrize("when", ["init_trackers", "log"])
+def test_a_tracker_that_fails_is_dropped(tmp_path, monkeypatch, when):
+    from accelerate import Accelerator
+    tries = []
+    def fail(*args, **kw): tries.append(1); raise RuntimeError("not logged in")
+    monkeypatch.setattr(Accelerator, when, fail)
+    with pytest.warns(UserWarning, match=r"tracking .*not logged in.*log\.csv is written all the same"):
+        log = train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1, trackers=("tensorboard",)), tmp_path)
+    assert len(log) == 3 and len(tries) == 1
+
+
 def test_bf16_trains(tmp_path):
     log = train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1, precision="bf16"), tmp_path/"bf16")
     exact = train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1), tmp_path/"no")
