@@ -90,6 +90,7 @@ def main():
     e, wrong, held_out, table = embed(split["test"]), embed(foreign(tested, split["test"])), embed(split["calibration"]), read_studies(args.run/"studies.parquet")
     own, many = calibrate_depth(embed(table[table.split == "val"], kept)), {c: calibrate_depth(held_out, c) for c in LEVELS}
     out = {"model": model.config.trained_on, "seed": args.seed, "test_patients": args.test, "intervals": [coverage(e, c) for c in (own, many[0.9])], "levels": [coverage(e, c) for c in many.values()]}
+    model.config.interval_calibration = own.to_dict()
     for row in out["intervals"]: say("interval", **row)
 
     flat, out["refused"] = {}, {}
