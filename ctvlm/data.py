@@ -684,7 +684,7 @@ def fingerprint(
     import torch
     digest = hashlib.sha256(json.dumps({"preprocessing": PREPROCESSING, "fit": fit, **asdict(spec)}, sort_keys=True).encode())
     if model is not None:
-        digest.update(json.dumps(model.config.window_encoder, sort_keys=True).encode())
+        digest.update(json.dumps({**model.config.window_encoder, "hu_levels": list(model.config.hu_levels)}, sort_keys=True).encode())
         for name, x in sorted(model.window_encoder.state_dict().items()):
             digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
             digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -900,7 +900,7 @@ def _store(model, output, fit): # of this model's features
 def _embed(job): # one process's share
     studies, model, output, fit, workers, chunk, quiet, device, share = job
     if device is not None: model = model.to(device)
-    if chunk is None: chunk = 32 if model.device.type == "cuda" else max(4, 4096 // model.config.window_encoder["width"])
+    if chunk is None: chunk = 32 if model.device.type == "cuda" else max(4, 1536 // model.config.window_encoder["width"])
     return fill(_store(model.eval(), output, fit), studies, model.config.window_spec, _encoder(model, chunk), fit, workers, share, quiet)
 
 def _in_processes(jobs): # `_embed` of each, in a process of its own

@@ -44,6 +44,7 @@ class CTVLMConfig(PretrainedConfig):
     window:list|tuple = (128, 128, 32)      # voxels per window
     patch:list|tuple = (16, 16, 4)          # voxels per patch
     fit:str|list|tuple = "pad"              # how scans are cut into windows, see `make_windows`
+    hu_levels:list|tuple = ()               # HU windows of the window encoder, see `hu_ramps`; empty: voxels as they are
     window_encoder:dict|None = None         # `EncoderSizes`
     scan_encoder:dict|None = None           # `EncoderSizes`
     text:dict|None = None                   # a transformers configuration with its `model_type`
@@ -59,7 +60,7 @@ class CTVLMConfig(PretrainedConfig):
         self.scan_encoder = asdict(EncoderSizes(**(self.scan_encoder or dict(depth=4, rope_base=100.))))
         self.text = dict(self.text or QWEN3)
         self.adapters = {} if self.adapters == {} else asdict(AdapterSizes(**(self.adapters or {})))
-        for name in ("spacing", "window", "patch", "head_widths"): setattr(self, name, list(getattr(self, name)))
+        for name in ("spacing", "window", "patch", "hu_levels", "head_widths"): setattr(self, name, list(getattr(self, name)))
         if not isinstance(self.fit, str): self.fit = list(self.fit)
         if self.adapters: self.adapters["targets"] = list(self.adapters["targets"])
         super().__post_init__(**kwargs)
@@ -122,7 +123,7 @@ class CTVLMModel(PreTrainedModel):
     def __init__(self, config:CTVLMConfig):
         super().__init__(config)
         spec = config.window_spec
-        self.window_encoder = WindowEncoder(EncoderSizes(**config.window_encoder), spec.window, spec.patch)
+        self.window_encoder = WindowEncoder(EncoderSizes(**config.window_encoder), spec.window, spec.patch, tuple(config.hu_levels))
         self.scan_encoder = ScanEncoder(EncoderSizes(**config.scan_encoder), config.window_encoder["width"])
         self.text_encoder = TextEncoder(config.text, config.adapter_sizes)
         image, text = 2 * config.scan_encoder["width"], self.text_encoder.width
@@ -148,7 +149,8 @@ class CTVLMModel(PreTrainedModel):
         self.snippet_head.load_state_dict(self.report_head.state_dict())
         copy_slice_projection(self.scan_encoder)
         patches = self.window_encoder.patch_embed.proj
-        with torch.no_grad(): patches.bias.copy_(-0.5 * patches.weight.flatten(1).sum(1))
+        if not self.config.hu_levels:
+            with torch.no_grad(): patches.bias.copy_(-0.5 * patches.weight.flatten(1).sum(1))
 
 def copy_slice_projection(encoder:ScanEncoder)->None:
     "Start the slice projection from the patch-mean half of the windows' projection."

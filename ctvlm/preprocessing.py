@@ -716,7 +716,7 @@ def make_windows(
     device, shape = pick_device(device or "cpu"), resampled_shape(volume, spec)
     starts, grid = zip(*(place_windows(*axis) for axis in zip(shape, spec.window, fits)))
     check_memory((*grid, *spec.window), f"{volume.name or 'the scan'} in windows", 2)
-    tile = [w // 4 if device.type == "cpu" and w % 4 == 0 else w for w in spec.window[:2]] + [spec.window[2]]    # a GPU takes whole windows
+    tile = [w // 4 if device.type == "cpu" and w % 4 == 0 and w > 64 else w for w in spec.window[:2]] + [spec.window[2]]    # small windows and a GPU: whole ones
     windows = torch.zeros((*grid, *spec.window), dtype=torch.float16, device=device)
     fill_windows(windows, volume.array, [list(_tiles(*axis)) for axis in zip(volume.array.shape, volume.spacing, spec.spacing, starts, grid, spec.window, tile)])
     affine = np.diag([*spec.spacing, 1.0])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rotary_coordinates', 'rotary_periods', 'rotary_angles', 'rotary_table', 'rotate', 'random_factor', 'EncoderSizes',
-           'attend', 'Attention', 'MLP', 'LayerScale', 'Block', 'Encoder', 'cut_patches', 'WindowEncoder',
-           'window_bins', 'ScanEncoder']
+           'attend', 'Attention', 'MLP', 'LayerScale', 'Block', 'Encoder', 'hu_ramps', 'cut_patches', 'WindowEncoder',
+           'start_patches', 'start_projections', 'window_bins', 'ScanEncoder']
 
 # %% ../nbs/05_vision.ipynb #93e4f31c
 import math
@@ -184,6 +184,16 @@ class Encoder(nn.Module):
         for block in self.blocks: x = block(x, cos, sin, mask)
         return self.norm(x)
 
+# %% ../nbs/05_vision.ipynb #a5c81d03
+def hu_ramps(
+    voxels:Tensor, # `(..., V)`, -1000 to 1000 HU scaled to [0, 1]
+    levels:tuple,  # ascending, HU; one channel between each two
+)->Tensor:         # `(..., len(levels) - 1, V)` in [-1/2, 1/2]
+    "The same voxels through several HU windows."
+    low, high = (voxels.new_tensor(x)[:, None] for x in (levels[:-1], levels[1:]))
+    slope, start = 2000 / (high - low), (-1000 - low) / (high - low) - 0.5              # (C, 1)
+    return torch.addcmul(start, voxels[..., None, :], slope).clamp_(-0.5, 0.5)          # (..., C, V)
+
 # %% ../nbs/05_vision.ipynb #741122fc
 def cut_patches(
     windows:Tensor, # `(N, 1, X, Y, Z)`
@@ -200,24 +210,61 @@ class WindowEncoder(Encoder):
         sizes:EncoderSizes=EncoderSizes(),
         window:tuple=(128, 128, 32), # voxels
         patch:tuple=(16, 16, 4),     # voxels
+        hu_levels:tuple=(),          # see `hu_ramps`; empty: the voxels as they are, as in the released weights
     ):
         super().__init__(sizes)
-        self.window, self.patch = tuple(window), tuple(patch)
+        self.window, self.patch, self.hu_levels = tuple(window), tuple(patch), tuple(hu_levels)
         self.grid = tuple(w // p for w, p in zip(window, patch))
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv3d(1, sizes.width, self.patch, self.patch)
+        self.patch_embed.proj = nn.Conv3d(max(1, len(hu_levels) - 1), sizes.width, self.patch, self.patch)
 
     def forward(self, windows): # `(N, 1, X, Y, Z)`
         "`(N, 1 + L, E)`: CLS and patch tokens."
         if tuple(windows.shape[1:]) != (1, *self.window) or not len(windows): raise InputError(f"found windows of shape {tuple(windows.shape)}, expected (N, 1, {', '.join(map(str, self.window))}): cut the scan with the model's own WindowSpec")
         proj = self.patch_embed.proj
-        x = F.linear(cut_patches(windows.to(proj.weight.dtype), self.patch), proj.weight.flatten(1), proj.bias)    # (N, L, E)
+        x = cut_patches(windows.to(proj.weight.dtype), self.patch)                                            # (N, L, voxels)
+        if self.hu_levels: x = hu_ramps(x, self.hu_levels).flatten(2)                                         # (N, L, C voxels)
+        x = F.linear(x, proj.weight.flatten(1), proj.bias)                                                    # (N, L, E)
         return self.encode(x, *self.tables([self.grid], device=windows.device))                               # (N, 1 + L, E)
 
     def features(self, windows): # `(N, 1, X, Y, Z)`
         "CLS `(N, E)` and depth tokens `(N, bins, E)`, each the mean of the patches at one depth."
         x = self(windows)                                                                                     # (N, 1 + L, E)
         return x[:, 0], x[:, 1:].unflatten(1, (-1, self.grid[2])).mean(1)                                     # (N, E), (N, bins, E)
+
+# %% ../nbs/05_vision.ipynb #a5c81d06
+@torch.no_grad()
+def start_patches(
+    encoder:WindowEncoder, # with `hu_levels`
+    windows:Tensor,        # `(N, 1, X, Y, Z)` of some scans
+    filters:float=0.3,     # size of the filters of what varies inside a patch, relative to the mean's
+    seed:int=0,
+)->None:
+    "Start the patch embedding as random directions of whitened channel means."
+    rng, proj = torch.Generator().manual_seed(seed), encoder.patch_embed.proj
+    C, voxels = proj.weight.shape[1], math.prod(encoder.patch)
+    r = hu_ramps(cut_patches(windows.float(), encoder.patch), encoder.hu_levels).mean(-1).flatten(0, 1).T     # (C, patches)
+    r = r[:, r.std(0) > 0.02]                                                           # without patches of air
+    if r.shape[1] < 2 * C: raise InputError(f"found {r.shape[1]} patches with tissue, {2 * C} or more are needed for {C} channels: give windows of more scans")
+    values, vectors = torch.linalg.eigh(torch.cov(r))
+    whiten = vectors @ torch.diag(values.clamp(min=1e-4) ** -0.5) @ vectors.T           # (C, C)
+    mean = torch.randn(len(proj.weight), C, generator=rng) @ whiten * C ** -0.5         # (E, C)
+    inside = torch.randn(len(proj.weight), C, voxels, generator=rng)
+    inside = (inside - inside.mean(2, keepdim=True)) / r.std(1)[:, None].clamp(min=1e-2) * (C * voxels) ** -0.5
+    proj.weight.copy_((mean[..., None] / voxels + filters * inside).view_as(proj.weight))
+    proj.bias.copy_(-mean @ r.mean(1))
+
+@torch.no_grad()
+def start_projections(
+    encoder,              # a `ScanEncoder`
+    cls:Tensor,           # `(N, E)` of the windows of some scans
+    depth_tokens:Tensor,  # `(N, bins, E)`
+)->None:
+    "Let the scan encoder's two projections see features of mean 0 and deviation 1: cached features of a frozen encoder differ little from window to window."
+    for linear, x in ((encoder.patch_proj, torch.cat([cls, depth_tokens.mean(1)], 1)), (encoder.axis_patch_proj, depth_tokens.flatten(0, 1))):
+        mean, deviation = x.float().mean(0), x.float().std(0).clamp(min=1e-3)
+        linear.weight /= deviation
+        linear.bias -= linear.weight @ mean
 
 # %% ../nbs/05_vision.ipynb #1e4abca5
 def window_bins(
