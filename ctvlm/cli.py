@@ -6,7 +6,7 @@
 __all__ = ['STATUS', 'app', 'AsJson', 'Quiet', 'Model', 'Device', 'Series', 'Scan', 'HU_LEVELS', 'DEMO_PATIENTS', 'DEMO_TRAINING',
            'EXAMPLES', 'plain', 'say', 'main', 'mine', 'label', 'studies', 'phantoms', 'check', 'preprocess',
            'load_model', 'reading', 'localize', 'classify', 'search', 'view', 'embed', 'train', 'evaluate', 'compare',
-           'demo_cohort', 'mining_score', 'demo_model', 'run_demo', 'demo', 'demo_table', 'manual']
+           'demo_cohort', 'mining_score', 'demo_model', 'demo_features', 'run_demo', 'demo', 'demo_table', 'manual']
 
 # %% ../nbs/15_cli.ipynb #3be5dd87
 import json, os, sys
@@ -480,6 +480,26 @@ def demo_model(
     start_patches(model.window_encoder, torch.cat([make_windows(open_scan(s), model.config.fit, model.config.window_spec).windows for s in train.scan[:look]]), seed=seed)
     return model
 
+# %% ../nbs/15_cli.ipynb #b1d07c12
+def demo_features(
+    model,           # of `demo_model`
+    studies,         # table of studies
+    output:str|Path, # folder of stores
+    workers:int=2,   # processes that render ahead of the encoder
+    look:int=100,    # training scans that the scan encoder starts from
+    quiet:bool=False, # no progress bar
+):                   # the `FeatureStore`
+    "Window features of every scan; the scan encoder is started from them."
+    import torch
+    from ctvlm.data import FeatureStore, embed_studies, scan_key
+    from ctvlm.vision import start_projections
+    made = embed_studies(studies, model, output, workers=workers, quiet=quiet)
+    if made["failed"]: raise InputError(f"{made['failed']} of {made['scans']} scans could not be read ({made['reasons']}): delete {output} and start again")
+    store = FeatureStore(made["store"])
+    some = [store.load(scan_key(row)) for row in studies[studies.split == "train"].head(look).itertuples()]
+    start_projections(model.scan_encoder, *(torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")))
+    return store
+
 # %% ../nbs/15_cli.ipynb #7b153ce4
 DEMO_PATIENTS = {"train": 1200, "val": 80, "test": 100}
 DEMO_TRAINING = dict(epochs=7, effective_batch=16, learning_rate=2e-3, final_learning_rate=2e-5, warmup_epochs=0.5, weight_decay=5e-2, layer_decay=1.,
@@ -493,15 +513,13 @@ def run_demo(
     seed:int=0,                  # of cohort, weights and order
     quiet:bool=False,            # no progress bars
 )->dict:                         # what `metrics.json` holds
-    "Phantoms, mining, labels, windows, training, evaluation, answers."
+    "Phantoms, mining, labels, features, training, evaluation, answers."
     import time
-    import torch
-    from ctvlm.data import Batches, FeatureStore, embed_studies, scan_key, write_studies
+    from ctvlm.data import Batches, write_studies
     from ctvlm.evaluation import calibrate_depth, embed_batches, evaluate_studies, write_result
     from ctvlm.findings import FINDINGS
     from ctvlm.training import TrainingConfig, peak_memory_mib, train
     from ctvlm.viewer import pick_examples, write_report
-    from ctvlm.vision import start_projections
     began, output = time.perf_counter(), Path(output)
     def tell(text):
         if not quiet: print(f"ctvlm: {text} ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
@@ -510,11 +528,7 @@ def run_demo(
     write_studies(studies, output/"studies.parquet")
     model = demo_model(studies, seed)
     tell("rendering scans, keeping the features of their windows")
-    made = embed_studies(studies, model, output/"features", quiet=quiet)
-    if made["failed"]: raise InputError(f"{made['failed']} of {made['scans']} scans could not be read ({made['reasons']}): delete {output} and start again")
-    store, split = FeatureStore(made["store"]), dict(list(studies.groupby("split")))
-    some = [store.load(scan_key(r)) for r in split["train"].head(100).itertuples()]
-    start_projections(model.scan_encoder, *(torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")))
+    store, split = demo_features(model, studies, output/"features", quiet=quiet), dict(list(studies.groupby("split")))
     findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in split["train"].labels)]
     config = TrainingConfig(**{"seed": seed, **training})
     def batches(name, **options): return Batches(split[name], store, model.processor.tokenizer, config.effective_batch, findings, seed=seed, **options)
