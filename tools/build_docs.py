@@ -1,43 +1,33 @@
 """Build README.md from nbs/index.ipynb and the documentation site in _docs/.
 
-The site is made by Quarto where it is installed. Otherwise the same processed notebooks (nbdev adds the API
-tables) become plain HTML through nbconvert, with the navigation of _quarto.yml."""
-import argparse, html, re, shutil, subprocess, sys
+Chapters go through nbdev's processors, the reference comes from docments; both are notebooks in _proc/. Quarto renders
+them where it is installed; otherwise nbconvert makes plain HTML of the same notebooks, with the navigation of _quarto.yml,
+search, light and dark, and code folding (tools/site/)."""
+import argparse, html, json, re, shutil, subprocess, sys
+from functools import cache, cached_property
 from pathlib import Path
 
 import nbformat, yaml
+from bs4 import BeautifulSoup
+from execnb.nbio import read_nb, write_nb
+from jinja2 import pass_context
+from latex2mathml.converter import convert as mathml
 from nbconvert import HTMLExporter, MarkdownExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbdev.config import get_config
+from nbdev.process import NBProcessor
+from nbdev.processors import FilterDefaults
+from nbdev.quarto import refresh_quarto_yml
+from traitlets.config import Config
+
+from api_pages import anchor, api_page, definitions
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, OUT = ROOT / "nbs", ROOT / "_docs"
+NBS, PROC, SITE = ROOT / "nbs", ROOT / "_proc", Path(__file__).resolve().parent / "site"
+LEFT_OUT = {"add_show_docs", "exec_show_docs", "insert_warning", "rm_export", "mv_exports", "add_fold"}   # code stays in the chapters, signatures have pages
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} | ctvlm</title><link rel="stylesheet" href="{up}site.css"></head>
-<body><a class="skip" href="#content">Skip to content</a>
-<details class="menu" open><summary>Contents</summary><nav aria-label="Chapters">{nav}</nav></details>
-<main id="content">{body}</main></body></html>
-"""
 
-CSS = """:root { --bg: #fff; --fg: #1b1f24; --soft: #f4f5f7; --line: #d5d9de; --link: #0b62a4; }
-@media (prefers-color-scheme: dark) { :root { --bg: #15181c; --fg: #e3e6ea; --soft: #1f242a; --line: #39414a; --link: #7cb8ea; }
-  main img { background: #fff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.55 system-ui, sans-serif; display: flex; align-items: flex-start; }
-a { color: var(--link); } .skip { position: absolute; left: -999px; } .skip:focus { left: 8px; top: 8px; background: var(--bg); }
-.menu { flex: 0 0 240px; padding: 16px; position: sticky; top: 0; max-height: 100vh; overflow: auto; border-right: 1px solid var(--line); }
-.menu ul { list-style: none; padding-left: 0; margin: 4px 0 12px; } .menu [aria-current] { font-weight: 700; }
-main { flex: 1 1 auto; min-width: 0; max-width: 900px; padding: 16px 24px 64px; overflow-wrap: anywhere; }
-pre { background: var(--soft); border: 1px solid var(--line); border-radius: 4px; padding: 8px 12px; overflow-x: auto; font-size: 13.5px; line-height: 1.4; overflow-wrap: normal; }
-code { font-family: ui-monospace, monospace; } img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; display: block; overflow-x: auto; max-width: 100%; font-size: 14px; } th, td { border-bottom: 1px solid var(--line); padding: 3px 10px; text-align: left; }
-blockquote { margin: 0; padding-left: 12px; border-left: 4px solid var(--line); } math { max-width: 100%; overflow-x: auto; overflow-y: hidden; }
-.anchor-link, .jp-InputPrompt, .jp-OutputPrompt { display: none; }
-.highlight .k, .highlight .kn, .highlight .kc { color: #8250df; } .highlight .s1, .highlight .s2, .highlight .sd { color: #0a7040; } .highlight .c1 { color: #6e7781; }
-@media (prefers-color-scheme: dark) { .highlight .k, .highlight .kn, .highlight .kc { color: #d2a8ff; } .highlight .s1, .highlight .s2, .highlight .sd { color: #7ee0a8; } .highlight .c1 { color: #9aa4af; } }
-@media (max-width: 800px) { body { display: block; } .menu { position: static; max-height: none; border: 0; border-bottom: 1px solid var(--line); } main { padding: 8px 14px 48px; } }
-"""
-
+# --- both ways: notebooks in _proc/
 
 def page_name(notebook):
     "`02_mining.ipynb` becomes `mining.html`."
@@ -45,59 +35,189 @@ def page_name(notebook):
     return str(p.with_name(re.sub(r"^\d+[a-z]?_", "", p.stem) + ".html"))
 
 
-def title_of(nb):
-    "The first heading of a notebook."
-    found = re.search(r"^#\s+(.+)$", next((c.source for c in nb.cells if c.cell_type == "markdown"), ""), re.M)
-    return found.group(1).strip() if found else "ctvlm"
+def chapter_of():
+    "Module -> its notebook."
+    return {re.sub(r"^\d+_", "", p.stem): p.name for p in sorted(NBS.glob("[0-9][0-9]_*.ipynb"))}
 
 
-def navigation(sidebar, titles, current, up):
-    "The contents of `_quarto.yml` as nested HTML lists."
-    def item(nb):
-        mark = ' aria-current="page"' if nb == current else ""
-        return f'<li><a href="{up}{page_name(nb)}"{mark}>{html.escape(titles[nb])}</a></li>'
-    out = []
-    for entry in sidebar:
-        if isinstance(entry, str): out.append(f"<ul>{item(entry)}</ul>")
-        else: out.append(f"<strong>{html.escape(entry['section'])}</strong><ul>{''.join(item(nb) for nb in entry['contents'])}</ul>")
-    return "".join(out)
+def last_sentence(markdown):
+    "The end of the prose before a picture: its alternative text where a cell gives none."
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|^[#|>].*$|<[^>]+>", " ", markdown, flags=re.S | re.M)
+    text = re.sub(r"[`*$]|\[([^\]]+)\]\([^)]*\)", r"\1", text)
+    return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))[-2:])[:300]
 
 
-def with_alternative_texts(body):
-    "Pictures of cells carry the sentence before them: `alt` is never empty."
-    parts, last = re.split(r"(<img\b[^>]*>)", body), "figure"
-    for i, part in enumerate(parts):
-        if part.startswith("<img"):
-            if not re.search(r'alt="[^"]+"', part) or 'alt="No description has been provided for this image"' in part:
-                part = re.sub(r'\s*alt="[^"]*"', "", part)
-                parts[i] = part.replace("<img", f'<img alt="{html.escape(last)}"', 1)
-        else:
-            for text in re.findall(r"<p>(.*?)</p>", part, re.S): last = re.sub(r"<[^>]+>|\s+", " ", text).strip()[:160] or last
-    return "".join(parts)
+def relative_links(markdown, up, home):
+    "nbdev links names to chapters on the web: here they go to the reference, and files of the repository to the repository."
+    config = get_config()
+    markdown = re.sub(re.escape(home) + r"([\w/]+\.html)#", rf"{up}api/\1#", markdown)
+    return re.sub(r"\]\(" + re.escape(up) + r"\.\./([^)#]+)", rf"]({config.git_url}/blob/{config.branch}/\1", markdown)
 
 
-def plain_site():
-    "The site without Quarto: processed notebooks through nbconvert."
-    from nbdev.quarto import proc_nbs
-    source = Path(proc_nbs(str(NBS), n_workers=1, force=True))
-    sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-    pages = [p for e in sidebar for p in ([e] if isinstance(e, str) else e["contents"])]
-    notebooks = {p: nbformat.read(source / p, as_version=4) for p in pages}
-    titles = {p: title_of(nb) for p, nb in notebooks.items()}
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
-    shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir()
-    (OUT / "site.css").write_text(CSS)
-    for p, nb in notebooks.items():
-        body, _ = exporter.from_notebook_node(nb)
+def process_chapter(path):
+    "A notebook of the book as it is shown: hidden cells gone, names linked, options for pictures and exported code."
+    nb = read_nb(path)
+    NBProcessor(nb=nb, procs=[p for p in FilterDefaults().base_procs() if p.__name__ not in LEFT_OUT]).process()
+    relative = path.relative_to(NBS)
+    up, cells, before = "../" * (len(relative.parts) - 1), [], ""
+    home = f"{get_config().doc_host}{get_config().doc_baseurl}/"
+    for c in nb.cells:
+        directives = c.get("directives_", {})
+        if "default_exp" in directives or not c.source.strip(): continue
+        if c.cell_type == "markdown": c.source = relative_links(c.source, up, home); before = c.source
+        if c.cell_type == "code":
+            options = []
+            if any("image/png" in o.get("data", {}) for o in c.outputs): options.append(f"#| fig-alt: {json.dumps(last_sentence(before), ensure_ascii=False)}")
+            names = list(definitions(c.source)) if "export" in directives else []
+            if names:
+                options.append(f"#| code-summary: {json.dumps('Exported: ' + ', '.join(n for n in names if n.split('.')[0] not in names or '.' not in n))}")
+                cells.append(dict(cell_type="markdown", id=f"{c.id}-names", metadata={}, source="".join(f'<span id="code-{anchor(n)}"></span>' for n in names)))
+            c.source = "\n".join(options + [c.source])
+        cells.append({k: v for k, v in c.items() if not k.endswith("_")})
+    (PROC / relative).parent.mkdir(parents=True, exist_ok=True)
+    write_nb({**nb, "cells": cells}, PROC / relative)
+
+
+def process_module(name, chapter):
+    "The page of the reference for one module, as a notebook."
+    front = nbformat.v4.new_raw_cell(f"---\ntitle: ctvlm.{name}\noutput-file: {name}.html\n---\n")
+    (PROC / "api").mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[front, nbformat.v4.new_markdown_cell(api_page(name, chapter))]), PROC / "api" / f"{name}.ipynb")
+
+
+def process():
+    "Write _proc/: every notebook of the site."
+    shutil.rmtree(PROC, ignore_errors=True)
+    PROC.mkdir()
+    for path in sorted(p for p in NBS.rglob("[!_.]*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts)): process_chapter(path)
+    for name, chapter in chapter_of().items(): process_module(name, chapter)
+    for extra in ("styles.css", "images"):
+        if (NBS / extra).is_dir(): shutil.copytree(NBS / extra, PROC / extra)
+        elif (NBS / extra).exists(): shutil.copy(NBS / extra, PROC / extra)
+
+
+def quarto_site(out):
+    "The site by Quarto."
+    refresh_quarto_yml()
+    for name in ("_quarto.yml", "nbdev.yml"): shutil.copy(NBS / name, PROC / name)
+    subprocess.run(["quarto", "render", "--no-cache"], cwd=PROC, check=True)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(PROC / get_config().doc_path.name, out)
+    print(f"{out}: by Quarto")
+
+
+# --- without Quarto
+
+class MathRenderer(IPythonRenderer):
+    "Formulas as MathML: no script, no font from elsewhere."
+    def block_math(self, body): return mathml(body.strip(), display="block")
+    def inline_math(self, body): return mathml(body.strip())
+    def latex_environment(self, name, body): return mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", display="block")
+
+
+class PlainExporter(HTMLExporter):
+    "nbconvert's HTML of a notebook, with folded code, pictures as files and formulas as MathML."
+    def __init__(self): super().__init__(raw_template="""{%- extends 'basic/index.html.j2' -%}
+{% block codecell %}<div class="cell">{{ super.super() }}</div>{% endblock %}
+{% block input_group %}{% if cell.source %}<details class="code{{ ' exported' if cell.metadata.exported }}" open><summary>{{ cell.metadata.summary }}</summary>
+{{ cell.source | highlight_code(metadata=cell.metadata) }}</details>{% endif %}{% endblock %}
+{% block markdowncell %}{{ cell.source | markdown2html }}{% endblock %}{% block rawcell %}{% endblock %}""",
+        config=Config({"ExtractOutputPreprocessor": {"enabled": True}}))
+    @pass_context
+    def markdown2html(self, context, source): return MarkdownWithMath(renderer=MathRenderer(escape=False, anchor_link_text="#")).render(source)
+
+
+@cache
+def exporter():
+    "One exporter for all pages."
+    return PlainExporter()
+
+
+class Page:
+    "One processed notebook and its HTML."
+    def __init__(self, notebook):
+        self.notebook, self.name = notebook, page_name(notebook)
+        self.up = "../" * (len(Path(notebook).parts) - 1)
+        self.nb = nbformat.read(PROC / notebook, as_version=4)
+        self.front = yaml.safe_load(next((c.source for c in self.nb.cells if c.cell_type == "raw"), "---\n---").strip().strip("-")) or {}
+        self.title, self.description = self.front.get("title", "ctvlm"), self.front.get("description", "")
+        for c in self.nb.cells:
+            if c.cell_type != "code": continue
+            options = dict(re.findall(r"^#\| *([\w-]+): *(.*)$", c.source, re.M))
+            options = {k: yaml.safe_load(v) for k, v in options.items()}
+            c.source = "" if options.get("echo") is False else re.sub(r"^#\|.*\n?", "", c.source, flags=re.M).strip()
+            c.metadata.update(summary=options.get("code-summary", "Code"), exported="code-summary" in options, alt=options.get("fig-alt", ""))
+
+    @cached_property
+    def html(self):
+        "The body: links between notebooks become links between pages, every table of code can be reached."
+        self.nb.metadata.pop("widgets", None)
+        stem = Path(self.name).stem
+        body, resources = exporter().from_notebook_node(self.nb, resources={"unique_key": stem, "output_files_dir": f"{stem}_pictures"})
+        self.pictures = resources["outputs"]
         body = re.sub(r'(href=")(?!https?:)([^"#]+\.ipynb)', lambda m: m[1] + page_name(m[2]), body)
-        up = "../" * (len(Path(p).parts) - 1)
-        target = OUT / page_name(p)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(PAGE.format(title=html.escape(titles[p]), up=up, nav=navigation(sidebar, titles, p, up), body=with_alternative_texts(body)))
-    if (NBS / "images").is_dir(): shutil.copytree(NBS / "images", OUT / "images")
-    print(f"{len(pages)} pages in {OUT.relative_to(ROOT)}/ (plain version; install Quarto for search and themes)")
+        return re.sub(r'<h([2-6]) id="[^"]*">(.*?) \{#([\w.]+)\}<a class="anchor-link" href="[^"]*">', r'<h\1 id="\3">\2<a class="anchor-link" href="#\3">', body)
 
+    @cached_property
+    def sections(self):
+        "Heading level, text, anchor and what stands below it."
+        out = [[1, self.title, "", [self.description]]]
+        for tag in BeautifulSoup(self.html, "html.parser").find_all(True, recursive=True):
+            if tag.name in ("h2", "h3"): out.append([int(tag.name[1]), tag.get_text().rstrip("#").strip(), tag.get("id", ""), []])
+            elif tag.name in ("p", "li", "td", "pre") and not tag.find_parent(["p", "li", "td", "pre"]) and not tag.find_parent(class_="output"): out[-1][3].append(" ".join(tag.get_text(" ").split()))
+        return out
+
+
+def entries(sidebar):
+    "The notebooks of a sidebar, in order."
+    return [p for e in sidebar for p in ([e] if isinstance(e, str) else e["contents"])]
+
+
+def navigation(sidebar, pages, current):
+    "The sidebar of _quarto.yml as nested lists."
+    link = lambda p: f'<li><a href="{current.up}{pages[p].name}"{" aria-current=page" if p == current.notebook else ""}>{html.escape(pages[p].title)}</a></li>'
+    return "".join(f"<ul>{link(e)}</ul>" if isinstance(e, str) else f"<strong>{html.escape(e['section'])}</strong><ul>{''.join(map(link, e['contents']))}</ul>" for e in sidebar)
+
+
+def on_this_page(page):
+    "The headings of a page as links."
+    links = [f'<li><a class="h{level}" href="#{anchor}">{html.escape(text)}</a></li>' for level, text, anchor, _ in page.sections[1:]]
+    return f"<strong>On this page</strong><ul>{''.join(links)}</ul>" if links else ""
+
+
+def write_page(page, sidebar, pages, out):
+    "One page of the plain site with its pictures."
+    order = entries(sidebar)
+    k, config = order.index(page.notebook), get_config()
+    near = [(order[k - 1], "&larr; ", "") if k else None, (order[k + 1], "", " &rarr;") if k + 1 < len(order) else None]
+    where = f"ctvlm/{Path(page.notebook).stem}.py" if page.notebook.startswith("api/") else f"nbs/{page.notebook}"
+    fold = '<button id="fold" type="button">Hide code</button>' if 'class="code' in page.html else ""
+    text = (SITE / "page.html").read_text().format(title=html.escape(page.title), description=html.escape(re.sub("[`*]", "", page.description)), lead=exporter().markdown2html(None, page.description), up=page.up, body=page.html, tools=fold,
+        navigation=navigation(sidebar, pages, page), contents=on_this_page(page),
+        neighbours="".join(f'<a href="{page.up}{pages[n[0]].name}">{n[1]}{html.escape(pages[n[0]].title)}{n[2]}</a>' for n in near if n),
+        footer=f'<a href="{config.git_url}/blob/{config.branch}/{where}">{where}</a> - <a href="{config.git_url}/issues/new">Report an issue</a> - For research, not for diagnosis.')
+    target = out / page.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
+    for name, data in page.pictures.items():
+        (target.parent / name).parent.mkdir(exist_ok=True)
+        (target.parent / name).write_bytes(data)
+
+
+def plain_site(out):
+    "The site by nbconvert."
+    sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    pages = {p: Page(p) for p in entries(sidebar)}
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for page in pages.values(): write_page(page, sidebar, pages, out)
+    for name in ("site.css", "site.js"): shutil.copy(SITE / name, out)
+    index = [[p.name, p.title, heading, anchor, " ".join(text)] for p in pages.values() for _, heading, anchor, text in p.sections]
+    (out / "search.js").write_text("window.searchIndex = " + json.dumps(index, ensure_ascii=False) + ";\n")
+    print(f"{out}: {len(pages)} pages, plain (with Quarto installed, by Quarto)")
+
+
+# --- README.md
 
 def readme():
     "README.md from the index notebook: its hidden cells left out, pictures that cells drew in nbs/images/."
@@ -127,11 +247,14 @@ def readme():
 def main():
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("--readme", action="store_true", help="only README.md")
+    ap.add_argument("--plain", action="store_true", help="without Quarto, even where it is installed")
+    ap.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder of the site, replaced")
     args = ap.parse_args()
     readme()
     if args.readme: return
-    if shutil.which("quarto"): sys.exit(subprocess.run(["nbdev_docs"], cwd=ROOT).returncode)
-    plain_site()
+    process()
+    if shutil.which("quarto") and not args.plain: quarto_site(args.out)
+    else: plain_site(args.out)
 
 
 if __name__ == "__main__": main()

@@ -1,0 +1,193 @@
+"The documentation site without Quarto: links, pictures, documented names, and pages in a real browser."
+import importlib, inspect, json, re, shutil, subprocess, sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest, yaml
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = [p.stem[3:] for p in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+SEEN = ["index.html", "localization.html", "api/model.html"]           # looked at closely: front page, a chapter, the reference
+PICTURES = ROOT / "runs" / "site"                                      # screenshots, to be looked at by people
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The folder of the built site."
+    out = tmp_path_factory.mktemp("site") / "docs"
+    subprocess.run([sys.executable, "tools/build_docs.py", "--plain", "--out", str(out)], cwd=ROOT, check=True, capture_output=True, text=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pages(site):
+    "Path in the site -> parsed page."
+    return {p.relative_to(site).as_posix(): BeautifulSoup(p.read_text(), "html.parser") for p in sorted(site.rglob("*.html"))}
+
+
+def target(site, name, link):
+    "File and fragment that a link on page `name` leads to; None for the outside world."
+    parts = urlsplit(link)
+    if parts.scheme or parts.netloc: return None
+    path = ((site / name).parent / unquote(parts.path)).resolve() if parts.path else site / name
+    return path, unquote(parts.fragment)
+
+
+def test_every_page_has_the_same_navigation(site, pages):
+    sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    contents = [page.select_one(".menu nav") for page in pages.values()]
+    assert [s.text for s in contents[0].find_all("strong")] == [e["section"] for e in sidebar if isinstance(e, dict)]
+    lists = {tuple((a.text, target(site, name, a["href"])[0]) for a in nav.find_all("a")) for name, nav in zip(pages, contents)}
+    assert len(lists) == 1 and {path for _, path in next(iter(lists))} == {site / name for name in pages}
+    for name, nav in zip(pages, contents):
+        [here] = nav.select("[aria-current]")
+        assert target(site, name, here["href"])[0] == site / name
+
+
+def test_internal_links_and_pictures_resolve(site, pages):
+    anchors = {site / name: {t["id"] for t in page.find_all(id=True)} for name, page in pages.items()}
+    broken = []
+    for name, page in pages.items():
+        for tag in page.find_all(["a", "img", "link", "script"]):
+            link = tag.get("href") or tag.get("src")
+            found = target(site, name, link) if link else None
+            if found and not (found[0].is_file() and (not found[1] or found[1] in anchors.get(found[0], ()))): broken.append((name, link))
+    assert not broken, broken
+    assert sum(bool(page.find_all("img")) for page in pages.values()) > 20
+
+
+def test_pictures_have_alternative_texts(pages):
+    without = [(name, img["src"]) for name, page in pages.items() for img in page.find_all("img") if len(img.get("alt", "").split()) < 3]
+    assert not without, without
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_exported_name_has_a_documented_signature(pages, name):
+    module, page = importlib.import_module(f"ctvlm.{name}"), pages[f"api/{name}.html"]
+    for n in module.__all__:
+        obj, place = getattr(module, n), page.find(id=n.lower())
+        assert place, f"{name}.{n} is not on the page"
+        if not (inspect.isclass(obj) or inspect.isfunction(inspect.unwrap(obj) if callable(obj) else obj)):
+            assert place.find_parent("tr").find_all("td")[1].text.strip(), n
+            continue
+        sentence = place.find_next_sibling()
+        assert sentence.name == "p" and len(sentence.text.split()) > 2, f"{name}.{n} has no docstring"
+        assert place.find_next("pre").text.startswith(f"{n}("), n
+        assert re.search(rf"ctvlm/{name}\.py#L\d+$", place.find_next("a", string="source")["href"]), n
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_chapters_show_the_code_that_they_export(pages, name):
+    shown = "\n".join(pre.text for pre in pages[f"{name}.html"].select("details.exported pre"))
+    missing = [n for n in importlib.import_module(f"ctvlm.{name}").__all__ if not re.search(rf"\b{n}\b", shown)]
+    assert not missing, missing
+
+
+def test_hidden_cells_and_directives_stay_hidden(pages):
+    for name, page in pages.items():
+        code = "\n".join(pre.text for pre in page.find_all("pre"))
+        assert "#|" not in re.sub(r"`#\|[^`]*`", "", code) and "nbdev_export()" not in code, name
+
+
+def test_formulas_are_set(pages):
+    formulas = 0
+    for name, page in pages.items():
+        formulas += len(page.find_all("math"))
+        for tag in page.find_all(["pre", "code", "script", "math"]): tag.extract()
+        assert not re.search(r"\$\$|\\(?:frac|begin|cdot|mathrm|text)\b", page.text), name
+    assert formulas > 100
+
+
+def test_search_index_leads_to_sections(site, pages):
+    text = (site / "search.js").read_text()
+    rows = json.loads(text.removeprefix("window.searchIndex = ").rstrip().rstrip(";"))
+    assert {r[0] for r in rows} == set(pages)
+    assert all(not r[3] or pages[r[0]].find(id=r[3]) for r in rows)
+    assert ["api/siglip.html", "siglip_loss"] in [[r[0], r[3]] for r in rows]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "Headless Chromium, as Debian or a desktop installs it."
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not program: pytest.skip("no Chromium here: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=program, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser, site):
+    "Open a page of the site at a width; its errors are collected in `.errors`."
+    contexts = []
+    def open_(name, width=1280, scheme="light"):
+        contexts.append(browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.errors = []
+        page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: page.errors.append(str(e)))
+        page.goto((site / name).as_uri())
+        return page
+    yield open_
+    for c in contexts: c.close()
+
+
+WIDER = """() => [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 &&
+  !e.closest('pre, table, math, .skip') && e.offsetParent).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 40)).slice(0, 5)"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", SEEN)
+def test_pages_in_a_browser(open_page, name, width):
+    page = open_page(name, width)
+    assert page.locator("h1").first.is_visible() and not page.errors
+    assert page.evaluate("document.documentElement.scrollWidth") <= width and not page.evaluate(WIDER)
+    assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0 && i.alt)")
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PICTURES / f"{name.replace('/', '-').removesuffix('.html')}-{width}.png")
+
+
+def test_no_page_runs_off_a_phone(open_page, site, pages):
+    page = open_page("index.html", 390)
+    for name in pages:
+        page.goto((site / name).as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390 and not page.evaluate(WIDER), name
+    assert not page.errors
+
+
+def test_search_finds_and_leads_there(open_page):
+    page = open_page("tutorials/your_own_scan.html")
+    page.keyboard.press("/")
+    page.keyboard.type("siglip_loss")
+    first = page.locator("#found a").first
+    first.wait_for()
+    assert first.get_attribute("href") == "../api/siglip.html#siglip_loss"
+    first.click()
+    page.wait_for_url("**/api/siglip.html#siglip_loss")
+    assert page.locator("#siglip_loss").is_visible() and not page.errors
+
+
+def test_light_and_dark(open_page):
+    colour = "getComputedStyle(document.body).backgroundColor"
+    page = open_page("core.html", scheme="dark")
+    dark = page.evaluate(colour)
+    page.click("#theme")
+    light = page.evaluate(colour)
+    assert dark != light and light == "rgb(255, 255, 255)"
+    page.reload()
+    assert page.evaluate(colour) == light                               # the choice is kept
+
+
+def test_code_folds_and_the_menu_of_a_phone_opens(open_page):
+    page = open_page("core.html", 390)
+    assert not page.locator(".menu nav").is_visible()
+    page.click(".menu summary")
+    assert page.locator(".menu nav a", has_text="Mining").first.is_visible()
+    code = page.locator("details.code pre").first
+    assert code.is_visible()
+    page.click("#fold")
+    assert not code.is_visible()

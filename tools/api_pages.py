@@ -1,0 +1,134 @@
+"The reference: one Markdown page per module, from signatures, docments and comments."
+import ast, importlib, inspect, re, typing
+from pathlib import Path
+
+from fastcore.docments import docments
+from nbdev.config import get_config
+from nbdev.doclinks import patch_name
+
+
+def anchor(name):
+    "Where a name stands on its page."
+    return name.lower()
+
+
+def defined_names(node):
+    "What a statement defines, with its line: functions, classes and their methods, `Class.method` by `@patch`, values."
+    functions = ast.FunctionDef, ast.AsyncFunctionDef
+    if isinstance(node, functions): return {patch_name(node): node.lineno}
+    if isinstance(node, ast.ClassDef): return {node.name: node.lineno} | {f"{node.name}.{m.name}": m.lineno for m in node.body if isinstance(m, functions)}
+    return {n.id: node.lineno for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)} if isinstance(node, ast.Assign) else {}
+
+
+def type_words(annotation):
+    "`str|Path|None` as a reader says it: str or Path or None; module names are left out."
+    if annotation in (None, inspect.Parameter.empty): return "None" if annotation is None else ""
+    if isinstance(annotation, type) and not typing.get_args(annotation): return annotation.__name__
+    short = re.sub(r"\b(?:[A-Za-z_]\w*\.)+", "", str(annotation)).replace(" ", "")
+    return re.sub(r"^Optional\[(.*)\]$", r"\1|None", short).replace("|", " or ")
+
+
+def default_words(value):
+    "A default as it is written, if it is short."
+    if value is inspect.Parameter.empty: return ""
+    text = getattr(value, "__name__", None) or repr(value)
+    return "..." if " at 0x" in text or len(text) > 60 else text
+
+
+def own_parameters(obj):
+    "Name, type, default and meaning of each parameter; a class says only its own, not those of a foreign base."
+    if inspect.isclass(obj) and issubclass(obj, BaseException): return [("message", "str", "", "one line: what was found, what was expected, what to do")]
+    notes, rows = docments(obj, full=True), []
+    foreign = inspect.isclass(obj) and not getattr(obj.__init__, "__globals__", {}).get("__name__", "").startswith("ctvlm")
+    for name, p in inspect.signature(obj).parameters.items():
+        if name in ("self", "cls") or foreign and name not in vars(obj).get("__annotations__", {}): continue
+        kind, meaning = p.annotation, (notes.get(name) or {}).get("docment")
+        if typing.get_origin(kind) is typing.Annotated:                    # a parameter of the command: its help is its meaning
+            kind, info = typing.get_args(kind)[:2]
+            meaning = meaning or info.help
+        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        rows.append((stars + name, type_words(kind), default_words(p.default), meaning or ""))
+    back = notes.get("return") or {}
+    returns = inspect.signature(obj).return_annotation
+    if not inspect.isclass(obj) and (returns not in (None, inspect.Signature.empty) or back.get("docment")):
+        rows.append(("returns", type_words(returns), "", back.get("docment") or ""))
+    return rows
+
+
+def cell(text):
+    "Text for a cell of a Markdown table."
+    line = " ".join(str(text).split()).replace("|", r"\|")
+    return line if "`" in line else line.replace("<", "&lt;")
+
+
+def signature_line(name, rows):
+    "The call, on one line or with one parameter a line."
+    said = [n + (f":{t.replace(' or ', '|')}" if t else "") + (f"={d}" if d else "") for n, t, d, _ in rows if n != "returns"]
+    back = "".join(f"->{t.replace(' or ', '|')}" for n, t, *_ in rows if n == "returns" and t)
+    line = f"{name}({', '.join(said)}){back}"
+    return line if len(line) <= 88 else f"{name}(\n    " + ",\n    ".join(said) + f",\n){back}"
+
+
+def definitions(source):
+    "Public names that a piece of source defines, with their lines."
+    return {name: line for node in ast.parse(source).body for name, line in defined_names(node).items() if not any(part.startswith("_") for part in name.split("."))}
+
+
+def source_link(module, line):
+    "A line of an exported module in the repository."
+    config = get_config()
+    return f"{config.git_url}/blob/{config.branch}/{module.__name__.replace('.', '/')}.py" + (f"#L{line}" if line else "")
+
+
+def entry(name, obj, level, chapter, source):
+    "One function, class, method or property as Markdown."
+    links = f"[source]({source}) - [chapter](../{chapter}#code-{anchor(name)})"
+    prose = inspect.getdoc(obj) or ""
+    out = [f"{'#' * level} `{name}` {{#{anchor(name)}}}"]
+    if isinstance(obj, property): return out + [f"*Property.* {prose}", links]
+    rows = own_parameters(obj)
+    out += [prose, f"```python\n{signature_line(name, rows)}\n```"]
+    if rows: out.append("\n".join(["| name | type | default | meaning |", "| --- | --- | --- | --- |"] +
+        [f"| {'**returns**' if n == 'returns' else f'`{n}`'} | {cell(t)} | {f'`{cell(d)}`' if d else ''} | {cell(m)} |" for n, t, d, m in rows]))
+    return out + [links]
+
+
+def members(cls):
+    "Public methods and properties that this package gives a class, with a sentence each."
+    for name, value in vars(cls).items():
+        f = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+        f = f.fget if isinstance(f, property) else f
+        if name.startswith("_") or not inspect.isfunction(inspect.unwrap(f) if callable(f) else f) or not f.__doc__: continue
+        if inspect.unwrap(f).__module__.startswith("ctvlm"): yield name, value if isinstance(value, property) else getattr(cls, name)
+
+
+def constants(module):
+    "Exported names that are values: name, what it is, the comment beside it."
+    path = Path(module.__file__)
+    lines, rows = path.read_text().splitlines(), []
+    for node in ast.parse("\n".join(lines)).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        found = re.search(r"\s# (.+)$", lines[node.lineno - 1]) or re.search(r"\s# (.+)$", lines[node.end_lineno - 1]) or re.match(r"# (?!%%|AUTO)(.+)$", lines[node.lineno - 2])
+        for name in names:
+            if name not in module.__all__: continue
+            value = getattr(module, name)
+            text = repr(value)
+            if len(text) > 60 or " at 0x" in text: text = type(value).__name__ + (f" of {len(value)}" if hasattr(value, "__len__") else "")
+            rows.append(f"| <span id=\"{anchor(name)}\"></span>`{name}` | `{cell(text)}` | {cell(found.group(1)) if found else ''} |")
+    return rows
+
+
+def api_page(name, chapter):
+    "The page of one module: what it is for, its functions and classes, its constants."
+    module = importlib.import_module(f"ctvlm.{name}")
+    out = [f"{module.__doc__} [The chapter](../{chapter}) builds it step by step."]
+    lines = definitions(Path(module.__file__).read_text())
+    for n in module.__all__:
+        obj = getattr(module, n)
+        if not (inspect.isclass(obj) or inspect.isfunction(inspect.unwrap(obj) if callable(obj) else obj)): continue
+        out += entry(n, obj, 2, chapter, source_link(module, lines.get(n)))
+        if inspect.isclass(obj):
+            for m, value in members(obj): out += entry(f"{n}.{m}", value, 3, chapter, source_link(module, lines.get(f"{n}.{m}")))
+    if rows := constants(module): out += ["## Constants", "\n".join(["| name | value | meaning |", "| --- | --- | --- |"] + rows)]
+    return "\n\n".join(out) + "\n"
