@@ -8,11 +8,11 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import nbformat, yaml
-from bs4 import BeautifulSoup
 from execnb.nbio import read_nb, write_nb
 from jinja2 import pass_context
 from latex2mathml.converter import convert as mathml
-from nbconvert import HTMLExporter, MarkdownExporter
+from nbconvert import HTMLExporter, MarkdownExporter, TemplateExporter
+from nbconvert.filters.highlight import Highlight2HTML
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbdev.config import get_config
 from nbdev.process import NBProcessor
@@ -118,13 +118,18 @@ class MathRenderer(IPythonRenderer):
 class PlainExporter(HTMLExporter):
     "nbconvert's HTML of a notebook, with folded code, pictures as files and formulas as MathML."
     def __init__(self): super().__init__(raw_template="""{%- extends 'basic/index.html.j2' -%}
-{% block codecell %}<div class="cell">{{ super.super() }}</div>{% endblock %}
+{% block codecell %}<!--cell--><div class="cell">{{ super.super() }}</div><!--/cell-->{% endblock %}
 {% block input_group %}{% if cell.source %}<details class="code{{ ' exported' if cell.metadata.exported }}" open><summary>{{ cell.metadata.summary }}</summary>
 {{ cell.source | highlight_code(metadata=cell.metadata) }}</details>{% endif %}{% endblock %}
 {% block markdowncell %}{{ cell.source | markdown2html }}{% endblock %}{% block rawcell %}{% endblock %}""",
         config=Config({"ExtractOutputPreprocessor": {"enabled": True}}))
+
     @pass_context
     def markdown2html(self, context, source): return MarkdownWithMath(renderer=MathRenderer(escape=False, anchor_link_text="#")).render(source)
+
+    def from_notebook_node(self, nb, resources): # not the parent's, which parses the page once more for alternative texts that are there
+        self.register_filter("highlight_code", Highlight2HTML(pygments_lexer="python3", parent=self))
+        return TemplateExporter.from_notebook_node(self, nb, resources)
 
 
 @cache
@@ -160,12 +165,11 @@ class Page:
 
     @cached_property
     def sections(self):
-        "Heading level, text, anchor and what stands below it."
-        out = [[1, self.title, "", [self.description]]]
-        for tag in BeautifulSoup(self.html, "html.parser").find_all(True, recursive=True):
-            if tag.name in ("h2", "h3"): out.append([int(tag.name[1]), tag.get_text().rstrip("#").strip(), tag.get("id", ""), []])
-            elif tag.name in ("p", "li", "td", "pre") and not tag.find_parent(["p", "li", "td", "pre"]) and not tag.find_parent(class_="output"): out[-1][3].append(" ".join(tag.get_text(" ").split()))
-        return out
+        "Heading level, text, anchor and prose of each part of the page."
+        prose = re.sub(r"<!--cell-->.*?<!--/cell-->", "", self.html, flags=re.S)
+        parts = re.split(r'<h([23]) id="([^"]*)">(.*?)<a class="anchor-link"', prose)
+        plain = lambda text: " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
+        return [(1, self.title, "", plain(self.description + " " + parts[0]))] + [(int(level), plain(text), anchor, plain("<" + body)) for level, anchor, text, body in zip(*[iter(parts[1:])] * 4)]
 
 
 def entries(sidebar):
@@ -212,7 +216,7 @@ def plain_site(out):
     out.mkdir(parents=True)
     for page in pages.values(): write_page(page, sidebar, pages, out)
     for name in ("site.css", "site.js"): shutil.copy(SITE / name, out)
-    index = [[p.name, p.title, heading, anchor, " ".join(text)] for p in pages.values() for _, heading, anchor, text in p.sections]
+    index = [(p.name, p.title, heading, anchor, text) for p in pages.values() for _, heading, anchor, text in p.sections]
     (out / "search.js").write_text("window.searchIndex = " + json.dumps(index, ensure_ascii=False) + ";\n")
     print(f"{out}: {len(pages)} pages, plain (with Quarto installed, by Quarto)")
 
