@@ -56,7 +56,7 @@ def test_notebook_stems_are_unique():
 def test_the_site_lists_every_notebook():
     sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
     listed = {p for e in sidebar for p in ([e] if isinstance(e, str) else e["contents"])}
-    assert listed == {str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS} | {f"api/{m}.ipynb" for m in NUMBER}
+    assert listed == {str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS} | {f"api/{m}.ipynb" for m in [*NUMBER, "manual"]}
 
 
 def test_readme_is_generated_from_the_index():

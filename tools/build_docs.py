@@ -5,6 +5,7 @@ them where it is installed; otherwise nbconvert makes plain HTML of the same not
 search, light and dark, and code folding (tools/site/)."""
 import argparse, html, json, re, shutil, subprocess, sys
 from functools import cache, cached_property
+from importlib import import_module
 from pathlib import Path
 
 import nbformat, yaml
@@ -64,10 +65,10 @@ def process_chapter(path):
     for c in nb.cells:
         directives = c.get("directives_", {})
         if "default_exp" in directives or not c.source.strip(): continue
-        if c.cell_type == "markdown": c.source = relative_links(c.source, up, home); before = c.source
+        if c.cell_type == "markdown": c.source = relative_links(c.source, up, home); before = last_sentence(c.source) or before
         if c.cell_type == "code":
             options = []
-            if any("image/png" in o.get("data", {}) for o in c.outputs): options.append(f"#| fig-alt: {json.dumps(last_sentence(before), ensure_ascii=False)}")
+            if any("image/png" in o.get("data", {}) for o in c.outputs): options.append(f"#| fig-alt: {json.dumps(before, ensure_ascii=False)}")
             names = list(definitions(c.source)) if "export" in directives else []
             if names:
                 options.append(f"#| code-summary: {json.dumps('Exported: ' + ', '.join(n for n in names if n.split('.')[0] not in names or '.' not in n))}")
@@ -78,11 +79,13 @@ def process_chapter(path):
     write_nb({**nb, "cells": cells}, PROC / relative)
 
 
-def process_module(name, chapter):
-    "The page of the reference for one module, as a notebook."
-    front = nbformat.v4.new_raw_cell(f"---\ntitle: ctvlm.{name}\noutput-file: {name}.html\n---\n")
+def reference_page(name, title, text):
+    "A page of the reference, as a notebook."
+    front = nbformat.v4.new_raw_cell(f"---\ntitle: {title}\noutput-file: {name}.html\n---\n")
     (PROC / "api").mkdir(exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=[front, nbformat.v4.new_markdown_cell(api_page(name, chapter))]), PROC / "api" / f"{name}.ipynb")
+    kernel = dict(display_name="python3", language="python", name="python3")
+    page = nbformat.v4.new_notebook(cells=[front, nbformat.v4.new_markdown_cell(text)], metadata=dict(kernelspec=kernel))
+    nbformat.write(page, PROC / "api" / f"{name}.ipynb")
 
 
 def process():
@@ -90,7 +93,9 @@ def process():
     shutil.rmtree(PROC, ignore_errors=True)
     PROC.mkdir()
     for path in sorted(p for p in NBS.rglob("[!_.]*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts)): process_chapter(path)
-    for name, chapter in chapter_of().items(): process_module(name, chapter)
+    for name, chapter in chapter_of().items(): reference_page(name, f"ctvlm.{name}", api_page(name, chapter))
+    title, _, text = import_module("ctvlm.cli").manual().partition("\n")
+    reference_page("manual", title.lstrip("# "), text)
     for extra in ("styles.css", "images"):
         if (NBS / extra).is_dir(): shutil.copytree(NBS / extra, PROC / extra)
         elif (NBS / extra).exists(): shutil.copy(NBS / extra, PROC / extra)
@@ -194,7 +199,7 @@ def write_page(page, sidebar, pages, out):
     order = entries(sidebar)
     k, config = order.index(page.notebook), get_config()
     near = [(order[k - 1], "&larr; ", "") if k else None, (order[k + 1], "", " &rarr;") if k + 1 < len(order) else None]
-    where = f"ctvlm/{Path(page.notebook).stem}.py" if page.notebook.startswith("api/") else f"nbs/{page.notebook}"
+    where = f"ctvlm/{Path(page.notebook).stem.replace('manual', 'cli')}.py" if page.notebook.startswith("api/") else f"nbs/{page.notebook}"
     fold = '<button id="fold" type="button">Hide code</button>' if 'class="code' in page.html else ""
     text = (SITE / "page.html").read_text().format(title=html.escape(page.title), description=html.escape(re.sub("[`*]", "", page.description)), lead=exporter().markdown2html(None, page.description), up=page.up, body=page.html, tools=fold,
         navigation=navigation(sidebar, pages, page), contents=on_this_page(page),
