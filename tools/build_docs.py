@@ -115,9 +115,9 @@ def quarto_site(out):
 
 class MathRenderer(IPythonRenderer):
     "Formulas as MathML: no script, no font from elsewhere."
-    def block_math(self, body): return mathml(body.strip(), display="block")
-    def inline_math(self, body): return mathml(body.strip())
-    def latex_environment(self, name, body): return mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", display="block")
+    def inline_math(self, body, display="inline"): return mathml(body.strip().replace(r"\arg", r"\operatorname{arg}"), display=display)  # the one word that it lacks
+    def block_math(self, body): return self.inline_math(body, "block")
+    def latex_environment(self, name, body): return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
 
 
 class PlainExporter(HTMLExporter):
@@ -160,7 +160,7 @@ class Page:
 
     @cached_property
     def html(self):
-        "The body: links between notebooks become links between pages, every table of code can be reached."
+        "The body; links between notebooks lead to pages, and headings of the reference have the anchors that they name."
         self.nb.metadata.pop("widgets", None)
         stem = Path(self.name).stem
         body, resources = exporter().from_notebook_node(self.nb, resources={"unique_key": stem, "output_files_dir": f"{stem}_pictures"})
@@ -194,16 +194,22 @@ def on_this_page(page):
     return f"<strong>On this page</strong><ul>{''.join(links)}</ul>" if links else ""
 
 
+def neighbours(sidebar, pages, page):
+    "Links to the page before and the page after."
+    order = entries(sidebar)
+    k = order.index(page.notebook)
+    link = lambda p, text: f'<a href="{page.up}{pages[p].name}">{text.format(html.escape(pages[p].title))}</a>'
+    return (link(order[k - 1], "&larr; {}") if k else "") + (link(order[k + 1], "{} &rarr;") if k + 1 < len(order) else "")
+
+
 def write_page(page, sidebar, pages, out):
     "One page of the plain site with its pictures."
-    order = entries(sidebar)
-    k, config = order.index(page.notebook), get_config()
-    near = [(order[k - 1], "&larr; ", "") if k else None, (order[k + 1], "", " &rarr;") if k + 1 < len(order) else None]
-    where = f"ctvlm/{Path(page.notebook).stem.replace('manual', 'cli')}.py" if page.notebook.startswith("api/") else f"nbs/{page.notebook}"
-    fold = '<button id="fold" type="button">Hide code</button>' if 'class="code' in page.html else ""
-    text = (SITE / "page.html").read_text().format(title=html.escape(page.title), description=html.escape(re.sub("[`*]", "", page.description)), lead=exporter().markdown2html(None, page.description), up=page.up, body=page.html, tools=fold,
-        navigation=navigation(sidebar, pages, page), contents=on_this_page(page),
-        neighbours="".join(f'<a href="{page.up}{pages[n[0]].name}">{n[1]}{html.escape(pages[n[0]].title)}{n[2]}</a>' for n in near if n),
+    config, stem = get_config(), Path(page.notebook).stem
+    where = f"ctvlm/{stem.replace('manual', 'cli')}.py" if page.notebook.startswith("api/") else f"nbs/{page.notebook}"
+    text = (SITE / "page.html").read_text().format(
+        title=html.escape(page.title), description=html.escape(re.sub("[`*]", "", page.description)), lead=exporter().markdown2html(None, page.description),
+        up=page.up, body=page.html, navigation=navigation(sidebar, pages, page), contents=on_this_page(page), neighbours=neighbours(sidebar, pages, page),
+        tools='<button id="fold" type="button">Hide code</button>' if 'class="code' in page.html else "",
         footer=f'<a href="{config.git_url}/blob/{config.branch}/{where}">{where}</a> - <a href="{config.git_url}/issues/new">Report an issue</a> - For research, not for diagnosis.')
     target = out / page.name
     target.parent.mkdir(parents=True, exist_ok=True)
