@@ -696,7 +696,10 @@ def scan_key(
     "The name of a scan in a store; it stays when the data move to another folder."
     return hashlib.sha256(json.dumps([row.source, row.study, row.scan.rpartition("/")[2], row.series]).encode()).hexdigest()[:20]
 
-def scan_size(scan): # bytes of a file, entries of a folder, -1 where there is none
+def scan_size(
+    scan:str, # the `scan` of a study
+)->int:
+    "Bytes of a file, entries of a folder, -1 where there is none."
     path = Path(scan)
     return -1 if scan.startswith("phantom:") or not path.exists() else path.stat().st_size if path.is_file() else len(os.listdir(path))
 

@@ -1262,7 +1262,12 @@ prior is true for images of another examination. Vertebral levels, dates, measur
 _PAIR = {k: {"type": t} for k, t in dict(reference="string", series=["integer", "null"], image="integer", image_end=["integer", "null"], plane=["string", "null"], prior="boolean", snippet="string").items()}
 _REPLY = {"type": "object", "properties": {"pairs": {"type": "array", "items": {"type": "object", "properties": _PAIR, "required": list(_PAIR), "additionalProperties": False}}}, "required": ["pairs"], "additionalProperties": False}
 
-def ask(base_url, payload, timeout=60): # POST to an OpenAI-compatible endpoint; the key, if it wants one, in OPENAI_API_KEY
+def ask(
+    base_url:str,      # of an endpoint with the OpenAI protocol
+    payload:dict,      # what is asked
+    timeout:float=60,  # seconds
+)->dict:               # the reply
+    "Ask a language model; the key, if it wants one, stands in `OPENAI_API_KEY`."
     import urllib.request
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"} if os.environ.get("OPENAI_API_KEY") else {})
     request = urllib.request.Request(base_url.rstrip("/") + "/chat/completions", json.dumps(payload).encode(), headers)

@@ -94,12 +94,11 @@ def entry(name, obj, level, chapter, source):
 
 
 def members(cls):
-    "Public methods and properties that this package gives a class, with a sentence each."
+    "Public methods and properties that this package gives a class."
     for name, value in vars(cls).items():
-        f = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
-        f = f.fget if isinstance(f, property) else f
-        if name.startswith("_") or not inspect.isfunction(inspect.unwrap(f) if callable(f) else f) or not f.__doc__: continue
-        if inspect.unwrap(f).__module__.startswith("ctvlm"): yield name, value if isinstance(value, property) else getattr(cls, name)
+        f = value.fget if isinstance(value, property) else getattr(value, "__func__", value)      # class methods, static ones, patched ones
+        if name.startswith("_") or not inspect.isfunction(f) or not f.__module__.startswith("ctvlm"): continue
+        yield name, value if isinstance(value, property) else getattr(cls, name)
 
 
 def constants(module):

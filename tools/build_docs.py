@@ -43,14 +43,15 @@ def chapter_of():
 
 def last_sentence(markdown):
     "The end of the prose before a picture: its alternative text where a cell gives none."
-    text = re.sub(r"```.*?```|\$\$.*?\$\$|^[#|>].*$|<[^>]+>", " ", markdown, flags=re.S | re.M)
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|^[#|>][^\n]*$|<[^>]+>", " ", markdown, flags=re.S | re.M)
     text = re.sub(r"[`*$]|\[([^\]]+)\]\([^)]*\)", r"\1", text)
     return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))[-2:])[:300]
 
 
 def relative_links(markdown, up, home):
-    "nbdev links names to chapters on the web: here they go to the reference, and files of the repository to the repository."
+    "nbdev links names to chapters on the web: here public ones lead to the reference, and files of the repository to the repository."
     config = get_config()
+    markdown = re.sub(rf"\[(`[^`]*`)\]\({re.escape(home)}[^)]*#(?:[^)]*\.)?_[^)]*\)", r"\1", markdown)
     markdown = re.sub(re.escape(home) + r"([\w/]+\.html)#", rf"{up}api/\1#", markdown)
     return re.sub(r"\]\(" + re.escape(up) + r"\.\./([^)#]+)", rf"]({config.git_url}/blob/{config.branch}/\1", markdown)
 
