@@ -14,9 +14,8 @@ def anchor(name):
 
 def defined_names(node):
     "What a statement defines, with its line: functions, classes and their methods, `Class.method` by `@patch`, values."
-    functions = ast.FunctionDef, ast.AsyncFunctionDef
-    if isinstance(node, functions): return {patch_name(node): node.lineno}
-    if isinstance(node, ast.ClassDef): return {node.name: node.lineno} | {f"{node.name}.{m.name}": m.lineno for m in node.body if isinstance(m, functions)}
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): return {patch_name(node): node.lineno}
+    if isinstance(node, ast.ClassDef): return {node.name: node.lineno} | {f"{node.name}.{name}": line for m in node.body for name, line in defined_names(m).items()}
     return {n.id: node.lineno for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)} if isinstance(node, ast.Assign) else {}
 
 
@@ -96,9 +95,9 @@ def entry(name, obj, level, chapter, source):
 def members(cls):
     "Public methods and properties that this package gives a class."
     for name, value in vars(cls).items():
-        f = value.fget if isinstance(value, property) else getattr(value, "__func__", value)      # class methods, static ones, patched ones
-        if name.startswith("_") or not inspect.isfunction(f) or not f.__module__.startswith("ctvlm"): continue
-        yield name, value if isinstance(value, property) else getattr(cls, name)
+        obj = value if isinstance(value, property) else getattr(cls, name)
+        f = value.fget if isinstance(value, property) else getattr(obj, "__func__", obj)          # of class methods, patched ones too
+        if not name.startswith("_") and inspect.isfunction(f) and f.__module__.startswith("ctvlm"): yield name, obj
 
 
 def constants(module):
