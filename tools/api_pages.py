@@ -109,8 +109,8 @@ def constants(module):
         names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
         found = re.search(r"\s# (.+)$", lines[node.lineno - 1]) or re.search(r"\s# (.+)$", lines[node.end_lineno - 1]) or re.match(r"# (?!%%|AUTO)(.+)$", lines[node.lineno - 2])
         for name in names:
-            if name not in module.__all__: continue
-            value = getattr(module, name)
+            value = getattr(module, name, None)
+            if name not in module.__all__ or inspect.isclass(value): continue                # a named tuple has its entry already
             text = repr(value)
             if len(text) > 60 or " at 0x" in text: text = type(value).__name__ + (f" of {len(value)}" if hasattr(value, "__len__") else "")
             rows.append(f"| <span id=\"{anchor(name)}\"></span>`{name}` | `{cell(text)}` | {cell(found.group(1)) if found else ''} |")

@@ -210,7 +210,7 @@ def write_page(page, sidebar, pages, out):
     text = (SITE / "page.html").read_text().format(
         title=html.escape(page.title), description=html.escape(re.sub("[`*]", "", page.description)), lead=exporter().markdown2html(None, page.description),
         up=page.up, body=page.html, navigation=navigation(sidebar, pages, page), contents=on_this_page(page), neighbours=neighbours(sidebar, pages, page),
-        tools='<button id="fold" type="button">Hide code</button>' if 'class="code' in page.html else "",
+        tools='<button id="site-fold" type="button">Hide code</button>' if 'class="code' in page.html else "",
         footer=f'<a href="{config.git_url}/blob/{config.branch}/{where}">{where}</a> - <a href="{config.git_url}/issues/new">Report an issue</a> - For research, not for diagnosis.')
     target = out / page.name
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 // Light and dark, the folded menu of small screens, code folding, search. No page needs it to be read.
-const root = document.documentElement, box = document.getElementById("search"), list = document.getElementById("found");
+const root = document.documentElement, box = document.getElementById("site-search"), list = document.getElementById("site-found");
 
-document.getElementById("theme").addEventListener("click", () => {
+document.getElementById("site-theme").addEventListener("click", () => {
   const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   root.dataset.theme = dark ? "light" : "dark";
   try { localStorage.setItem("theme", root.dataset.theme); } catch (e) {}
@@ -11,7 +11,7 @@ if (matchMedia("(max-width: 800px)").matches) document.querySelector(".menu").op
 const here = document.querySelector(".menu [aria-current]");
 if (here) document.querySelector(".menu").scrollTop = here.offsetTop - 200;
 
-document.getElementById("fold")?.addEventListener("click", e => {
+document.getElementById("site-fold")?.addEventListener("click", e => {
   const cells = [...document.querySelectorAll("details.code")], open = !cells.some(c => c.open);
   cells.forEach(c => { c.open = open; });
   e.target.textContent = open ? "Hide code" : "Show code";
