@@ -13,7 +13,7 @@ class Encoder(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.window_encoder = torch.nn.Linear(16 * 16 * 4, 24)
-        self.config = SimpleNamespace(window_spec=WindowSpec((3., 3., 3.), (16, 16, 32), (8, 8, 4)), fit="pad", window_encoder={"width": 24}, trained_on="nothing")
+        self.config = SimpleNamespace(window_spec=WindowSpec((3., 3., 3.), (16, 16, 32), (8, 8, 4)), fit="pad", hu_levels=(), window_encoder={"width": 24}, trained_on="nothing")
         self.device = torch.device("cpu")
 
     def _ask(self): return torch.no_grad()
