@@ -1,5 +1,5 @@
 "The documentation site without Quarto: links, pictures, documented names, and pages in a real browser."
-import importlib, inspect, json, re, shutil, subprocess, sys
+import importlib, inspect, json, re, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = [p.stem[3:] for p in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]
 SEEN = ["index.html", "localization.html", "api/model.html"]           # looked at closely: front page, a chapter, the reference
 PICTURES = ROOT / "runs" / "site"                                      # screenshots, to be looked at by people
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 
 
 @pytest.fixture(scope="session")
@@ -106,18 +105,6 @@ def test_search_index_leads_to_sections(site, pages):
     assert {r[0] for r in rows} == set(pages)
     assert all(not r[3] or pages[r[0]].find(id=r[3]) for r in rows)
     assert ["api/siglip.html", "siglip_loss"] in [[r[0], r[3]] for r in rows]
-
-
-@pytest.fixture(scope="session")
-def browser():
-    "Headless Chromium, as Debian or a desktop installs it."
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not program: pytest.skip("no Chromium here: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=program, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

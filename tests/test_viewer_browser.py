@@ -6,26 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import psutil, pytest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 LONG = 120_000                                                                   # ms: a server and a kernel that start beside other tests
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with pytest.importorskip("playwright.sync_api").sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def open_page(chromium):
+def open_page(browser):
     "(address, width, height) -> a page; its scripts must raise no error, where they are ours."
     pages, errors = [], []
     def opened(url, width=1400, height=900, ours=True):
-        page = chromium.new_page(viewport={"width": width, "height": height})
+        page = browser.new_page(viewport={"width": width, "height": height})
         page.set_default_timeout(LONG)
         if ours: page.on("pageerror", lambda e: errors.append(f"{e.message} {e.stack}"))
         page.on("request", lambda r: page.requests.append(r.url))
