@@ -1,27 +1,28 @@
 """Which loss teaches what? The demo's model on the demo's patients with the contrast alone, + disease prompts, + localization, and
 all three, over several seeds: same patients, window features, recipe and evaluation, other weights of the losses. The window encoder
-is the demo's, which no loss has trained; a seed draws everything else.
+is the demo's and stays as it is; a seed draws everything else.
 
     ctvlm demo -o runs/demo                                        makes patients and features of their windows
     python benchmarks/ablation.py --run runs/demo                  trains and evaluates on them
     python benchmarks/ablation.py --run runs/demo --epochs 1 --seeds 1 --train 32   to try it out
 
-Runs continue where they were interrupted. Prints one JSON line per run and writes benchmarks/results/ablation.json, which
-chapter 12 shows.
+Prints one JSON line per run and writes benchmarks/results/ablation.json, which chapter 12 shows, after every run. Runs are kept
+in RUN/ablation: the same command goes on where it was interrupted, in the middle of a training too.
 """
-import argparse, json, time
+import argparse, functools, hashlib, json, time
 from pathlib import Path
 
 import torch
 
-from ctvlm.cli import DEMO_TRAINING, demo_model
-from ctvlm.core import InputError, seed_everything, write_atomically
+from ctvlm.cli import DEMO_TRAINING, plain
+from ctvlm.core import InputError, seed_everything
 from ctvlm.data import Batches, FeatureStore, read_studies, scan_key
 from ctvlm.evaluation import evaluate_studies
 from ctvlm.findings import FINDINGS
 from ctvlm.model import CTVLMModel
 from ctvlm.training import TrainingConfig, train
 from ctvlm.vision import start_projections
+from runs import kept, side_by_side, write_json
 
 LOSSES = {"contrast": dict(disease=0., localization=0.), "+ disease": dict(localization=0.), "+ localization": dict(disease=0.), "all three": {}}
 MEASURES = {"report to scan R@10, %": ("retrieval", "text_to_image", "r10"), "scan to report R@10, %": ("retrieval", "image_to_text", "r10"),
@@ -29,7 +30,7 @@ MEASURES = {"report to scan R@10, %": ("retrieval", "text_to_image", "r10"), "sc
 BASELINES = {"middle slice, mm": ("localization", "middle_mm"), "text-only prior, mm": ("localization", "text_prior_mm")}
 
 
-def measured(result, what, path):
+def measure(result, what, path):
     "A measure of an evaluation with its interval."
     for section in path[:-1]: result = result[section]
     scale = 100 if what.endswith("%") else 1
@@ -46,39 +47,53 @@ def fresh(start, features, seed):
     return model
 
 
+@functools.cache
+def prepared(run, patients):
+    "The demo's model, its store, all studies, those to learn from, the findings that occur there, and features that the scan encoder starts from."
+    studies, start = read_studies(run/"studies.parquet"), CTVLMModel.from_pretrained(run/"model")
+    start.config.interval_calibration = None                                  # each run learns its own
+    store, learn = FeatureStore(run/"features", start), studies[studies.split == "train"]
+    learn = learn[learn.patient.isin(learn.patient.unique()[:patients])]
+    findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in learn.labels)]
+    some = [store.load(scan_key(r)) for r in learn.head(100).itertuples()]
+    return start, store, studies, learn, findings, [torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")]
+
+
+def one(job): # (losses, seed, the arguments) -> a row, the baselines
+    name, seed, args = job
+    start, store, studies, learn, findings, features = prepared(args.run, args.train)
+    config = TrainingConfig(**DEMO_TRAINING | dict(epochs=args.epochs, seed=seed) | LOSSES[name])
+    settings = plain(config) | {"features": store.folder.name, "studies": hashlib.sha256((args.run/"studies.parquet").read_bytes()).hexdigest(), "train": args.train}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    folder = args.run/"ablation"/f"{name.strip('+ ').replace(' ', '-')}-{seed}-{digest}"
+    def measured():
+        began = time.perf_counter()
+        model = fresh(start, features, seed)
+        data = Batches(learn, store, model.processor.tokenizer, config.effective_batch, findings, seed=seed)
+        train(model, data, config, folder)
+        result = evaluate_studies(model, studies, store, findings, tasks=("retrieval", "classification", "localization"), resamples=1000, quiet=True)
+        return {"row": {"losses": name, "seed": seed} | {what: measure(result, what, path) for what, path in MEASURES.items()},
+                "baselines": {what: measure(result, what, path) for what, path in BASELINES.items()}, "seconds": round(time.perf_counter() - began)}
+    return kept(folder/"result.json", settings, measured)
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of `ctvlm demo`")
-    ap.add_argument("--epochs", type=int, default=6)
+    ap.add_argument("--epochs", type=int, default=DEMO_TRAINING["epochs"])
     ap.add_argument("--seeds", type=int, default=3)
     ap.add_argument("--train", type=int, help="patients to train on; all if left out")
-    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--processes", type=int, default=2)
     ap.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"ablation.json")
     args = ap.parse_args()
-    torch.set_num_threads(args.threads)
     if not (args.run/"studies.parquet").exists(): raise InputError(f"found no studies.parquet in {args.run}: run `ctvlm demo -o {args.run}` first")
-    studies = read_studies(args.run/"studies.parquet")
-    start = demo_model(studies, 0)
-    store = FeatureStore(args.run/"features", start)
-    learn = studies[studies.split == "train"]
-    learn = learn[learn.patient.isin(learn.patient.unique()[:args.train])]
-    findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in learn.labels)]
-    some = [store.load(scan_key(r)) for r in learn.head(100).itertuples()]
-    features = [torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")]
-    runs, baselines = [], {}
-    for seed in range(args.seeds):
-        for name, weights in LOSSES.items():
-            began = time.perf_counter()
-            model = fresh(start, features, seed)
-            config = TrainingConfig(**DEMO_TRAINING | dict(epochs=args.epochs, seed=seed) | weights)
-            data = Batches(learn, store, model.processor.tokenizer, config.effective_batch, findings, seed=seed)
-            train(model, data, config, args.run/"ablation"/f"{name.strip('+ ').replace(' ', '-')}-{seed}")
-            result = evaluate_studies(model, studies, store, findings, tasks=("retrieval", "classification", "localization"), resamples=1000, quiet=True)
-            baselines = {what: measured(result, what, path) for what, path in BASELINES.items()}
-            runs.append({"losses": name, "seed": seed} | {what: measured(result, what, path) for what, path in MEASURES.items()})
-            print(json.dumps({"benchmark": "ablation", **runs[-1], "seconds": round(time.perf_counter() - began)}), flush=True)
-            about = {"train_patients": int(learn.patient.nunique()), "test_patients": int(studies[studies.split == "test"].patient.nunique()), "epochs": args.epochs}
-            with write_atomically(args.output) as t: t.write_text(json.dumps(about | {"baselines": baselines, "runs": runs}, indent=1) + "\n")
+    _, _, studies, learn, _, _ = prepared(args.run, args.train)
+    about = {"train_patients": int(learn.patient.nunique()), "test_patients": int(studies[studies.split == "test"].patient.nunique()), "epochs": args.epochs}
+    runs = []
+    for found in side_by_side(one, [(name, seed, args) for seed in range(args.seeds) for name in LOSSES], args.processes):
+        runs.append(found["row"])
+        print(json.dumps({"benchmark": "ablation", **runs[-1], "seconds": found["seconds"]}), flush=True)
+        write_json(args.output, about | {"baselines": found["baselines"], "runs": runs})
 
 
 if __name__ == "__main__": main()

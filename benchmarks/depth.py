@@ -20,6 +20,7 @@ from ctvlm.evaluation import (ORGANS, TOTALSEGMENTATOR, bootstrap_ci, calibrate_
 from ctvlm.localization import flatness
 from ctvlm.model import CTVLMModel
 from ctvlm.preprocessing import load_volume
+from runs import write_json
 
 ROOT = Path(__file__).parent.parent
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -120,7 +121,7 @@ def main():
 
     scans = {s.study: s for s in tested}
     pictures(localization, lambda name: scans[name].volume, args.images)
-    with write_atomically(args.output) as t: t.write_text(json.dumps(out, indent=1, ensure_ascii=False) + "\n")
+    write_json(args.output, out)
 
 
 if __name__ == "__main__": main()

@@ -1,25 +1,27 @@
 """What makes localization better? Variants of the loss and of the reading, each trained over several seeds on cached window features.
 
     ctvlm demo -o runs/demo
-    python benchmarks/improvements.py runs/demo                        minutes
-    python benchmarks/improvements.py runs/demo --epochs 1 --seeds 1   to try it out
+    python benchmarks/improvements.py runs/demo                                      about 20 minutes on two cores
+    python benchmarks/improvements.py runs/demo --patients 32 --epochs 1 --seeds 1   to try it out
 
 Scan encoder, text encoder and heads start from new weights for every seed and learn localization alone; the window encoder is the run's.
 Each variant is compared with the first, patient by patient. Prints one JSON line per run and writes benchmarks/results/improvements.json, which
-chapter 13 shows.
+chapter 13 shows, after every seed. Runs are kept in RUN/improvements: the same command goes on where it was interrupted.
 """
-import argparse, json, math, time
+import argparse, functools, hashlib, json, math, time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, torch
 import torch.nn.functional as F
 
-from ctvlm.core import InputError, seed_everything, stable_rng, write_atomically
+from ctvlm.core import InputError, seed_everything, stable_rng
 from ctvlm.data import Batches, FeatureStore, read_studies
 from ctvlm.evaluation import calibrate_depth, embed_batches, encode_batch, paired_difference, read_depths
 from ctvlm.localization import depth_similarity, localization_loss
 from ctvlm.model import CTVLMModel
+from ctvlm.vision import start_projections
+from runs import kept, side_by_side, write_json
 
 TAU = 0.1
 
@@ -111,6 +113,35 @@ def summarise(runs, patients):
     return rows
 
 
+@functools.cache
+def prepared(run, patients, batch):
+    "The run's configuration, and its patients in batches: split -> list."
+    studies, model = read_studies(run/"studies.parquet"), CTVLMModel.from_pretrained(run/"model")
+    split = dict(list(studies.groupby("split")))
+    if not {"train", "val", "test"} <= set(split): raise InputError(f"{run}/studies.parquet has the splits {', '.join(split)}, expected train, val and test: run `ctvlm demo`")
+    split["train"] = split["train"][:patients]
+    batches = lambda name: list(Batches(split[name], FeatureStore(run/"features"), model.processor.tokenizer, batch, training=name == "train"))
+    return model.config, {name: batches(name) for name in ("train", "val", "test")}
+
+
+def one(job): # (variant, seed, the arguments, settings that its result depends on) -> a line to print, and a row for each reading of the answer
+    name, seed, args, settings = job
+    def measured():
+        began, (config, data) = time.perf_counter(), prepared(args.run, args.patients, args.batch)
+        seed_everything(seed)
+        model = CTVLMModel(config)
+        start_projections(model.scan_encoder, *(torch.cat([b[part] for b in data["train"][:6]]).float() for part in ("cls", "depth_tokens")))
+        train(model, data["train"], LOSSES[name], args.epochs, args.rate, seed)
+        patients, errors, coverage, length = measure(model, data)
+        readings = errors if LOSSES[name] is cross_entropy else {"median": errors["median"]}
+        rows = [{"variant": name if reading == "median" else f"{name}, read at the {reading}", "seed": seed, "error": error.tolist(), "coverage": coverage, "length_mm": length}
+                for reading, error in readings.items()]
+        line = {"benchmark": "improvements", "variant": name, "seed": seed, "mae_mm": {k: round(float(e.mean()), 2) for k, e in readings.items()},
+                "coverage": round(coverage, 3), "length_mm": round(length, 1), "seconds": round(time.perf_counter() - began)}
+        return {"line": line, "rows": rows, "patients": patients}
+    return kept(args.run/"improvements"/f"{list(LOSSES).index(name)}-{seed}.json", {"variant": name, "seed": seed} | settings, measured)
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("run", type=Path, help="folder of `ctvlm demo`: studies.parquet, features, model")
@@ -119,30 +150,20 @@ def main():
     ap.add_argument("--seeds", type=int, default=3)
     ap.add_argument("--batch", type=int, default=16)
     ap.add_argument("--rate", type=float, default=2e-3)
-    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--processes", type=int, default=2)
     ap.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"improvements.json")
     args = ap.parse_args()
-    torch.set_num_threads(args.threads)
-    studies, model = read_studies(args.run/"studies.parquet"), CTVLMModel.from_pretrained(args.run/"model")
-    split = dict(list(studies.groupby("split")))
-    if not {"train", "val", "test"} <= set(split): raise InputError(f"{args.run}/studies.parquet has the splits {', '.join(split)}, expected train, val and test: run `ctvlm demo`")
-    split["train"] = split["train"][:args.patients]
-    data = {name: list(Batches(split[name], FeatureStore(args.run/"features"), model.processor.tokenizer, args.batch, training=name == "train")) for name in ("train", "val", "test")}
-    runs = []
-    for seed in range(args.seeds):
-        for name, loss in LOSSES.items():
-            began = time.perf_counter()
-            seed_everything(seed)
-            fresh = CTVLMModel(model.config)
-            train(fresh, data["train"], loss, args.epochs, args.rate, seed)
-            patients, errors, coverage, length = measure(fresh, data)
-            readings = errors if loss is cross_entropy else {"median": errors["median"]}
-            for reading, error in readings.items():
-                runs.append({"variant": name if reading == "median" else f"{name}, read at the {reading}", "seed": seed, "error": error, "coverage": coverage, "length_mm": length})
-            print(json.dumps({"benchmark": "improvements", "variant": name, "seed": seed, "mae_mm": {k: round(float(e.mean()), 2) for k, e in readings.items()},
-                              "coverage": round(coverage, 3), "length_mm": round(length, 1), "seconds": round(time.perf_counter() - began)}), flush=True)
-        about = {"patients": {k: int(v.patient.nunique()) for k, v in split.items()}, "snippets": len(patients), "epochs": args.epochs, "seeds": seed + 1, "window_encoder": model.config.trained_on}
-        with write_atomically(args.output) as t: t.write_text(json.dumps({**about, "rows": summarise(runs, patients)}, indent=1) + "\n")
+    config, data = prepared(args.run, args.patients, args.batch)
+    settings = {k: getattr(args, k) for k in ("patients", "epochs", "batch", "rate")} | {
+        "features": FeatureStore(args.run/"features").folder.name, "studies": hashlib.sha256((args.run/"studies.parquet").read_bytes()).hexdigest()}
+    jobs, runs = [(name, seed, args, settings) for seed in range(args.seeds) for name in LOSSES], []
+    for job, found in zip(jobs, side_by_side(one, jobs, args.processes)):
+        print(json.dumps(found["line"]), flush=True)
+        runs += found["rows"]
+        if job[0] == list(LOSSES)[-1]: # a seed is complete
+            patients = {name: len({p for b in batches for p in b["patient"]}) for name, batches in data.items()}
+            write_json(args.output, {"patients": patients, "snippets": len(found["patients"]), "epochs": args.epochs, "seeds": job[1] + 1, "window_encoder": config.trained_on,
+                                     "rows": summarise(runs, found["patients"])})
 
 
 if __name__ == "__main__": main()
