@@ -57,6 +57,13 @@ def foreign(cohort, studies, each=5, seed=0):
     return studies.assign(pairs=[asked(study) for study in cohort])
 
 
+def signs_of_absence(e, posterior): # `(S, D)`; name -> `(S,)`, higher: rather not in this scan
+    "What might tell that a scan does not show what a snippet says: a flat posterior, little resemblance anywhere, mass in the lowest and the highest bin."
+    valid = np.isfinite(e.bin_depths_mm)
+    top = np.take_along_axis(posterior, valid.sum(1)[:, None] - 1, 1)[:, 0]
+    return {"flatness": flatness(torch.from_numpy(posterior), torch.from_numpy(valid)).numpy(), "low similarity": -np.nanmax(e.similarity, 1), "mass at the ends": posterior[:, 0] + top}
+
+
 def pictures(localization, load, folder):
     "Four panels of the errors, and the ten worst cases on their scans."
     import matplotlib.pyplot as plt
@@ -94,15 +101,15 @@ def main():
     model.config.interval_calibration = own.to_dict()
     for row in out["intervals"]: say("interval", **row)
 
-    flat, out["refused"] = {}, {}
+    signs, out["refused"] = [], {}
     for name, said in (("finding is in the scan", e), ("organ is not in the scan", wrong)):
         found, posterior = read_depths(said, many[0.9])
-        flat[name] = flatness(torch.from_numpy(posterior), torch.from_numpy(np.isfinite(said.bin_depths_mm))).numpy()
+        signs.append(signs_of_absence(said, posterior))
         out["refused"][name] = {"snippets": len(found), "share": with_interval(found.abstains, found.patient)}
         say("refused", case=name, **out["refused"][name])
-    scores, absent = np.concatenate(list(flat.values())), np.repeat([0, 1], [len(x) for x in flat.values()])
-    out["flatness_auc"] = float(weighted_auc(scores, absent, np.ones((len(scores), 1)))[0])
-    say("flatness tells absent from present", auc=out["flatness_auc"])
+    absent = np.repeat([0, 1], [len(s["flatness"]) for s in signs])
+    out["absence_auc"] = {k: float(weighted_auc(np.concatenate([s[k] for s in signs]), absent, np.ones((len(absent), 1)))[0]) for k in signs[0]}
+    say("AUC of absent against present", **out["absence_auc"])
 
     training = snippet_table(table[table.split == "train"], kept)
     localization = evaluate_localization(e, training, many[0.9])
