@@ -385,9 +385,9 @@ def train(
 @app.command()
 def evaluate(
     studies:Annotated[Path, typer.Argument(help="Table of studies: .parquet.")],
-    features:Annotated[Path, typer.Option("--features", help="Feature store that `ctvlm embed` filled with this model.")],
     model:Model,
     output:Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and report.html.")],
+    features:Annotated[Optional[Path], typer.Option("--features", help="Feature store that `ctvlm embed` filled with this model; if left out, what is needed is computed from the scans into OUTPUT/features.")]=None,
     task:Annotated[Literal["all", "retrieval", "pools", "volumes", "classification", "localization"], typer.Option(help="Which protocol.")]="all",
     split:Annotated[Literal["train", "val", "test"], typer.Option(help="Which patients.")]="test",
     prompts:Annotated[Literal["single", "templates", "ensemble"], typer.Option(help="How a finding becomes sentences.")]="single",
@@ -396,10 +396,12 @@ def evaluate(
 ):
     "Run the protocols of the papers on a table of studies."
     from ctvlm.data import FeatureStore, read_studies
-    from ctvlm.evaluation import TASKS, evaluate_studies, write_result
+    from ctvlm.evaluation import TASKS, evaluate_studies, evaluation_features, write_result
     from ctvlm.viewer import write_report
     tasks = TASKS if task == "all" else (task,)
-    result = evaluate_studies(load_model(model, device), read_studies(studies), FeatureStore(features), split=split, tasks=tasks, prompts=prompts, classes=classes, quiet=quiet)
+    loaded, table = load_model(model, device), read_studies(studies)
+    store = FeatureStore(features or evaluation_features(loaded, table, output/"features", tasks, split, quiet=quiet))
+    result = evaluate_studies(loaded, table, store, split=split, tasks=tasks, prompts=prompts, classes=classes, quiet=quiet)
     output.mkdir(parents=True, exist_ok=True)
     write_result(output/"results.json", result)
     write_report(output/"report.html", result)

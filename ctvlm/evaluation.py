@@ -9,9 +9,9 @@ __all__ = ['BIN_MM', 'ORGANS', 'TASKS', 'RESULT_FORMAT', 'RESULT_SCHEMA', 'TOTAL
            'TextPrior', 'organ_of', 'OrganHeight', 'localization_baselines', 'Embedded', 'embed_batches',
            'encode_batch', 'zero_shot_scores', 'combine_findings', 'benchmark_classes', 'evaluate_retrieval',
            'evaluate_pools', 'evaluate_volumes', 'evaluate_classification', 'calibrate_depth', 'read_depths',
-           'ratio_ci', 'evaluate_localization', 'evaluate_model', 'snippet_table', 'evaluate_studies', 'check_result',
-           'json_schema', 'write_result', 'read_result', 'paired_difference', 'paired_auc', 'compare_results',
-           'error_analysis', 'worst_cases', 'organ_extents', 'organ_check']
+           'ratio_ci', 'evaluate_localization', 'evaluate_model', 'snippet_table', 'evaluation_features',
+           'evaluate_studies', 'check_result', 'json_schema', 'write_result', 'read_result', 'paired_difference',
+           'paired_auc', 'compare_results', 'error_analysis', 'worst_cases', 'organ_extents', 'organ_check']
 
 # %% ../nbs/13_evaluation.ipynb #610d3c49
 import json, os, re
@@ -752,6 +752,28 @@ def snippet_table(
         rows += [(r.study, r.patient, p["cleaned"], p["depth_mm"], low, high) for p in pairs if low <= p["depth_mm"] <= high]
     return pd.DataFrame(rows, columns=["study", "patient", "snippet", "depth_mm", "low_mm", "high_mm"])
 
+def _of_split(studies, split): # at least one
+    found = studies[studies.split == split]
+    if not len(found): raise InputError(f"found 0 studies in split {split!r}, expected at least 1: the table has {dict(studies.split.value_counts())}")
+    return found
+
+def evaluation_features(
+    model,                 # a `CTVLMModel`
+    studies,               # table of studies, all splits
+    output,                # folder of stores; what is there already is not computed again
+    tasks=TASKS,           # what will be evaluated
+    split:str="test",      # to be evaluated
+    calibrate:str="val",   # as in `evaluate_studies`
+    workers:int=2, quiet:bool=False, # of `embed_studies`
+)->str:                    # folder of the `FeatureStore`
+    "Window features of the tested scans; localization reads the training and the validation patients' too."
+    from ctvlm.data import embed_studies
+    _of_split(studies, split)
+    needed = studies[studies.split.isin({split, "train", calibrate} if "localization" in tasks else {split})]
+    made = embed_studies(needed, model, output, workers=workers, quiet=quiet)
+    if not made["present"]: raise InputError(f"none of {made['scans']} scans could be read ({'; '.join(made['reasons'])}): check the column scan of the table")
+    return made["store"]
+
 def evaluate_studies(
     model,                 # a `CTVLMModel` with its processor
     studies,               # table of studies, all splits
@@ -765,8 +787,7 @@ def evaluate_studies(
     "Evaluate a model on one split of a table of studies."
     from ctvlm.data import Batches
     from ctvlm.findings import FINDINGS
-    test, train, val = (studies[studies.split == s] for s in (split, "train", calibrate))
-    if not len(test): raise InputError(f"found 0 studies in split {split!r}, expected at least 1: the table has {dict(studies.split.value_counts())}")
+    test, train, val = _of_split(studies, split), studies[studies.split == "train"], studies[studies.split == calibrate]
     if findings is None: findings = [f for f in FINDINGS if any(f in labels for labels in test.labels)]
     batches = lambda table: Batches(table, store, model._processor().tokenizer, batch_size, findings, training=False)
     held_out = val if split != calibrate and not model.config.calibration.patients and val.patient.nunique() >= 20 else None

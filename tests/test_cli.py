@@ -50,6 +50,8 @@ def test_the_whole_journey(cohort):
     for name in ("a", "b"):
         run("evaluate", table, "--features", stored["store"], "--model", out / "model" if name == "b" else cohort / "model", "-o", cohort / name, "--task", "localization", "--quiet")
         assert (cohort / name / "report.html").exists()
+    run("evaluate", table, "--model", cohort / "model", "-o", cohort / "alone", "--task", "localization", "--quiet")   # features on the way
+    assert (cohort / "alone" / "results.json").read_bytes() == (cohort / "a" / "results.json").read_bytes()
     rows = json.loads(run("compare", cohort / "a" / "results.json", cohort / "b" / "results.json", "--json"))
     assert any("mae" in r["measure"].lower() or "error" in r["measure"].lower() for r in rows)
 
