@@ -14,7 +14,7 @@ __all__ = ['log', 'SPLITS', 'PAIR', 'STUDY_SCHEMA', 'RAD_CHESTCT', 'READERS', 'P
            'prompt_tokens', 'Batches']
 
 # %% ../nbs/11_data.ipynb #b3379201
-import contextlib, functools, gzip, hashlib, inspect, io, itertools, json, logging, math, os, re, tempfile, time, zipfile, zlib
+import ast, contextlib, functools, gzip, hashlib, inspect, io, itertools, json, logging, math, os, re, sys, tempfile, time, zipfile, zlib
 from collections import Counter, deque
 from dataclasses import asdict
 from datetime import timedelta
@@ -147,11 +147,21 @@ def _worker(): # one thread per process: there are as many processes as wanted
     import torch
     torch.set_num_threads(1)
 
+def _check_guard(): # the line of the script that is running now lies under `if __name__ == "__main__":`, or there is no script
+    script, frame = sys.modules["__main__"], sys._getframe()
+    while frame and not (frame.f_globals is vars(script) and frame.f_code.co_name == "<module>"): frame = frame.f_back
+    try: lines = ast.parse(Path(script.__file__).read_bytes()).body if frame else []
+    except (AttributeError, OSError, SyntaxError): return                # a notebook, standard input, compiled code
+    guarded = [range(n.lineno, n.end_lineno + 1) for n in lines if isinstance(n, ast.If) and "__name__" in ast.unparse(n.test)]
+    if lines and not any(frame.f_lineno in lines for lines in guarded):
+        raise InputError(f"line {frame.f_lineno} of {script.__file__} starts worker processes, and each runs the script again up to there: put the line under `if __name__ == '__main__':`, or ask for workers=0")
+
 def processes(
     context:str="", # "forkserver" or "spawn"; the first where there is one if empty
 ):                  # a multiprocessing context that is safe beside threads and CUDA
     "How worker processes are started: never by a plain fork."
     import multiprocessing
+    _check_guard()
     here = multiprocessing.get_context(context or ("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"))
     if here.get_start_method() == "forkserver": here.set_forkserver_preload(["torch", "ctvlm.data"])   # imported once, for all workers
     return here

@@ -503,6 +503,19 @@ def test_too_little_shared_memory_for_the_model(hospital, tmp_path):
     assert "InputError: the model does not fit into shared memory" in done.stderr and "--num_processes 2" in done.stderr
 
 
+def test_a_script_that_workers_would_run_again_is_refused(tmp_path):
+    "The call stands outside of the script's guard: one line instead of workers that start workers."
+    (tmp_path / "script.py").write_text("""from ctvlm.data import phantom_studies, window_studies
+from ctvlm.phantoms import PhantomCohort
+from ctvlm.preprocessing import WindowSpec
+if __name__ == "__main__": studies = phantom_studies(PhantomCohort(2, spacing=(6., 6., None)), quiet=True)
+window_studies(studies, WindowSpec(), "store", workers=2, quiet=True)
+""")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ctvlm.core.InputError: line 5 of ")
+    assert "workers=0" in done.stderr and not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_a_killed_worker_costs_one_job():
     assert list(data.ahead(made_up_encoder.dies, range(6), 2, "lost")) == [(i, "lost" if i == 2 else i * i) for i in range(6)]
 
