@@ -61,7 +61,7 @@ def signs_of_absence(e, posterior): # `(S, D)`; name -> `(S,)`, higher: rather n
     "What might tell that a scan does not show what a snippet says: a flat posterior, little resemblance anywhere, mass in the lowest and the highest bin."
     valid = np.isfinite(e.bin_depths_mm)
     top = np.take_along_axis(posterior, valid.sum(1)[:, None] - 1, 1)[:, 0]
-    return {"flatness": flatness(torch.from_numpy(posterior), torch.from_numpy(valid)).numpy(), "low similarity": -np.nanmax(e.similarity, 1), "mass at the ends": posterior[:, 0] + top}
+    return {"flatness": flatness(torch.from_numpy(posterior), torch.from_numpy(valid)).numpy(), "best similarity": -np.nanmax(e.similarity, 1), "mass at the ends": posterior[:, 0] + top}
 
 
 def pictures(localization, load, folder):

@@ -622,10 +622,10 @@ def read_depths(
     import torch
     from ctvlm.localization import DepthCalibration, decode_depth
     read = calibration or DepthCalibration()
-    depths = torch.from_numpy(e.bin_depths_mm).float()
-    posterior = read.posterior(torch.from_numpy(e.similarity).float().nan_to_num(), depths.isfinite())
+    similarity, depths = torch.from_numpy(e.similarity).float().nan_to_num(), torch.from_numpy(e.bin_depths_mm).float()
+    posterior = read.posterior(similarity, depths.isfinite())
     interval = read.interval_mm(posterior, depths).numpy() if read.patients else np.full((len(depths), 2), np.nan)
-    columns = {"pred_mm": decode_depth(posterior, depths, "median"), "argmax_mm": decode_depth(posterior, depths, "argmax"), "abstains": read.abstains(posterior, depths.isfinite())}
+    columns = {"pred_mm": decode_depth(posterior, depths, "median"), "argmax_mm": decode_depth(posterior, depths, "argmax"), "abstains": read.abstains(similarity, depths.isfinite())}
     bins = depths.numpy()
     own = np.nanargmin(np.abs(bins - e.snippets.depth_mm.to_numpy(np.float32)[:, None]), axis=1)                # the bin of the true slice
     below = _share_below(posterior.numpy(), e.bin_depths_mm, e.snippets.depth_mm.to_numpy(float))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['depth_target', 'depth_similarity', 'localization_loss', 'depth_posterior', 'posterior_quantile_mm',
            'posterior_median_mm', 'posterior_interval_mm', 'decode_depth', 'fit_temperature', 'expected_error_mm',
-           'conformal_quantile', 'flatness', 'DepthCalibration']
+           'conformal_quantile', 'flatness', 'best_similarity', 'DepthCalibration']
 
 # %% ../nbs/08_localization.ipynb #e08da51f
 import math
@@ -170,6 +170,13 @@ def flatness(
     entropy = torch.special.entr(prob).sum(1)
     return entropy / valid.sum(1).clamp(min=2).log()
 
+def best_similarity(
+    similarity:Tensor, # `(S, D)` cosines
+    valid:Tensor,      # `(S, D)`
+)->Tensor:             # `(S,)`
+    "Cosine of the bin that resembles the snippet most."
+    return similarity.masked_fill(~valid, -torch.inf).amax(1)
+
 @dataclass(frozen=True)
 class DepthCalibration:
     "What held-out patients taught about a model's posteriors: temperature, interval, and when to abstain."
@@ -177,6 +184,7 @@ class DepthCalibration:
     coverage:float=0.9      # share of cases that the interval holds
     stretch:float=1.        # half an interval, in units of the posterior's own expected error
     flat:float=1.           # a flatter posterior is no answer
+    least:float=-1.         # nor is one whose best bin has a smaller cosine
     patients:int=0          # held-out patients behind this; 0: not calibrated, the interval is the posterior's
     bin_mm:float=12.        # thickness of a depth bin
 
@@ -198,7 +206,8 @@ class DepthCalibration:
         prob = depth_posterior(similarity, valid, tau)
         answer = posterior_median_mm(prob, bin_depths_mm, bin_mm)
         stretch = conformal_quantile((depth_mm - answer).abs() / expected_error_mm(prob, bin_depths_mm, answer, bin_mm), patient, coverage)
-        return cls(tau, coverage, stretch, float(torch.quantile(flatness(prob, valid), 1 - missed)), patients, bin_mm)
+        flat, least = torch.quantile(flatness(prob, valid), 1 - missed / 2), torch.quantile(best_similarity(similarity, valid), missed / 2)
+        return cls(tau, coverage, stretch, float(flat), float(least), patients, bin_mm)
 
     def posterior(self, similarity, valid): return depth_posterior(similarity, valid, self.tau)      # `(S, D)`
 
@@ -210,5 +219,8 @@ class DepthCalibration:
         half = self.stretch * expected_error_mm(prob, depths, answer, self.bin_mm)
         return torch.stack([(answer - half).maximum(edges[:, 0]), (answer + half).minimum(edges[:, -1])], 1)
 
-    def abstains(self, prob, valid): return flatness(prob, valid) > self.flat # `(S,)` bool
+    def abstains(self, similarity, valid): # `(S,)` bool
+        "Whether the snippet seems not to be in its scan."
+        return (flatness(self.posterior(similarity, valid), valid) > self.flat) | (best_similarity(similarity, valid) < self.least)
+
     def to_dict(self): return asdict(self)  # for JSON

@@ -590,7 +590,7 @@ class DepthAnswer:
     image_number:int|None      # of the nearest slice
     interval_mm:tuple          # lower and upper
     interval:str               # what the interval is: "conformal, 90 %" or "posterior, 90 %" where nothing was calibrated
-    abstains:bool              # the posterior is too flat to be an answer
+    abstains:bool              # too flat, or too little resemblance, to be an answer
     bin_depths_mm:np.ndarray   # `(D,)`
     probabilities:np.ndarray   # `(D,)`
     scan:str
@@ -678,14 +678,15 @@ def localize(self:CTVLMModel,
     texts, e, calibration = _texts(texts), self.embed(volume, fit), self.config.calibration
     if not texts: return []
     valid = torch.ones(len(texts), len(e.slices), dtype=torch.bool)                                           # (S, D)
-    p = calibration.posterior(depth_similarity(e.slices.expand(len(texts), -1, -1), self.embed_text(texts, "snippet")), valid) # (S, D)
+    similarity = depth_similarity(e.slices.expand(len(texts), -1, -1), self.embed_text(texts, "snippet"))     # (S, D)
+    p = calibration.posterior(similarity, valid)                                                              # (S, D)
     low, high = float(e.depths_mm[0]), float(e.depths_mm[-1])
     depth = decode_depth(p, e.bin_depths_mm, decode, calibration.bin_mm).clamp(low, high)                     # (S,)
     interval = calibration.interval_mm(p, e.bin_depths_mm).clamp(low, high)                                   # (S, 2)
     kind = f"{'conformal' if self.config.interval_calibration else 'posterior'}, {calibration.coverage:.0%}"
     def number(mm): return None if e.image_numbers is None else int(e.image_numbers[np.abs(e.depths_mm - mm).argmin()])
     return [DepthAnswer(t, d, number(d), tuple(i), kind, a, e.bin_depths_mm.numpy(), q, e.name)
-            for t, d, i, a, q in zip(texts, depth.tolist(), interval.tolist(), calibration.abstains(p, valid).tolist(), p.numpy())]
+            for t, d, i, a, q in zip(texts, depth.tolist(), interval.tolist(), calibration.abstains(similarity, valid).tolist(), p.numpy())]
 
 @patch
 def classify(self:CTVLMModel,

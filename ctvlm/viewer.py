@@ -750,7 +750,7 @@ def _said(self:Explorer): # the answer: `[kind, words]` per paragraph
     image = "" if a.image_number is None else f", image {a.image_number}"
     out = [["asked", f"“{_short(a.text, 120)}”"], ["predicted", f"predicted {a.depth_mm:.0f} mm{image}{_interval(a)}"]]
     if self.reference_mm is not None: out.append(["cited", f"the radiologist cited {self.reference_mm:.0f} mm, {abs(self.reference_mm - a.depth_mm):.0f} mm away"])
-    if getattr(a, "abstains", False): out.append(["unsure", "The posterior is flat: this may not be in the scan."])
+    if getattr(a, "abstains", False): out.append(["unsure", "No depth stands out or resembles this enough: it may not be in the scan."])
     return [*out, ["note", "For research, not for diagnosis." + (f" Trained on {trained}." if trained else "")]]
 
 # %% ../nbs/14_viewer.ipynb #5c1d7be4

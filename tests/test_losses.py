@@ -151,6 +151,17 @@ def test_interval_keeps_its_promise():
     assert calibration.patients == 300 and DepthCalibration(**calibration.to_dict()) == calibration
 
 
+def test_silence_about_what_is_not_there():
+    similarity, valid, z, truth, patient = invented(300, 1)
+    calibration = DepthCalibration.fit(similarity, valid, z, truth, patient)
+    assert 0 < float(calibration.abstains(similarity, valid).float().mean()) <= 0.05 + 1e-6   # of the patients that set the thresholds
+    assert calibration.abstains(0.02 * torch.randn(50, 25), valid[:50]).all()                 # like nothing
+    assert calibration.abstains(0.5 * similarity[:50], valid[:50]).all()                      # half as like, at one depth
+    short = valid[:50] & (torch.arange(25) < 20)
+    assert calibration.abstains(torch.where(short, 0.5 * similarity[:50], 9.), short).all()   # padding counts for nothing
+    assert not DepthCalibration().abstains(torch.zeros(50, 25), valid[:50]).any()             # not calibrated: always an answer
+
+
 @pytest.mark.parametrize("patients, coverage", [(12, 0.8), (30, 0.9)])
 def test_few_patients_are_covered_on_average(patients, coverage): # over the draw of the calibration patients too, which is what is promised
     similarity, valid, z, truth, _ = invented(400, 10**6)
