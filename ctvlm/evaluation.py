@@ -90,6 +90,11 @@ def _embeddings(x, name="embeddings"): # to a finite `(N, E)` array, from numpy 
     if bad.any(): raise InputError(f"{name} of {bad.sum()} of {len(x)} items are not finite, the first is item {bad.argmax()}: leave these out or mend the model")
     return x
 
+def _pairs(image, text): # the same of both
+    image, text = _embeddings(image, "image embeddings"), _embeddings(text, "text embeddings")
+    if image.shape != text.shape: raise InputError(f"image embeddings {image.shape} and text embeddings {text.shape} differ: row i of both must belong to one pair")
+    return image, text
+
 def _lengths(x): return np.maximum(np.sqrt(np.einsum("ne,ne->n", x, x, dtype=np.float64)), 1e-30)[:, None] # (N, 1)
 
 def _count(S, own, exact, mask): # block of similarities `(r, c)`, those to the right one `(r,)` in float64; exact(i, j): float64 similarities; scratch `(r, c)` bool
@@ -120,8 +125,7 @@ def pair_ranks(
     columns:int=4096,  # block of images
 )->dict:               # "text_to_image", "image_to_text": two arrays `(N,)`, candidates above the right one; candidates tied with it, itself included
     "Where the right partner of each text and each image stands among all others by cosine similarity."
-    image, text = _embeddings(image, "image embeddings"), _embeddings(text, "text embeddings")
-    if image.shape != text.shape: raise InputError(f"image embeddings {image.shape} and text embeddings {text.shape} differ: row i of both must belong to one pair")
+    image, text = _pairs(image, text)
     u, v = ((x / _lengths(x)).astype(np.float32) for x in (image, text))
     blocks = lambda size: [slice(k, min(k + size, len(u))) for k in range(0, len(u), size)]
     own = np.concatenate([_exact(text[b], image[b])(*[np.arange(b.stop - b.start)] * 2) for b in blocks(rows)])
@@ -180,8 +184,7 @@ def pool_retrieval_metrics(
     **bootstrap,               # of `bootstrap_ci`
 )->dict:                       # `pool<size>_r<k>`
     "Text-to-image recall within pools of fixed size, averaged over shuffles."
-    image, text = _embeddings(image_embeddings, "image embeddings"), _embeddings(text_embeddings, "text embeddings")
-    if image.shape != text.shape: raise InputError(f"image embeddings {image.shape} and text embeddings {text.shape} differ: row i of both must belong to one pair")
+    image, text = _pairs(image_embeddings, text_embeddings)
     u, v, out = (image / _lengths(image)).astype(np.float32), (text / _lengths(text)).astype(np.float32), {}
     for size in pool_sizes:
         if size > len(u): raise InputError(f"a pool of {size} studies was asked for, but there are {len(u)}: leave this pool size out")

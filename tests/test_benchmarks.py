@@ -1,0 +1,56 @@
+"The benchmarks' own arithmetic: what chapter 13 and chapter 12 say of them must be what they compute."
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np, pytest, torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import improvements, runs
+
+
+def test_a_run_is_measured_once_for_its_settings(tmp_path):
+    calls = []
+    measure = lambda: calls.append(1) or {"mae": len(calls)}
+    found = [runs.kept(tmp_path / "a.json", {"epochs": e}, measure) for e in (6, 6, 7, 7)]
+    assert found == [{"mae": 1}, {"mae": 1}, {"mae": 2}, {"mae": 2}] and len(calls) == 2
+    assert json.loads((tmp_path / "a.json").read_text())["settings"] == {"epochs": 7}
+
+
+def said(similarity, valid, truth): # of one snippet: what a loss gets, with slices that have these cosines
+    D = similarity.shape[1]
+    slices = torch.cat([torch.diag_embed((1 - similarity**2).sqrt()), similarity[:, :, None]], 2)      # (S, D, D + 1), unit vectors
+    return SimpleNamespace(slices=slices, snippets=torch.eye(D + 1)[-1:].expand(len(similarity), -1), valid=valid, bin=truth,
+                           all_slices=slices, all_valid=valid, scan=torch.arange(len(similarity)))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_distance_of_distributions(power):
+    "Against the integral on a fine grid; bins of the padding count for nothing."
+    g = torch.Generator().manual_seed(0)
+    similarity, valid, truth = 0.9 * torch.rand(3, 8, generator=g), torch.arange(8) < torch.tensor([[8], [6], [7]]), torch.tensor([2.25, 4.75, 0.25])
+    want = []
+    for s, v, t in zip(similarity, valid, truth):
+        p = torch.softmax(s[v] / improvements.TAU, 0).numpy()
+        z = np.linspace(-0.5, len(p) - 0.5, 200 * len(p) + 1)
+        z = (z[1:] + z[:-1]) / 2
+        F = np.interp(z, np.arange(len(p) + 1) - 0.5, np.concatenate([[0], p.cumsum()]))
+        want.append((np.abs(F - (z >= float(t)))**power).sum() / 200)
+    assert improvements.cdf_distance(said(similarity, valid, truth), power, places=200).item() == pytest.approx(np.mean(want), abs=0.01)
+
+
+def test_negatives_of_other_scans_only_add():
+    g = torch.Generator().manual_seed(1)
+    b = said(0.9 * torch.rand(3, 8, generator=g), torch.ones(3, 8, dtype=torch.bool), torch.tensor([2., 4., 0.]))
+    assert improvements.other_scans(b) > improvements.cross_entropy(b)
+    alone = said(0.9 * torch.rand(1, 8, generator=g), torch.ones(1, 8, dtype=torch.bool), torch.tensor([2.]))
+    assert improvements.other_scans(alone).item() == pytest.approx(improvements.cross_entropy(alone).item())
+
+
+def test_parabola_finds_the_top_of_a_gaussian():
+    depths = 12. * np.arange(20)[None] + 6
+    for top in (66., 70.5, 75.):
+        p = np.exp(-(depths - top)**2 / (2 * 24**2))
+        assert improvements.parabola(p / p.sum(), depths, 12.)[0] == pytest.approx(top)
+    edge = np.exp(-depths / 24)
+    assert improvements.parabola(edge / edge.sum(), depths, 12.)[0] == 6                               # no neighbour below
