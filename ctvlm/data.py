@@ -642,7 +642,7 @@ def read_dicom_root(
         text, *parts = _report(row)
         language, pairs = _language(row, text), ()
         if mine_report(text, language or None):
-            pairs = _mined(text, SeriesIndex.from_table(SeriesIndex.from_dicom(here, workers=1).table.assign(study=study)), study, language)
+            pairs = _mined(text, SeriesIndex.from_table(SeriesIndex.from_dicom(here, workers=1, quiet=True).table.assign(study=study)), study, language)
         found.add(study, row.get("patient") or studies[uid][2] or study, here, *parts, language, pairs=pairs, split=_split(row["split"], f"study {study}") if row.get("split") else "train", series=row.get("series", ""))
     for uid in studies.keys() - used: found.refuse(studies[uid][1] or uid, place[uid], f"{place[uid].name} has no report: add it to the table")
     return found.tables(quiet=quiet)

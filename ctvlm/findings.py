@@ -870,6 +870,7 @@ def ask_all(self:LanguageModel,
     store:AnswerStore,
     total:int|None=None,      # how many, for the bar
     price:float=0,            # per million tokens, for the bar
+    quiet:bool=False,         # no bar
 ):                            # yields a value, `None` (invalid) or `...` (unreachable) for each question, in order
     "Answers to all `questions`, `concurrency` at a time."
     from collections import deque
@@ -883,7 +884,7 @@ def ask_all(self:LanguageModel,
     lost = 0
     with ThreadPoolExecutor(self.concurrency) as pool:
         try:
-            bar = progress(answers(pool), "asking", total=total)
+            bar = progress(answers(pool), "asking", total=total, quiet=quiet)
             for future in bar:
                 try: value, lost = future.result(), 0
                 except Unreachable as e:
@@ -906,6 +907,7 @@ def label_reports(
     findings=None,              # names; the whole catalogue if `None`
     workers:int=1,              # processes, for "rules"
     price:float=0,              # per million tokens, shown while asking
+    quiet:bool=False,           # no progress bar
     **options,                  # of `LanguageModel`
 )->list:                        # for each report {finding: 1 | 0 | None}; with "llm" unknown ones are missing
     "What each of `texts` asserts and denies."
@@ -914,8 +916,8 @@ def label_reports(
     if engine == "rules":
         if workers > 1 and len(texts) > 200:
             from concurrent.futures import ProcessPoolExecutor
-            with ProcessPoolExecutor(workers) as pool: labels = list(pool.map(label_report, texts, chunksize=100))
-        else: labels = [label_report(t) for t in texts]
+            with ProcessPoolExecutor(workers) as pool: labels = list(progress(pool.map(label_report, texts, chunksize=100), "labelling", len(texts), quiet))
+        else: labels = [label_report(t) for t in progress(texts, "labelling", quiet=quiet)]
         return [{f: l[f] for f in findings} for l in labels]
     if engine != "llm": raise InputError(f"no engine is called {engine!r}: use 'rules' or 'llm'")
     _given(base_url, model)
@@ -923,7 +925,7 @@ def label_reports(
     kept = store if isinstance(store, AnswerStore) else AnswerStore(store)
     groups = sum(1 for _ in _label_questions("", findings))
     asked = (q for t in texts for q in _label_questions(t, findings))
-    for n, value in enumerate(server.ask_all(asked, kept, len(texts) * groups, price)):
+    for n, value in enumerate(server.ask_all(asked, kept, len(texts) * groups, price, quiet)):
         if isinstance(value, dict): out[n // groups].update(value)
     return out
 
@@ -1015,6 +1017,7 @@ def label_table(
     findings=None,          # names; the whole catalogue if `None`
     workers:int|None=None,  # processes for the rules; as many as there are cores if `None`
     rows:int=2000,          # of one piece
+    quiet:bool=False,       # no progress bar
     **llm,                  # base_url, model, store, price and options of `LanguageModel`
 )->dict:                    # reports, asserted and denied (by finding), unanswered, output
     "Label a table of reports; Parquet with a column for each finding."
@@ -1028,7 +1031,7 @@ def label_table(
                 columns = _text_columns(list(piece.columns), text_columns)
                 if not len(piece): continue
                 texts = ["\n".join(str(t) for t in row if t is not None and t == t and str(t).strip()) for row in piece[columns].itertuples(index=False)]
-                labels = label_reports(texts, engine, findings=findings, workers=workers, **llm)
+                labels = label_reports(texts, engine, findings=findings, workers=workers, quiet=quiet, **llm)
                 out = piece.drop(columns=columns).astype(str).reset_index(drop=True)
                 out = pd.concat([out, pd.DataFrame({f: pd.array([l.get(f) for l in labels], dtype="Int8") for f in findings}, index=out.index)], axis=1)
                 out["unanswered"] = [[f for f in findings if f not in l] for l in labels]

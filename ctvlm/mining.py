@@ -1056,6 +1056,7 @@ class SeriesIndex:
         root:str|Path,                  # folder with DICOM files at any depth
         study:str="AccessionNumber",    # header that names the study; "folder": the first folder below `root`
         workers:int|None=None,          # processes; as many as cores if `None`
+        quiet:bool=False,               # no progress bar
     )->"SeriesIndex":
         "Read the headers of all DICOM files under a folder, in parallel."
         import pandas as pd
@@ -1067,8 +1068,8 @@ class SeriesIndex:
             from concurrent.futures import ProcessPoolExecutor
             from multiprocessing import get_context
             with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context("spawn")) as pool:
-                parts = list(progress(pool.map(_all_header_rows, chunks, repeat(study), repeat(str(root))), "headers", len(chunks)))
-        else: parts = [_all_header_rows(c, study, str(root)) for c in progress(chunks, "headers")]
+                parts = list(progress(pool.map(_all_header_rows, chunks, repeat(study), repeat(str(root))), "headers", len(chunks), quiet))
+        else: parts = [_all_header_rows(c, study, str(root)) for c in progress(chunks, "headers", quiet=quiet)]
         read = [r for part in parts for r in part]
         table = pd.DataFrame([row for r in read if not isinstance(r, str) for row in r], columns=COLUMNS)
         if not len(table): raise InputError(f"none of the {len(files)} files under {root} is a DICOM image: check the folder")
@@ -1238,7 +1239,7 @@ def mine_table(
     import contextlib, pyarrow as pa, pyarrow.parquet as pq
     if output is not None and Path(output).suffix != ".parquet": raise InputError(f"the pairs go to a file ending in .parquet, not {Path(output).name}: name it so")
     rows = _reports(reports)
-    index = None if dicom is None else SeriesIndex.load(dicom) if Path(dicom).suffix == ".parquet" else SeriesIndex.from_dicom(dicom, study)
+    index = None if dicom is None else SeriesIndex.load(dicom) if Path(dicom).suffix == ".parquet" else SeriesIndex.from_dicom(dicom, study, quiet=quiet)
     schema, status, unreadable, n = _schema(), Counter(), Counter(), 0
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(pq.ParquetWriter(stack.enter_context(write_atomically(output)), schema)) if output is not None else None

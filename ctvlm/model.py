@@ -11,7 +11,7 @@ __all__ = ['log', 'QWEN3', 'PREFIXES', 'SUFFIXES', 'SPECTRE', 'TEXT', 'CTVLMConf
 # %% ../nbs/10_model.ipynb #2e46e3af
 import contextlib, copy, json, logging, math, pickle, struct, sys, tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F, transformers
 from torch import nn, Tensor
@@ -70,7 +70,11 @@ class CTVLMConfig(PretrainedConfig):
     @property
     def adapter_sizes(self): return AdapterSizes(**{**self.adapters, "targets": tuple(self.adapters["targets"])}) if self.adapters else None
     @property
-    def calibration(self): return DepthCalibration(**(self.interval_calibration or dict(bin_mm=self.window_spec.bin_mm)))
+    def calibration(self):
+        saved, known = self.interval_calibration or dict(bin_mm=self.window_spec.bin_mm), [f.name for f in fields(DepthCalibration)]
+        if not saved.keys() <= set(known):
+            raise InputError(f"the model's interval_calibration holds {', '.join(sorted(saved.keys() - set(known)))}, expected only {', '.join(known)}: another version saved it; calibrate the model anew with `calibrate_depth`, or set interval_calibration to null in its config.json for intervals without a promise")
+        return DepthCalibration(**saved)
 
     @classmethod
     def large(cls, **changes): return cls(**changes) # 337 M + 60 M + 600 M parameters, the released sizes
@@ -675,7 +679,7 @@ def localize(self:CTVLMModel,
     fit=None,
 )->list:                 # of `DepthAnswer`
     "At which depth of the scan each text lies."
-    texts, e, calibration = _texts(texts), self.embed(volume, fit), self.config.calibration
+    calibration, texts, e = self.config.calibration, _texts(texts), self.embed(volume, fit)
     if not texts: return []
     valid = torch.ones(len(texts), len(e.slices), dtype=torch.bool)                                           # (S, D)
     similarity = depth_similarity(e.slices.expand(len(texts), -1, -1), self.embed_text(texts, "snippet"))     # (S, D)

@@ -678,6 +678,7 @@ def train(
     config:TrainingConfig,
     folder:str|Path, # of the run
     evaluate=None, # `(model) -> {"score": to be maximised, ...}`
+    quiet:bool=False, # no progress bar
 ):                 # the log as a table
     "Train, or continue to train what was interrupted in `folder`."
     import pandas as pd
@@ -688,7 +689,7 @@ def train(
     log, evaluations = (Log(run.folder/f"{name}.csv", run.step, run.accelerator) if main else None for name in ("log", "evaluation"))
     epoch = None
     with asked_to_leave() as asked, same_bytes(run.device):
-        for _ in progress(range(run.step, run.total), "training", quiet=not main):
+        for _ in progress(range(run.step, run.total), "training", quiet=quiet or not main):
             began = time.perf_counter()
             epoch = iter(data) if epoch is None else epoch
             batches = list(itertools.islice(epoch, run.micro_batches))

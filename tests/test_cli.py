@@ -32,6 +32,9 @@ def cohort(tmp_path_factory):
     write_cohort(PhantomCohort(4, spacing=(3., 3., None)), folder / "cohort", quiet=True)
     _, studies = demo_cohort({"train": 2, "val": 1, "test": 1}, 0)
     demo_model(studies, 0).save_pretrained(folder / "model")
+    shutil.copytree(folder / "model", folder / "old")                                # as an earlier version saved it
+    config = json.loads((folder / "old" / "config.json").read_text())
+    (folder / "old" / "config.json").write_text(json.dumps(config | {"interval_calibration": {"tau": 0.1, "coverage": 0.9, "margin_mm": 40.0, "patients": 20}}))
     return folder
 
 
@@ -104,13 +107,13 @@ def test_a_real_chest(cohort, tmp_path):
 
 @pytest.mark.parametrize("words", [
     ("localize", "nowhere", "-m", "MODEL", "-t", "cyst"), ("localize", "EMPTY", "-m", "MODEL", "-t", "cyst"), ("localize", "NOTES", "-m", "MODEL", "-t", "cyst"),
-    ("localize", "SCAN", "-m", "MODEL", "-t", ""), ("localize", "SCAN", "-m", "nowhere", "-t", "cyst"), ("mine", "NOTES"), ("evaluate", "NOTES", "--features", "EMPTY", "-m", "MODEL", "-o", "OUT"),
+    ("localize", "SCAN", "-m", "OLD", "-t", "cyst"), ("localize", "SCAN", "-m", "MODEL", "-t", ""), ("localize", "SCAN", "-m", "nowhere", "-t", "cyst"), ("mine", "NOTES"), ("evaluate", "NOTES", "--features", "EMPTY", "-m", "MODEL", "-o", "OUT"),
     ("localize", "SCAN", "-m", "MODEL", "-t", "cyst", "--device", "gpu9"), ("search", " ", "SCAN", "-m", "MODEL"),
     ("view", "nowhere", "-m", "MODEL"), ("view", "SCAN", "-m", "EMPTY"), ("view", "SCAN", "-m", "MODEL", "--report", " "), ("view", "SCAN", "-m", "MODEL", "--window", "brain"), ("localise", "SCAN"), ("localize", "SCAN", "-m", "MODEL"),
     ("localize", "SCAN", "-m", "MODEL", "-t", "cyst", "--jsn")], ids=lambda w: "-".join(w[:2]))
 def test_bad_input_is_one_line_and_status_2(cohort, tmp_path, words):
     (tmp_path / "empty").mkdir(); (tmp_path / "notes.txt").write_text("no scan")
-    names = {"MODEL": cohort / "model", "EMPTY": tmp_path / "empty", "NOTES": tmp_path / "notes.txt", "SCAN": sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))[0], "OUT": tmp_path / "out"}
+    names = {"MODEL": cohort / "model", "OLD": cohort / "old", "EMPTY": tmp_path / "empty", "NOTES": tmp_path / "notes.txt", "SCAN": sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))[0], "OUT": tmp_path / "out"}
     status, out, err = shell(*(names.get(w, w) for w in words))
     lines = [l for l in err.splitlines() if "trained on" not in l]
     assert status == 2 and out == "" and len(lines) == 1 and lines[0].startswith("ctvlm: ") and "Traceback" not in err, err
