@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'app', 'AsJson', 'Quiet', 'Model', 'Device', 'Series', 'Scan', 'HU_LEVELS', 'DEMO_PATIENTS', 'DEMO_TRAINING',
-           'EXAMPLES', 'plain', 'say', 'main', 'mine', 'label', 'studies', 'phantoms', 'check', 'preprocess',
+           'EXAMPLES', 'plain', 'say', 'main', 'phantoms', 'mine', 'label', 'studies', 'check', 'preprocess',
            'load_model', 'reading', 'localize', 'classify', 'search', 'view', 'embed', 'train', 'evaluate', 'compare',
            'demo_cohort', 'mining_score', 'demo_model', 'demo_features', 'run_demo', 'demo', 'demo_table', 'manual']
 
 # %% ../nbs/15_cli.ipynb #3be5dd87
 import json, os, sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +58,8 @@ def _cell(value):
     return str(value)
 
 # %% ../nbs/15_cli.ipynb #4af699f6
-STATUS = {0: "done", 1: "done, but some items were refused", 2: "bad input: one line says what was found and what to do", 3: "a mistake of ctvlm's own: --debug shows where", 130: "interrupted"}
+STATUS = {0: "done", 1: "done, but some items were refused", 2: "bad input: one line says what was found and what to do", 3: "a mistake of ctvlm's own: --debug shows where",
+          130: "interrupted", 143: "asked to leave: training saved its state, and the same call goes on"}
 
 app = typer.Typer(name="ctvlm", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Read CT scans and reports: mine where reports point, train, and find the depth that a sentence describes.",
@@ -65,7 +67,15 @@ app = typer.Typer(name="ctvlm", no_args_is_help=True, pretty_exceptions_enable=F
     context_settings={"help_option_names": ["-h", "--help"]})
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+def _hush(quiet:bool):
+    if quiet: os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"      # the hub and transformers have bars of their own
+    return quiet
+
+def _hint(text, quiet):
+    if not quiet: print(f"ctvlm: {text}", file=sys.stderr, flush=True)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_hush, help="No progress bars and no hints; where a run goes on, what a model was trained on and what is wrong is still said.")]
 Model = Annotated[Path, typer.Option("--model", "-m", help="Folder of a saved model, or a name on the hub.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...; the best one if left out.")]
 Series = Annotated[Optional[int], typer.Option(help="Series number, where a folder holds several.")]
@@ -115,10 +125,25 @@ def main(
     if status == 130: print("ctvlm: interrupted", file=sys.stderr)
     raise SystemExit(status)
 
+# %% ../nbs/15_cli.ipynb #ffde065b
+@app.command()
+def phantoms(
+    output:Annotated[Path, typer.Option("--output", "-o", help="Folder to be written.")],
+    n:Annotated[int, typer.Option("-n", min=1, help="Studies.")]=10,
+    seed:Annotated[int, typer.Option(help="Same seed, same patients.")]=0,
+    format:Annotated[Literal["nifti", "dicom"], typer.Option(help="What scans are written as.")]="nifti",
+    as_json:AsJson=False, quiet:Quiet=False,
+):
+    "Write synthetic CT studies with reports and their truth."
+    from ctvlm.phantoms import PhantomCohort, write_cohort
+    write_cohort(PhantomCohort(n, seed), output, format, quiet=quiet)
+    say({"studies": n, "seed": seed, "folder": output}, as_json)
+
 # %% ../nbs/15_cli.ipynb #d752576a
 def _text_of(report): # a report's text, or the text in a file of that name
     path = Path(report)
-    text = path.read_text(encoding="utf-8") if len(report) < 256 and path.is_file() else report
+    try: text = path.read_text(encoding="utf-8") if len(report) < 256 and path.is_file() else report
+    except UnicodeDecodeError: raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     if not text.strip(): raise InputError("the report is empty: give its text, or a file that holds it")
     return text
 
@@ -140,6 +165,7 @@ def mine(
     say(summary, as_json)
     if summary["unreadable"]: raise typer.Exit(1)
 
+# %% ../nbs/15_cli.ipynb #d752576d
 @app.command()
 def label(
     reports:Annotated[str, typer.Argument(help="Table of reports: .csv, .parquet or .xlsx; with --explain a report's text, or a file that holds it.")],
@@ -149,15 +175,21 @@ def label(
     llm:Annotated[Optional[str], typer.Option(help="The language model's name there.")]=None,
     store:Annotated[Optional[Path], typer.Option(help="SQLite file that keeps answers, so that a run can go on.")]=None,
     explain:Annotated[bool, typer.Option("--explain", help="Show one report with its findings coloured.")]=False,
-    as_json:AsJson=False,
+    as_json:AsJson=False, quiet:Quiet=False,
 ):
-    "Read from reports which findings they assert and deny."
+    "Read from reports which findings they assert and deny. Status 1 if a language model left a question without an answer."
     from rich.console import Console
     from ctvlm.findings import colour_report, label_report, label_table
     if explain: return say({f: v for f, v in label_report(_text_of(reports)).items() if v is not None}, True) if as_json else Console().print(colour_report(_text_of(reports)))
     if output is None: raise InputError("no output was given: name the table of labels, for example -o labels.parquet")
     server = dict(base_url=base_url, model=llm, store=store or output.with_suffix(".sqlite")) if engine == "llm" else {}
-    say(label_table(reports, output, engine, **server), as_json)
+    summary = label_table(reports, output, engine, quiet=quiet, **server)
+    if as_json: say(summary, True)
+    else:
+        rows = [{"finding": f, "asserted": n, "denied": summary["denied"][f]} for f, n in summary["asserted"].items()]
+        say(sorted((r for r in rows if r["asserted"] or r["denied"]), key=lambda r: (-r["asserted"], r["finding"])), False)
+        print(f"{summary['reports']} reports, {summary['unanswered']} questions without an answer: {output}")
+    if summary["unanswered"]: raise typer.Exit(1)
 
 # %% ../nbs/15_cli.ipynb #688574aa
 @app.command()
@@ -167,8 +199,8 @@ def studies(
     output:Annotated[Path, typer.Option("--output", "-o", help="Table of studies to be written: .parquet.")],
     reports:Annotated[Optional[Path], typer.Option(help="Table of reports, for csv and dicom.")]=None,
     duplicates:Annotated[Optional[Literal["all", "first"]], typer.Option(help="CT-RATE: all reconstructions, or the first of each study.")]=None,
-    validation:Annotated[float, typer.Option(help="Share of the training patients to hold out for calibration.")]=0.,
-    test:Annotated[float, typer.Option(help="Share of the training patients to hold out for testing.")]=0.,
+    validation:Annotated[float, typer.Option(min=0, max=1, help="Share of the training patients to hold out for calibration.")]=0.,
+    test:Annotated[float, typer.Option(min=0, max=1, help="Share of the training patients to hold out for testing.")]=0.,
     as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read a data set into one table of studies and count it."
@@ -176,26 +208,12 @@ def studies(
     options = {k: v for k, v in dict(reports=reports, duplicates=duplicates).items() if v is not None}
     say(scan_studies(root, kind, output, {"val": validation, "test": test} if validation or test else None, quiet, **options), as_json)
 
-# %% ../nbs/15_cli.ipynb #ffde065b
-@app.command()
-def phantoms(
-    output:Annotated[Path, typer.Option("--output", "-o", help="Folder to be written.")],
-    n:Annotated[int, typer.Option("-n", help="Studies.")]=10,
-    seed:Annotated[int, typer.Option(help="Same seed, same patients.")]=0,
-    format:Annotated[Literal["nifti", "dicom"], typer.Option(help="What scans are written as.")]="nifti",
-    as_json:AsJson=False, quiet:Quiet=False,
-):
-    "Write synthetic CT studies with reports and their truth."
-    from ctvlm.phantoms import PhantomCohort, write_cohort
-    write_cohort(PhantomCohort(n, seed), output, format, quiet=quiet)
-    say({"studies": n, "seed": seed, "folder": output}, as_json)
-
 # %% ../nbs/15_cli.ipynb #26169b20
 @app.command()
 def check(
     paths:Annotated[list[Path], typer.Argument(help="Scans, or folders of scans.")],
     output:Annotated[Optional[Path], typer.Option("--output", "-o", help="Table to be written: .csv or .parquet.")]=None,
-    workers:Annotated[Optional[int], typer.Option(help="Scans read at once.")]=None,
+    workers:Annotated[Optional[int], typer.Option(min=1, help="Scans read at once.")]=None,
     as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read every scan and say which can be used, and why the others cannot. Status 1 if any cannot."
@@ -210,13 +228,15 @@ def preprocess(
     output:Annotated[Path, typer.Option("--output", "-o", help="File of windows: .safetensors.")],
     fit:Annotated[Literal["pad", "crop"], typer.Option(help="pad keeps everything, crop is what the released weights saw.")]="pad",
     series:Series=None,
-    as_json:AsJson=False,
+    as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Cut a scan into windows and keep them with their place in the scanner."
     import torch
     from safetensors.torch import save_file
     from ctvlm.preprocessing import load_volume, make_windows
-    w = make_windows(load_volume(scan, series), fit)
+    volume = load_volume(scan, series)
+    _hint(f"read {volume.name}", quiet)
+    w = make_windows(volume, fit)
     place = {name: torch.as_tensor(getattr(w, name)).contiguous() for name in ("windows", "grid", "affine", "bin_depths_mm", "patch_mask")}
     with write_atomically(output) as temporary: save_file(place, temporary)
     say({"windows": len(w.windows), "grid": w.grid, "lowest_mm": float(w.bin_depths_mm[0]), "highest_mm": float(w.bin_depths_mm[-1]), "file": output}, as_json)
@@ -314,7 +334,7 @@ def view(
     from ctvlm.viewer import serve
     def ready(url):
         say({"url": url}, True) if as_json else print(url)
-        if not quiet: print("ctvlm: open this address in a browser of this machine; Ctrl-C ends it", file=sys.stderr)
+        _hint("open this address in a browser of this machine; Ctrl-C ends it", quiet)
         sys.stdout.flush()
     serve(scan, model, _text_of(report) if report is not None else "", series, device, window, port, browser, ready)
 
@@ -324,7 +344,7 @@ def embed(
     scan:Annotated[Path, typer.Argument(help="A scan, or a table of studies: .parquet.")],
     model:Model,
     output:Annotated[Optional[Path], typer.Option("--output", "-o", help="A scan: file of its embeddings, .safetensors. A table: folder of the feature store.")]=None,
-    workers:Annotated[int, typer.Option(help="Processes that read scans ahead of the encoder.")]=2,
+    workers:Annotated[int, typer.Option(min=0, help="Processes that read scans ahead of the encoder.")]=2,
     series:Series=None, device:Device=None,
     devices:Annotated[Optional[str], typer.Option(help="A table: several devices of this machine, a process each, for example cuda:0,cuda:1. Or start several processes with `accelerate launch -m ctvlm.cli embed ...`.")]=None,
     as_json:AsJson=False, quiet:Quiet=False,
@@ -363,9 +383,9 @@ def train(
     model:Model,
     output:Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run there goes on.")],
     config:Annotated[Optional[Path], typer.Option(help="JSON file with fields of TrainingConfig.")]=None,
-    batch_size:Annotated[int, typer.Option(help="Scans of a micro-batch.")]=16,
-    workers:Annotated[int, typer.Option(help="Processes that read ahead.")]=2,
-    as_json:AsJson=False,
+    batch_size:Annotated[int, typer.Option(min=1, help="Scans of a micro-batch.")]=16,
+    workers:Annotated[int, typer.Option(min=0, help="Processes that read ahead.")]=2,
+    as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Train on a table of studies with its window features; start several processes with `accelerate launch -m ctvlm.cli train ...`."
     from ctvlm.data import Batches, FeatureStore, read_studies
@@ -378,7 +398,8 @@ def train(
     table, loaded = read_studies(studies, "train"), load_model(model)
     findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in table.labels)]
     data = Batches(table, FeatureStore(features), loaded.processor.tokenizer, batch_size, findings, augment=augment_report, variants=settings.epochs, workers=workers, seed=settings.seed)
-    run(loaded, data, settings, output)
+    with redirect_stdout(sys.stderr): log = run(loaded, data, settings, output, quiet=quiet)   # standard output is for the answer
+    if log is None: return                                          # a process of several; the first one speaks for all
     say({"model": output/"model"}, True) if as_json else print(f"{output}/model")
 
 # %% ../nbs/15_cli.ipynb #7e6b35af

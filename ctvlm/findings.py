@@ -1022,6 +1022,7 @@ def label_table(
 )->dict:                    # reports, asserted and denied (by finding), unanswered, output
     "Label a table of reports; Parquet with a column for each finding."
     import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
+    if Path(output).suffix != ".parquet": raise InputError(f"the labels go to a file ending in .parquet, not {Path(output).name}: name it so")
     findings, workers = list(findings or FINDINGS), workers or os.cpu_count() or 1
     if llm.get("store") and engine == "llm" and not isinstance(llm["store"], AnswerStore): llm["store"] = AnswerStore(llm["store"])
     asserted, denied, reports, unanswered, writer = dict.fromkeys(findings, 0), dict.fromkeys(findings, 0), 0, 0, None

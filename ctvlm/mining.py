@@ -1201,7 +1201,7 @@ def _excel_rows(path, batch):
 def _reports(path, batch=500): # (row number, study, text, language, reason) of every report of a table
     path = Path(path)
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _csv_rows, ".parquet": _parquet_rows, ".xlsx": _excel_rows}
-    if not path.is_file(): raise InputError(f"{path} does not exist: give a table of reports")
+    if not path.is_file(): raise InputError(f"found no file {path}, expected a table of reports: name a .csv, .parquet or .xlsx file")
     if path.suffix.lower() not in readers: raise InputError(f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(readers)}: save the reports as one of these")
     try:
         rows = readers[path.suffix.lower()](path, batch)
@@ -1253,6 +1253,7 @@ def mine_table(
                 status.update(row["status"] for row in new)
                 pairs += [row | dict(report=k) for row in new]
             if writer: writer.write_table(pa.Table.from_pylist(pairs, schema))
+        if not n: raise InputError(f"found no row in {reports}, expected reports: see that the file is not empty")
     kept = status["ok"] + status["no index"]
     return dict(reports=n, pairs=sum(status.values()), kept=kept, prior=status["prior"], refused={k: v for k, v in status.most_common() if k not in ("ok", "no index", "prior")}, unreadable=dict(unreadable), unread_files=len(index.unread) if index else 0)
 

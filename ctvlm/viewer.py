@@ -40,6 +40,7 @@ def plot_recall(
     ax.legend()
     return ax
 
+# %% ../nbs/14_viewer.ipynb #550308c7
 def plot_roc(
     classification:dict,     # section "classification" of a result
     classes=None,            # at most 9 names; the best and the worst if `None`
@@ -213,6 +214,7 @@ def plot_posterior(
     ax.set(xlabel="probability of a bin", xlim=(0, None))
     return ax
 
+# %% ../nbs/14_viewer.ipynb #94fa5879
 def localization_figure(
     answer,                   # a `DepthAnswer`
     volume:CTVolume,          # the scan that it speaks of
@@ -432,25 +434,27 @@ class Planes:
         z, sz, h = self.volume.depths_mm, self.volume.spacing[2], self.boxes["coronal"][3]
         return int(np.clip((z[-1] + sz / 2 - depth_mm) / (z[-1] - z[0] + sz) * h, 0, h - 1))
 
-    def draw(self,
-        i:int, j:int, k:int,      # sagittal, coronal and axial slice
-        window:str="soft tissue", # a name of `HU_WINDOWS`
-        answer=None,              # a `DepthAnswer`: posterior and interval
-        reference_mm=None,        # the radiologist's own reference
-    )->bytes:                     # PNG
-        "One picture of all planes."
-        from PIL import Image
-        canvas = np.zeros((self.height, self.width), np.uint8)
-        for name, index in (("axial", k), ("coronal", j), ("sagittal", i)):
-            x, y, w, h = self.boxes[name]
-            canvas[y:y + h, x:x + w] = self._slice(name, index, window)
-        self._posterior(canvas, answer)
-        self._lines(canvas, i, j, k, answer, reference_mm)
-        image = Image.frombytes("P", (self.width, self.height), canvas.tobytes())                       # one byte a pixel
-        image.putpalette(self.palette)
-        out = io.BytesIO()
-        image.save(out, "png", compress_level=1)
-        return out.getvalue()
+# %% ../nbs/14_viewer.ipynb #b4a09ee7
+@patch
+def draw(self:Planes,
+    i:int, j:int, k:int,      # sagittal, coronal and axial slice
+    window:str="soft tissue", # a name of `HU_WINDOWS`
+    answer=None,              # a `DepthAnswer`: posterior and interval
+    reference_mm=None,        # the radiologist's own reference
+)->bytes:                     # PNG
+    "One picture of all planes."
+    from PIL import Image
+    canvas = np.zeros((self.height, self.width), np.uint8)
+    for name, index in (("axial", k), ("coronal", j), ("sagittal", i)):
+        x, y, w, h = self.boxes[name]
+        canvas[y:y + h, x:x + w] = self._slice(name, index, window)
+    self._posterior(canvas, answer)
+    self._lines(canvas, i, j, k, answer, reference_mm)
+    image = Image.frombytes("P", (self.width, self.height), canvas.tobytes())                       # one byte a pixel
+    image.putpalette(self.palette)
+    out = io.BytesIO()
+    image.save(out, "png", compress_level=1)
+    return out.getvalue()
 
 # %% ../nbs/14_viewer.ipynb #431fcead
 @patch
@@ -532,48 +536,59 @@ const make = (tag, props = {}, ...inside) => {
 };
 """
 
-_PLANES_JS = _MAKE_JS + """
+_HAND_JS = """
 const AXIS = { axial: 2, coronal: 1, sagittal: 0, posterior: 2 }, KEYS = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 10, PageDown: -10, Home: -1e6, End: 1e6 };
-function render({ model, el }) {
-  let busy = false, waiting = [0, 0, 0], turn = 0;
+const queue = model => {
+  let busy = false, waiting = [0, 0, 0];
   const flush = () => {
     if (busy || !waiting.some(n => n)) return;
     busy = true; model.set("steps", model.get("steps").map((n, i) => n + waiting[i])); waiting = [0, 0, 0]; model.save_changes();
   };
-  const step = (axis, n) => { waiting[axis] += n; flush(); };
+  return { step(axis, n) { waiting[axis] += n; flush(); }, drawn() { busy = false; flush(); }, waiting: axis => waiting[axis] };
+};
+const listen = (canvas, name, model, steps) => {
+  let turned = 0;
+  canvas.addEventListener("wheel", e => {
+    e.preventDefault(); turned = Math.abs(e.deltaY) < 50 && e.deltaMode == 0 ? turned + e.deltaY : 50 * Math.sign(e.deltaY);
+    if (Math.abs(turned) >= 50) { steps.step(AXIS[name], turned > 0 ? -1 : 1); turned = 0; }
+  }, { passive: false });
+  canvas.addEventListener("keydown", e => { if (KEYS[e.key]) { e.preventDefault(); steps.step(AXIS[name], KEYS[e.key]); } });
+  canvas.addEventListener("click", e => {
+    const r = canvas.getBoundingClientRect();
+    model.set("clicked", [name, (e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height, Date.now()]); model.save_changes();
+  });
+};
+"""
 
-  const panel = ([name, [x, y, w, h], letters]) => {
-    const axis = AXIS[name], canvas = make("canvas", { width: w, height: h, tabIndex: 0 }), value = make("span", { className: "value" }), over = make("div", { className: "over", "aria-hidden": "true" });
-    if (name == "posterior") canvas.setAttribute("role", "img");
-    else for (const [k, v] of Object.entries({ role: "slider", "aria-orientation": "vertical", "aria-label": `${name} plane`, "aria-valuemin": 0, "aria-valuemax": model.get("sizes")[axis] - 1 })) canvas.setAttribute(k, v);
-    let turned = 0;
-    canvas.addEventListener("wheel", e => {
-      e.preventDefault(); turned = Math.abs(e.deltaY) < 50 && e.deltaMode == 0 ? turned + e.deltaY : 50 * Math.sign(e.deltaY);
-      if (Math.abs(turned) >= 50) { step(axis, turned > 0 ? -1 : 1); turned = 0; }
-    }, { passive: false });
-    canvas.addEventListener("keydown", e => { if (KEYS[e.key]) { e.preventDefault(); step(axis, KEYS[e.key]); } });
-    canvas.addEventListener("click", e => {
-      const r = canvas.getBoundingClientRect();
-      model.set("clicked", [name, (e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height, Date.now()]); model.save_changes();
-    });
-    const stage = make("div", { className: "stage" }, canvas, over, ...letters.map(([side, letter]) => make("span", { className: "letter " + side, textContent: letter, "aria-hidden": "true" })));
-    const figure = make("figure", { className: name }, make("figcaption", {}, make("b", { textContent: name }), value), stage);
-    figure.style.setProperty("--ratio", w / h);
-    return { name, figure, ratio: w / h, draw(bitmap) {
-      canvas.getContext("2d").drawImage(bitmap, x, y, w, h, 0, 0, w, h);
-      if (name == "posterior") {
-        over.replaceChildren(...model.get("labels").map(([top, kind, words]) => { const s = make("span", { className: kind, textContent: words }); s.style.top = 100 * top + "%"; return s; }));
-        canvas.setAttribute("aria-label", model.get("alt"));
-      } else {
-        value.textContent = model.get("texts")[axis];
-        canvas.setAttribute("aria-valuenow", model.get("at")[axis]); canvas.setAttribute("aria-valuetext", model.get("texts")[axis]);
-      }
-    } };
-  };
-  const panels = model.get("panels").map(panel);
+# %% ../nbs/14_viewer.ipynb #68bcbd6d
+_PANEL_JS = """
+const panel = (model, steps, [name, [x, y, w, h], letters]) => {
+  const axis = AXIS[name], canvas = make("canvas", { width: w, height: h, tabIndex: 0 }), value = make("span", { className: "value" }), over = make("div", { className: "over", "aria-hidden": "true" });
+  if (name == "posterior") canvas.setAttribute("role", "img");
+  else for (const [k, v] of Object.entries({ role: "slider", "aria-orientation": "vertical", "aria-label": `${name} plane`, "aria-valuemin": 0, "aria-valuemax": model.get("sizes")[axis] - 1 })) canvas.setAttribute(k, v);
+  listen(canvas, name, model, steps);
+  const stage = make("div", { className: "stage" }, canvas, over, ...letters.map(([side, letter]) => make("span", { className: "letter " + side, textContent: letter, "aria-hidden": "true" })));
+  const figure = make("figure", { className: name }, make("figcaption", {}, make("b", { textContent: name }), value), stage);
+  figure.style.setProperty("--ratio", w / h);
+  return { name, figure, ratio: w / h, draw(bitmap) {
+    canvas.getContext("2d").drawImage(bitmap, x, y, w, h, 0, 0, w, h);
+    if (name == "posterior") {
+      over.replaceChildren(...model.get("labels").map(([top, kind, words]) => { const s = make("span", { className: kind, textContent: words }); s.style.top = 100 * top + "%"; return s; }));
+      canvas.setAttribute("aria-label", model.get("alt"));
+    } else {
+      value.textContent = model.get("texts")[axis];
+      canvas.setAttribute("aria-valuenow", model.get("at")[axis]); canvas.setAttribute("aria-valuetext", model.get("texts")[axis]);
+    }
+  } };
+};
+"""
 
+# %% ../nbs/14_viewer.ipynb #68bcbd6f
+_PLANES_JS = _MAKE_JS + _HAND_JS + _PANEL_JS + """
+function render({ model, el }) {
+  const steps = queue(model), panels = model.get("panels").map(p => panel(model, steps, p));
   const range = make("input", { type: "range", min: 0, max: model.get("sizes")[2] - 1, "aria-label": "axial slice" });
-  range.addEventListener("input", () => step(2, range.value - model.get("at")[2] - waiting[2]));
+  range.addEventListener("input", () => steps.step(2, range.value - model.get("at")[2] - steps.waiting(2)));
   const group = "window-" + Math.random(), windows = model.get("windows").map(name => {
     const dot = make("input", { type: "radio", name: group, value: name });
     dot.addEventListener("change", () => { model.set("window", name); model.save_changes(); });
@@ -584,19 +599,19 @@ function render({ model, el }) {
   const box = make("section", { className: "ctvlm-planes", "aria-label": "Scan", "data-lm-suppress-shortcuts": "true" }, ...rows.map(row => make("div", { className: "row" }, ...row.map(p => p.figure))),
     make("div", { className: "tools" }, make("label", { className: "range" }, make("span", { textContent: "slice" }), range), make("div", { className: "windows", role: "radiogroup", "aria-label": "window" }, ...windows)),
     make("div", { className: "key", "aria-hidden": "true" }, ...key));
-
   box.style.setProperty("--widest", Math.max(...rows.map(row => row.reduce((sum, p) => sum + p.ratio, 0))));       // so that all planes stand equally high
   box.style.setProperty("--coronal", rows[1][0].ratio);
 
+  let turn = 0;
   const draw = async () => {
     const mine = ++turn, bitmap = await createImageBitmap(new Blob([model.get("png")], { type: "image/png" }));
     if (mine == turn) {
       panels.forEach(p => p.draw(bitmap));
-      range.value = model.get("at")[2] + waiting[2]; range.setAttribute("aria-valuetext", model.get("texts")[2]);
+      range.value = model.get("at")[2] + steps.waiting(2); range.setAttribute("aria-valuetext", model.get("texts")[2]);
       windows.forEach(label => label.firstChild.checked = label.firstChild.value == model.get("window"));
       box.dataset.drawn = model.get("drawn");
     }
-    busy = false; flush();
+    steps.drawn();
   };
   model.on("change:drawn", draw); draw();
   el.appendChild(box);
@@ -896,6 +911,7 @@ def _voila(folder, token, port, ready, browser): # a Voila server that only this
     server.initialize([str(folder/"reader.ipynb")])
     return server
 
+# %% ../nbs/14_viewer.ipynb #5c1d7be8b
 def serve(
     scan,                     # what `load_volume` reads
     model,                    # folder of a saved model, or hub name

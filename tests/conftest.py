@@ -15,3 +15,21 @@ def browser():
         chromium = p.chromium.launch(executable_path=program, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+FAINT = """() => {
+  const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4, numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  const ground = e => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor); if ((c[3] ?? 1) > 0.5) return c; } return [255, 255, 255]; };
+  const words = e => [...e.childNodes].filter(n => n.nodeType == 3).map(n => n.textContent.trim()).join(" ").trim();
+  return [...document.querySelectorAll("body *")].filter(e => words(e) && e.offsetParent).map(e => {
+    const [dark, bright] = [light(numbers(getComputedStyle(e).color)), light(ground(e))].sort((a, b) => a - b);
+    return [words(e).slice(0, 40), Math.round(10 * (bright + 0.05) / (dark + 0.05)) / 10];
+  }).filter(([_, contrast]) => contrast < 4.5);
+}"""
+
+
+@pytest.fixture(scope="session")
+def faint():
+    "A function of a page: words whose contrast with what lies behind them is below 4.5, the least for reading (WCAG 2.1, 1.4.3)."
+    return lambda page: page.evaluate(FAINT)

@@ -1,5 +1,5 @@
 "The command, from a shell's point of view: the whole journey on a handful of phantoms, and bad input."
-import json, os, shutil, subprocess, sys
+import io, json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,12 @@ def shell(*words):
     return done.returncode, done.stdout, done.stderr
 
 
+def ended(capsys, *words):
+    "Status, standard output and standard error of `main` in this process."
+    with pytest.raises(SystemExit) as left: cli.main(list(words))
+    return left.value.code, *capsys.readouterr()
+
+
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     "A cohort on disk, and a tiny untrained model."
@@ -38,20 +44,32 @@ def cohort(tmp_path_factory):
     return folder
 
 
-def test_the_whole_journey(cohort):
-    scans = sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))
-    assert len(scans) == 4
-    table, features, out = cohort / "studies.parquet", cohort / "features", cohort / "run"
+@pytest.fixture(scope="module")
+def store(cohort):
+    "The cohort's table of studies is made and its features are stored: the store."
+    table = cohort / "studies.parquet"
     counts = json.loads(run("studies", cohort / "cohort", "--as", "phantoms", "-o", table, "--test", 0.5, "--json", "--quiet"))
     assert counts["volumes"] == 4 and counts["patients"] == 4
-    stored = json.loads(run("embed", table, "--model", cohort / "model", "-o", features, "--workers", 0, "--json", "--quiet"))
+    stored = json.loads(run("embed", table, "--model", cohort / "model", "-o", cohort / "features", "--workers", 0, "--json", "--quiet"))
     assert (stored["present"], stored["failed"]) == (4, 0)
-    again = json.loads(run("embed", table, "--model", cohort / "model", "-o", features, "--workers", 0, "--json", "--quiet"))
-    assert again["computed"] == 0
     (cohort / "config.json").write_text(json.dumps(dict(epochs=1, effective_batch=2, trackers=[])))
-    run("train", table, "--features", stored["store"], "--model", cohort / "model", "-o", out, "--config", cohort / "config.json", "--batch-size", 2, "--workers", 0)
+    return stored["store"]
+
+
+def training(cohort, store, output):
+    "The words of a short training run."
+    return "train", cohort / "studies.parquet", "--features", store, "--model", cohort / "model", "-o", output, "--config", cohort / "config.json", "--batch-size", 2, "--workers", 0
+
+
+def test_the_whole_journey(cohort, store):
+    scans = sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))
+    assert len(scans) == 4
+    table, out = cohort / "studies.parquet", cohort / "run"
+    again = json.loads(run("embed", table, "--model", cohort / "model", "-o", cohort / "features", "--workers", 0, "--json", "--quiet"))
+    assert again["computed"] == 0
+    run(*training(cohort, store, out))
     for name in ("a", "b"):
-        run("evaluate", table, "--features", stored["store"], "--model", out / "model" if name == "b" else cohort / "model", "-o", cohort / name, "--task", "localization", "--quiet")
+        run("evaluate", table, "--features", store, "--model", out / "model" if name == "b" else cohort / "model", "-o", cohort / name, "--task", "localization", "--quiet")
         assert (cohort / name / "report.html").exists()
     run("evaluate", table, "--model", cohort / "model", "-o", cohort / "alone", "--task", "localization", "--quiet")   # features on the way
     assert (cohort / "alone" / "results.json").read_bytes() == (cohort / "a" / "results.json").read_bytes()
@@ -107,17 +125,23 @@ def test_a_real_chest(cohort, tmp_path):
 
 @pytest.mark.parametrize("words", [
     ("localize", "nowhere", "-m", "MODEL", "-t", "cyst"), ("localize", "EMPTY", "-m", "MODEL", "-t", "cyst"), ("localize", "NOTES", "-m", "MODEL", "-t", "cyst"),
-    ("localize", "SCAN", "-m", "OLD", "-t", "cyst"), ("localize", "SCAN", "-m", "MODEL", "-t", ""), ("localize", "SCAN", "-m", "nowhere", "-t", "cyst"), ("mine", "NOTES"), ("evaluate", "NOTES", "--features", "EMPTY", "-m", "MODEL", "-o", "OUT"),
+    ("localize", "SCAN", "-m", "OLD", "-t", "cyst"), ("localize", "SCAN", "-m", "MODEL", "-t", ""), ("localize", "SCAN", "-m", "nowhere", "-t", "cyst"), ("mine", "NOTES"), ("mine", "NONE", "-o", "pairs.csv"), ("mine", "NONE", "-o", "PAIRS"), ("label", "NONE", "-o", "PAIRS"), ("label", "NONE", "-o", "labels.csv"), ("mine", "LATIN", "--explain"), ("label", "LATIN", "--explain"), ("train", "NOTES", "--features", "EMPTY", "-m", "MODEL", "-o", "OUT", "--batch-size", "0"), ("evaluate", "NOTES", "--features", "EMPTY", "-m", "MODEL", "-o", "OUT"),
     ("localize", "SCAN", "-m", "MODEL", "-t", "cyst", "--device", "gpu9"), ("search", " ", "SCAN", "-m", "MODEL"),
     ("view", "nowhere", "-m", "MODEL"), ("view", "SCAN", "-m", "EMPTY"), ("view", "SCAN", "-m", "MODEL", "--report", " "), ("view", "SCAN", "-m", "MODEL", "--window", "brain"), ("localise", "SCAN"), ("localize", "SCAN", "-m", "MODEL"),
     ("localize", "SCAN", "-m", "MODEL", "-t", "cyst", "--jsn")], ids=lambda w: "-".join(w[:2]))
-def test_bad_input_is_one_line_and_status_2(cohort, tmp_path, words):
-    (tmp_path / "empty").mkdir(); (tmp_path / "notes.txt").write_text("no scan")
-    names = {"MODEL": cohort / "model", "OLD": cohort / "old", "EMPTY": tmp_path / "empty", "NOTES": tmp_path / "notes.txt", "SCAN": sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))[0], "OUT": tmp_path / "out"}
-    status, out, err = shell(*(names.get(w, w) for w in words))
+def test_bad_input_is_one_line_and_status_2(cohort, tmp_path, capsys, words):
+    (tmp_path / "empty").mkdir(); (tmp_path / "notes.txt").write_text("no scan"); (tmp_path / "none.csv").write_text("study,report\n"); (tmp_path / "latin.txt").write_bytes(b"Zyste \xfcber 4 cm")
+    names = {"MODEL": cohort / "model", "OLD": cohort / "old", "EMPTY": tmp_path / "empty", "NOTES": tmp_path / "notes.txt", "NONE": tmp_path / "none.csv", "LATIN": tmp_path / "latin.txt",
+             "SCAN": sorted((cohort / "cohort" / "scans").rglob("*.nii.gz"))[0], "OUT": tmp_path / "out", "PAIRS": tmp_path / "pairs.parquet"}
+    status, out, err = ended(capsys, *(names.get(w, w) for w in words))
     lines = [l for l in err.splitlines() if "trained on" not in l]
     assert status == 2 and out == "" and len(lines) == 1 and lines[0].startswith("ctvlm: ") and "Traceback" not in err, err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "latin.txt", "none.csv", "notes.txt"]
+
+
+def test_bad_input_in_a_shell():
+    status, out, err = shell("mine", "nowhere.csv", "-o", "pairs.parquet")
+    assert (status, out) == (2, "") and err == "ctvlm: found no file nowhere.csv, expected a table of reports: name a .csv, .parquet or .xlsx file\n"
 
 
 def test_debug_shows_the_traceback():
@@ -126,10 +150,38 @@ def test_debug_shows_the_traceback():
         assert status != 0 and "Traceback" in err
 
 
-def ended(capsys, *words):
-    "Status and standard error of `main` in this process."
-    with pytest.raises(SystemExit) as left: cli.main(list(words))
-    return left.value.code, capsys.readouterr().err
+class Terminal(io.StringIO):
+    "Standard error as somebody at a screen has it."
+    def isatty(self): return True
+
+
+def seen(monkeypatch, capsys, *words):
+    "Standard output as JSON, and the lines that a terminal shows on standard error."
+    with monkeypatch.context() as m:
+        m.setattr(sys, "stderr", Terminal())
+        with pytest.raises(SystemExit) as left: cli.main([*words, "--json"])
+        screen = sys.stderr.getvalue()
+    assert left.value.code == 0, screen
+    return json.loads(capsys.readouterr().out), screen.replace("\r", "\n").split("\n")
+
+
+@pytest.mark.parametrize("verb, shown", [("label", "labelling: "), ("preprocess", "ctvlm: read "), ("mine", "reports: "), ("check", "checking: ")])
+def test_quiet_leaves_the_answer_and_an_empty_screen(cohort, tmp_path, monkeypatch, capsys, verb, shown):
+    reports, scan = cohort / "cohort" / "reports.csv", next((cohort / "cohort" / "scans").rglob("*.nii.gz"))
+    words = {"label": (reports, "-o", tmp_path / "out.parquet"), "mine": (reports, "-o", tmp_path / "out.parquet"), "preprocess": (scan, "-o", tmp_path / "out.safetensors"),
+             "check": (scan,)}[verb]
+    loud, screen = seen(monkeypatch, capsys, verb, *words)
+    quiet, nothing = seen(monkeypatch, capsys, verb, *words, "--quiet")
+    assert any(line.startswith(shown) for line in screen) and nothing == [""] and quiet == loud
+
+
+def test_training_keeps_standard_output_for_the_answer(cohort, store, monkeypatch, capsys):
+    words = training(cohort, store, cohort / "told")
+    answer, screen = seen(monkeypatch, capsys, *words)
+    assert any(line.startswith("training: ") for line in screen)
+    again, screen = seen(monkeypatch, capsys, *words, "-q")                         # the run is complete: it goes on after its last step
+    assert again == answer == {"model": str(cohort / "told" / "model")}
+    assert [line[:22] for line in screen] == ["ctvlm: this model was ", "continuing after step ", ""]
 
 
 def test_statuses(monkeypatch, capsys, tmp_path):
@@ -137,7 +189,7 @@ def test_statuses(monkeypatch, capsys, tmp_path):
     for error, status in ((KeyError("Mrs Smith"), 3), (KeyboardInterrupt(), 130), (PermissionError(13, "Permission denied", "w.txt"), 2)):
         def fail(*a, **k): raise error
         monkeypatch.setattr("ctvlm.preprocessing.check_paths", fail)
-        code, err = ended(capsys, "check", str(tmp_path / "w.txt"))
+        code, _, err = ended(capsys, "check", str(tmp_path / "w.txt"))
         assert code == status and err.count("\n") == 1 and err.startswith("ctvlm: ") and "Smith" not in err
         assert {3: "--debug", 130: "interrupted", 2: "w.txt: Permission denied; check"}[status] in err
     monkeypatch.undo()
@@ -156,7 +208,8 @@ def test_verbs_share_their_options():
     verbs = get_command(app).commands
     of = {name: {o for p in command.params for o in p.opts} for name, command in verbs.items()}
     assert all("--json" in o for o in of.values())
-    assert all({"--json", "--quiet", "--device"} <= of[v] for v in ("localize", "classify", "search", "view", "embed", "evaluate"))
+    assert {v for v, o in of.items() if "--quiet" not in o} == {"compare"}          # which has nothing to say but its answer
+    assert all("--device" in of[v] for v in ("localize", "classify", "search", "view", "embed", "evaluate"))
     for name, command in verbs.items():
         assert command.help and all(p.help for p in command.params if p.name != "help"), name
         for p in command.params:                                                 # one letter means one thing

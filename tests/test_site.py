@@ -1,5 +1,6 @@
 "The documentation site without Quarto: links, pictures, documented names, and pages in a real browser."
 import importlib, inspect, json, re, subprocess, sys
+from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -57,6 +58,18 @@ def test_internal_links_and_pictures_resolve(site, pages):
     assert sum(bool(page.find_all("img")) for page in pages.values()) > 20
 
 
+def test_anchors_lead_to_one_place(pages):
+    for name, page in pages.items():
+        ids = Counter(t["id"] for t in page.find_all(id=True))
+        assert not [i for i, n in ids.items() if n > 1], name
+    assert pages["api/phantoms.html"].find(id="PHRASES") and pages["api/mining.html"].find(id="WORDS")
+
+
+def test_names_in_prose_lead_to_the_name(site, pages):
+    links = [(a.text.removesuffix("()"), urlsplit(a["href"]).fragment) for name, page in pages.items() for a in page.select("a:has(> code)") if "api/" in a["href"]]
+    assert len(links) > 100 and all(text.endswith(fragment) for text, fragment in links)
+
+
 def test_pictures_have_alternative_texts(pages):
     without = [(name, img["src"]) for name, page in pages.items() for img in page.find_all("img") if len(img.get("alt", "").split()) < 3]
     assert not without, without
@@ -66,7 +79,7 @@ def test_pictures_have_alternative_texts(pages):
 def test_every_exported_name_has_a_documented_signature(pages, name):
     module, page = importlib.import_module(f"ctvlm.{name}"), pages[f"api/{name}.html"]
     for n in module.__all__:
-        obj, place = getattr(module, n), page.find(id=n.lower())
+        obj, place = getattr(module, n), page.find(id=n)
         assert place, f"{name}.{n} is not on the page"
         if not (inspect.isclass(obj) or inspect.isfunction(inspect.unwrap(obj) if callable(obj) else obj)):
             assert place.find_parent("tr").find_all("td")[1].text.strip(), n
@@ -156,6 +169,12 @@ def test_search_finds_and_leads_there(open_page):
     first.click()
     page.wait_for_url("**/api/siglip.html#siglip_loss")
     assert page.locator("#siglip_loss").is_visible() and not page.errors
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", SEEN)
+def test_words_stand_out_from_what_is_behind_them(open_page, faint, name, scheme):
+    assert not faint(open_page(name, scheme=scheme))
 
 
 def test_light_and_dark(open_page):

@@ -118,6 +118,16 @@ def test_keyboard_reaches_every_control(open_page, alone, tmp_path):
     assert page.get_by_role("status").count() == 1 and page.get_by_role("radiogroup", name="window").count() == 1
 
 
+def test_words_stand_out_from_what_is_behind_them(open_page, alone, faint):
+    page = open_page(alone)
+    drawn(page)
+    page.get_by_role("button", name="Nodule in the lung.").click()
+    page.evaluate("""planes.d.labels = [[0.3, "predicted", "200 mm"], [0.6, "cited", "120 mm"]]; planes.fire("change:drawn");
+                     report.d.said = [["asked", "x"], ["predicted", "x"], ["cited", "x"], ["unsure", "x"], ["note", "x"]]; report.fire("change:said"); report.fire("change:chosen")""")
+    page.locator(".over .cited").wait_for()
+    assert page.get_by_role("button", pressed=True).count() == 1 and not faint(page)
+
+
 @pytest.mark.parametrize("width", [390, 800, 1600])
 def test_nothing_runs_off_the_page(open_page, alone, width):
     page = open_page(alone, width)

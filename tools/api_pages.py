@@ -7,16 +7,17 @@ from nbdev.config import get_config
 from nbdev.doclinks import patch_name
 
 
-def anchor(name):
-    "Where a name stands on its page."
-    return name.lower()
+def assigned(node):
+    "Names that an assignment makes; `table[key] = value` makes none."
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
 def defined_names(node):
     "What a statement defines, with its line: functions, classes and their methods, `Class.method` by `@patch`, values."
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): return {patch_name(node): node.lineno}
-    if isinstance(node, ast.ClassDef): return {node.name: node.lineno} | {f"{node.name}.{name}": line for m in node.body for name, line in defined_names(m).items()}
-    return {n.id: node.lineno for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)} if isinstance(node, ast.Assign) else {}
+    if isinstance(node, ast.ClassDef): return {node.name: node.lineno} | {f"{node.name}.{name}": line for m in node.body if not isinstance(m, ast.AnnAssign) for name, line in defined_names(m).items()}
+    return dict.fromkeys(assigned(node), node.lineno)
 
 
 def type_words(annotation):
@@ -81,9 +82,9 @@ def source_link(module, line):
 
 def entry(name, obj, level, chapter, source):
     "One function, class, method or property as Markdown."
-    links = f"[source]({source}) - [chapter](../{chapter}#code-{anchor(name)})"
+    links = f"[source]({source}) - [chapter](../{chapter}#code-{name})"
     prose = inspect.getdoc(obj) or ""
-    out = [f"{'#' * level} `{name}` {{#{anchor(name)}}}"]
+    out = [f"{'#' * level} `{name}` {{#{name}}}"]
     if isinstance(obj, property): return out + [f"*Property.* {prose}", links]
     rows = own_parameters(obj)
     out += [prose, f"```python\n{signature_line(name, rows)}\n```"]
@@ -105,15 +106,14 @@ def constants(module):
     path = Path(module.__file__)
     lines, rows = path.read_text().splitlines(), []
     for node in ast.parse("\n".join(lines)).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        if not (names := assigned(node)): continue
         found = re.search(r"\s# (.+)$", lines[node.lineno - 1]) or re.search(r"\s# (.+)$", lines[node.end_lineno - 1]) or re.match(r"# (?!%%|AUTO)(.+)$", lines[node.lineno - 2])
         for name in names:
             value = getattr(module, name, None)
             if name not in module.__all__ or inspect.isclass(value): continue                # a named tuple has its entry already
             text = repr(value)
             if len(text) > 60 or " at 0x" in text: text = type(value).__name__ + (f" of {len(value)}" if hasattr(value, "__len__") else "")
-            rows.append(f"| <span id=\"{anchor(name)}\"></span>`{name}` | `{cell(text)}` | {cell(found.group(1)) if found else ''} |")
+            rows.append(f"| <span id=\"{name}\"></span>`{name}` | `{cell(text)}` | {cell(found.group(1)) if found else ''} |")
     return rows
 
 

@@ -21,7 +21,7 @@ from nbdev.processors import FilterDefaults
 from nbdev.quarto import refresh_quarto_yml
 from traitlets.config import Config
 
-from api_pages import anchor, api_page, definitions
+from api_pages import api_page, definitions
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PROC, SITE = ROOT / "nbs", ROOT / "_proc", Path(__file__).resolve().parent / "site"
@@ -52,7 +52,8 @@ def relative_links(markdown, up, home):
     "nbdev links names to chapters on the web: here public ones lead to the reference, and files of the repository to the repository."
     config = get_config()
     markdown = re.sub(rf"\[(`[^`]*`)\]\({re.escape(home)}[^)]*#(?:[^)]*\.)?_[^)]*\)", r"\1", markdown)
-    markdown = re.sub(re.escape(home) + r"([\w/]+\.html)#", rf"{up}api/\1#", markdown)
+    here = rf"\[`([^`]*?)(\(\))?`\]\({re.escape(home)}([\w/]+\.html)#([^)]*)\)"           # in small letters, which are not enough to tell names apart
+    markdown = re.sub(here, lambda m: f"[`{m[1]}{m[2] or ''}`]({up}api/{m[3]}#{m[1][-len(m[4]):]})", markdown)
     return re.sub(r"\]\(" + re.escape(up) + r"\.\./([^)#]+)", rf"]({config.git_url}/blob/{config.branch}/\1", markdown)
 
 
@@ -73,7 +74,7 @@ def process_chapter(path):
             names = list(definitions(c.source)) if "export" in directives else []
             if names:
                 options.append(f"#| code-summary: {json.dumps('Exported: ' + ', '.join(n for n in names if n.split('.')[0] not in names or '.' not in n))}")
-                cells.append(dict(cell_type="markdown", id=f"{c.id}-names", metadata={}, source="".join(f'<span id="code-{anchor(n)}"></span>' for n in names)))
+                cells.append(dict(cell_type="markdown", id=f"{c.id}-names", metadata={}, source="".join(f'<span id="code-{n}"></span>' for n in names)))
             c.source = "\n".join(options + [c.source])
         cells.append({k: v for k, v in c.items() if not k.endswith("_")})
     (PROC / relative).parent.mkdir(parents=True, exist_ok=True)
