@@ -218,6 +218,8 @@ def check(
 ):
     "Read every scan and say which can be used, and why the others cannot. Status 1 if any cannot."
     from ctvlm.preprocessing import check_paths
+    for path in paths:
+        if not path.exists(): raise InputError(f"{path} does not exist: check the path")
     table = check_paths(paths, output, workers, quiet)
     say(table.to_dict("records"), as_json, ("path", "status", "reason"))
     if (table.status != "ok").any(): raise typer.Exit(1)

@@ -767,7 +767,7 @@ def check_paths(
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     scans = find_scans(paths)
-    if not scans: raise InputError(f"no scan at {paths}: give files, or folders that hold NIfTI or DICOM files")
+    if not scans: raise InputError(f"no scan at {paths if isinstance(paths, (str, Path)) else ', '.join(map(str, paths))}: give files, or folders that hold NIfTI or DICOM files")
     if output is not None and Path(output).suffix not in (".csv", ".parquet"): raise InputError(f"the table cannot be written as {Path(output).name}: give a name that ends in .csv or .parquet")
     context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
     rows, alone = {}, []
