@@ -40,7 +40,6 @@ def say(
     "Print `answer` on standard output."
     answer = plain(answer)
     if as_json: return print(json.dumps(answer, ensure_ascii=False))
-    from rich.console import Console
     from rich.table import Table
     rows = answer if isinstance(answer, list) else [{"": k, "value": v} for k, v in answer.items()]
     if not rows: return print("nothing found")
@@ -48,12 +47,16 @@ def say(
     names = columns or tuple(rows[0])
     for name in names: table.add_column(str(name).replace("_", " "))
     for row in rows: table.add_row(*(_cell(row.get(n)) for n in names))
-    Console().print(table)
+    _console().print(table)
+
+def _console():
+    from rich.console import Console
+    return Console(force_jupyter=False)                             # a notebook shows what a terminal would
 
 def _cell(value):
-    if value is None: return "-"
+    if value is None or value == {} or value == []: return "-"
     if isinstance(value, float): return f"{value:.3g}" if abs(value) < 1 else f"{value:.1f}"
-    if isinstance(value, list): return " to ".join(_cell(v) for v in value)
+    if isinstance(value, list): return (" to " if len(value) == 2 else ", ").join(_cell(v) for v in value)
     if isinstance(value, dict): return ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
     return str(value)
 
@@ -156,10 +159,9 @@ def mine(
     as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Mine the image references of reports, and resolve them to depths in mm. Status 1 if a report could not be read."
-    from rich.console import Console
     from rich.text import Text
     from ctvlm.mining import explain as explained, mine_report, mine_table
-    if explain: return say([vars(r) for r in mine_report(_text_of(reports))], True) if as_json else Console().print(Text.from_ansi(str(explained(_text_of(reports)))))
+    if explain: return say([vars(r) for r in mine_report(_text_of(reports))], True) if as_json else _console().print(Text.from_ansi(str(explained(_text_of(reports)))))
     if output is None: raise InputError("no output was given: name the table of pairs, for example -o pairs.parquet")
     summary = mine_table(reports, dicom, output, quiet=quiet)
     say(summary, as_json)
@@ -178,9 +180,8 @@ def label(
     as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read from reports which findings they assert and deny. Status 1 if a language model left a question without an answer."
-    from rich.console import Console
     from ctvlm.findings import colour_report, label_report, label_table
-    if explain: return say({f: v for f, v in label_report(_text_of(reports)).items() if v is not None}, True) if as_json else Console().print(colour_report(_text_of(reports)))
+    if explain: return say({f: v for f, v in label_report(_text_of(reports)).items() if v is not None}, True) if as_json else _console().print(colour_report(_text_of(reports)))
     if output is None: raise InputError("no output was given: name the table of labels, for example -o labels.parquet")
     server = dict(base_url=base_url, model=llm, store=store or output.with_suffix(".sqlite")) if engine == "llm" else {}
     summary = label_table(reports, output, engine, quiet=quiet, **server)

@@ -224,7 +224,7 @@ def localization_figure(
     "The axial slice at the answer, the coronal slice, and the posterior beside it."
     import matplotlib.pyplot as plt
     fig, (axial, coronal) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    curve = coronal.inset_axes((1.04, 0, 0.45, 1)) # as high as the coronal slice, so that a depth is one height in both
+    curve = coronal.inset_axes((1.13, 0, 0.45, 1)) # as high as the coronal slice, so that a depth is one height in both
     k, (sx, sy, _) = volume.slice_at(answer.depth_mm), volume.spacing
     axial.imshow(_gray(volume.array[:, :, k].T[:, ::-1], window), cmap="gray", vmin=0, vmax=255, origin="lower", extent=(0, volume.array.shape[0] * sx, 0, volume.array.shape[1] * sy))
     axial.grid(False)
