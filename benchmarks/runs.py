@@ -1,5 +1,5 @@
 """For benchmarks that train many times: runs side by side, each kept when it ends, so that an interrupted benchmark goes on where it was."""
-import json, multiprocessing
+import json, multiprocessing, signal, sys
 
 import torch
 
@@ -16,6 +16,7 @@ def kept(path, settings, measure):
 
 def side_by_side(function, jobs, processes):
     "`function` of every job, in order, in processes of one thread each: small models waste a second thread."
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                  # asked to end: the processes end too
     with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool: yield from pool.imap(function, jobs)
 
 
