@@ -200,7 +200,10 @@ def test_findings_and_impression_are_joined(tmp_path):
 def test_bad_tables(tmp_path):
     (tmp_path/"r.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="expected study and report"): mine_table(tmp_path/"r.csv")
-    with pytest.raises(InputError, match="does not exist"): mine_table(tmp_path/"s.csv")
+    with pytest.raises(InputError, match="found no file .*s.csv"): mine_table(tmp_path/"s.csv")
+    (tmp_path/"n.csv").write_text("study,report\n")
+    with pytest.raises(InputError, match="found no row"): mine_table(tmp_path/"n.csv", output=tmp_path/"n.parquet")
+    assert not (tmp_path/"n.parquet").exists()
     (tmp_path/"r.docx").write_text("")
     with pytest.raises(InputError, match="docx"): mine_table(tmp_path/"r.docx")
     (tmp_path/"r.parquet").write_text("no parquet")
