@@ -1432,7 +1432,7 @@ class PhantomStudy:
         self.scan = plan_scan(a)
         z = self.scan.shift[2]
         a.low, a.high, a.heights = self.scan.low - z, self.scan.high - z, organ_heights(a)
-        self.planted = tuple(replace(p, depth_mm=p.depth_mm + z, low_mm=p.low_mm + z, high_mm=p.high_mm + z, strokes={}) for p in plant(a))
+        self.planted = tuple(replace(p, depth_mm=p.depth_mm + z, low_mm=p.low_mm + z, high_mm=p.high_mm + z) for p in plant(a))
         present = {p.finding for p in self.planted}
         present |= {parent for f in present for parent in PARENTS.get(f, ())}
         self.labels = {f: int(f in present) for f in PLANTERS}
@@ -1471,6 +1471,20 @@ class PhantomCohort:
         language = self.languages[stable_rng(self.seed, "language", i % self.n).integers(len(self.languages))]
         return PhantomStudy(self.seed, i % self.n, self.spacing, language)
     def __iter__(self): return (self[i] for i in range(self.n))
+
+# %% ../nbs/01_phantoms.ipynb #5a3c9d02
+@patch
+def mask(self:PhantomStudy,
+    name:str,   # a finding of the catalogue, or an organ of `organ_heights` that is one solid
+)->np.ndarray:  # `(X, Y, Z)` float32, on the grid of `volume`, 0 to 1; 0 everywhere if the patient does not have the finding
+    "The share of each voxel that a finding or an organ fills."
+    solids = self.anatomy.solids
+    if name in PLANTERS: chosen = [s.solid for p in self.planted if p.finding == name for s in p.strokes.values()]
+    elif name in solids: chosen = [solids[name]]
+    else: raise InputError(f"there is no mask of {name!r}: choose a finding of {sorted(PLANTERS)} or an organ of {sorted(solids)}")
+    v = self.volume
+    axes = [v.affine[k, 3] + v.spacing[k] * np.arange(n) - s for k, (n, s) in enumerate(zip(v.array.shape, self.scan.shift))]
+    return draw([Stroke(0, AIR + 1, solid) for solid in chosen], *axes, max(v.spacing[0], 1.4)) - AIR
 
 # %% ../nbs/01_phantoms.ipynb #08aa2d25
 @patch
