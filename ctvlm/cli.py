@@ -485,25 +485,20 @@ HU_LEVELS = (-1000, -960, -900, -800, -600, -300, -120, -60, -15, 8, 25, 42, 60,
 def demo_model(
     studies,  # table of studies; only those of "train" are looked at
     seed:int, # of the weights
-    look:int=30, # training scans that the patch embedding starts from
-):            # a `CTVLMModel` with its processor, random weights
-    "A `tiny` model with a tokenizer of its own."
-    import torch
+):            # a `CTVLMModel` with its processor; only the window encoder is trained
+    "A `tiny` model with a tokenizer of its own and the window encoder of `tools/pretrain_tiny.py`."
+    from importlib.resources import files
+    from safetensors.torch import load_file
     from ctvlm.core import seed_everything
-    from ctvlm.data import open_scan, report_text
+    from ctvlm.data import report_text
     from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor
-    from ctvlm.preprocessing import make_windows
     from ctvlm.text import train_tokenizer
-    from ctvlm.vision import start_patches
     train = studies[studies.split == "train"]
     tokenizer = train_tokenizer((report_text(r.findings, r.impression) for r in train.itertuples()), 1024)
     seed_everything(seed)
-    sizes = dict(width=96, heads=4, layer_scale=1.)
-    model = CTVLMModel(CTVLMConfig.tiny(len(tokenizer), spacing=(6., 6., 3.), window=(16, 16, 32), patch=(4, 4, 4), hu_levels=HU_LEVELS,
-        window_encoder=dict(depth=1, mlp_ratio=2., **sizes), scan_encoder=dict(depth=1, rope_base=100., **sizes),
-        trained_on=f"{train.patient.nunique()} synthetic patients (phantoms), no real scan"))
+    model = CTVLMModel(CTVLMConfig.tiny(len(tokenizer), **DEMO_SIZES, trained_on=f"{train.patient.nunique()} synthetic patients (phantoms), no real scan"))
     model.processor = CTVLMProcessor(tokenizer, model.config.window_spec)
-    start_patches(model.window_encoder, torch.cat([make_windows(open_scan(s), model.config.fit, model.config.window_spec).windows for s in train.scan[:look]]), seed=seed)
+    model.window_encoder.load_state_dict(load_file(files("ctvlm")/"data"/"tiny_window_encoder.safetensors"))
     return model
 
 # %% ../nbs/15_cli.ipynb #b1d07c12

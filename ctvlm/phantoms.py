@@ -1477,7 +1477,7 @@ class PhantomCohort:
 def mask(self:PhantomStudy,
     name:str,   # a finding of the catalogue, or an organ of `organ_heights` that is one solid
 )->np.ndarray:  # `(X, Y, Z)` float32, on the grid of `volume`, 0 to 1; 0 everywhere if the patient does not have the finding
-    "The share of each voxel that a finding or an organ fills."
+    "The share of each voxel that a finding or an organ fills, before anything is painted over it."
     solids = self.anatomy.solids
     if name in PLANTERS: chosen = [s.solid for p in self.planted if p.finding == name for s in p.strokes.values()]
     elif name in solids: chosen = [solids[name]]

@@ -525,7 +525,8 @@ def _accelerator(config, folder):
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))                               # while the first process evaluates
     accelerator = Accelerator(mixed_precision=config.precision, log_with=here or None, project_dir=str(folder), kwargs_handlers=[patience])
     if here:
-        try: accelerator.init_trackers("ctvlm", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()})
+        try: accelerator.init_trackers("ctvlm", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()},
+                                       {"wandb": {"dir": str(folder)}})
         except Exception as e:
             accelerator.trackers = []
             warnings.warn(f"no tracking by {', '.join(here)} ({e}); log.csv is written all the same")
