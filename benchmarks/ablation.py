@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ctvlm.cli import DEMO_TRAINING, plain
-from ctvlm.core import InputError, seed_everything
+from ctvlm.cli import DEMO_TRAINING, demo_model, demo_text, plain
+from ctvlm.core import InputError
 from ctvlm.data import Batches, FeatureStore, read_studies, scan_key
 from ctvlm.evaluation import evaluate_studies
 from ctvlm.findings import FINDINGS
@@ -37,12 +37,10 @@ def measure(result, what, path):
     return {"value": scale * result[path[-1]], "ci95": [scale * x for x in result[f"{path[-1]}_ci95"]]}
 
 
-def fresh(start, features, seed):
-    "The demo's model before training: its window encoder as it is, everything else drawn anew."
-    seed_everything(seed)
-    model = CTVLMModel(start.config)
-    model.processor = start.processor
-    model.window_encoder.load_state_dict(start.window_encoder.state_dict())
+def fresh(studies, features, seed):
+    "The demo's model before training."
+    model = demo_model(studies, seed)
+    demo_text(model, seed, quiet=True)
     start_projections(model.scan_encoder, *features)
     return model
 
@@ -61,14 +59,14 @@ def prepared(run, patients):
 
 def one(job): # (losses, seed, the arguments) -> a row, the baselines
     name, seed, args = job
-    start, store, studies, learn, findings, features = prepared(args.run, args.train)
+    _, store, studies, learn, findings, features = prepared(args.run, args.train)
     config = TrainingConfig(**DEMO_TRAINING | dict(epochs=args.epochs, seed=seed) | LOSSES[name])
     settings = plain(config) | {"features": store.folder.name, "studies": hashlib.sha256((args.run/"studies.parquet").read_bytes()).hexdigest(), "train": args.train}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     folder = args.run/"ablation"/f"{name.strip('+ ').replace(' ', '-')}-{seed}-{digest}"
     def measured():
         began = time.perf_counter()
-        model = fresh(start, features, seed)
+        model = fresh(studies, features, seed)
         data = Batches(learn, store, model.processor.tokenizer, config.effective_batch, findings, seed=seed)
         train(model, data, config, folder)
         result = evaluate_studies(model, studies, store, findings, tasks=("retrieval", "classification", "localization"), resamples=1000, quiet=True)
