@@ -47,19 +47,18 @@ def fresh(studies, features, seed):
 
 @functools.cache
 def prepared(run, patients):
-    "The demo's model, its store, all studies, those to learn from, the findings that occur there, and features that the scan encoder starts from."
-    studies, start = read_studies(run/"studies.parquet"), CTVLMModel.from_pretrained(run/"model")
-    start.config.interval_calibration = None                                  # each run learns its own
-    store, learn = FeatureStore(run/"features", start), studies[studies.split == "train"]
+    "The demo's store, all studies, those to learn from, the findings that occur there, and features that the scan encoder starts from."
+    studies = read_studies(run/"studies.parquet")
+    store, learn = FeatureStore(run/"features", CTVLMModel.from_pretrained(run/"model")), studies[studies.split == "train"]
     learn = learn[learn.patient.isin(learn.patient.unique()[:patients])]
     findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in learn.labels)]
     some = [store.load(scan_key(r)) for r in learn.head(100).itertuples()]
-    return start, store, studies, learn, findings, [torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")]
+    return store, studies, learn, findings, [torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")]
 
 
 def one(job): # (losses, seed, the arguments) -> a row, the baselines
     name, seed, args = job
-    _, store, studies, learn, findings, features = prepared(args.run, args.train)
+    store, studies, learn, findings, features = prepared(args.run, args.train)
     config = TrainingConfig(**DEMO_TRAINING | dict(epochs=args.epochs, seed=seed) | LOSSES[name])
     settings = plain(config) | {"features": store.folder.name, "studies": hashlib.sha256((args.run/"studies.parquet").read_bytes()).hexdigest(), "train": args.train}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -85,7 +84,7 @@ def main():
     ap.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"ablation.json")
     args = ap.parse_args()
     if not (args.run/"studies.parquet").exists(): raise InputError(f"found no studies.parquet in {args.run}: run `ctvlm demo -o {args.run}` first")
-    _, _, studies, learn, _, _ = prepared(args.run, args.train)
+    _, studies, learn, _, _ = prepared(args.run, args.train)
     about = {"train_patients": int(learn.patient.nunique()), "test_patients": int(studies[studies.split == "test"].patient.nunique()), "epochs": args.epochs}
     runs = []
     for found in side_by_side(one, [(name, seed, args) for seed in range(args.seeds) for name in LOSSES], args.processes):
