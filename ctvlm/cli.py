@@ -501,7 +501,7 @@ def demo_model(
     train = studies[studies.split == "train"]
     tokenizer = train_tokenizer((report_text(r.findings, r.impression) for r in train.itertuples()), 1024)
     seed_everything(seed)
-    model = CTVLMModel(CTVLMConfig.tiny(len(tokenizer), **DEMO_SIZES, trained_on=f"{train.patient.nunique()} synthetic patients (phantoms), no real scan"))
+    model = CTVLMModel(CTVLMConfig.tiny(len(tokenizer), **DEMO_SIZES, trained_on=f"{train.patient.nunique()} synthetic patients (phantoms), its window encoder on masks of 1600 others, no real scan"))
     model.processor = CTVLMProcessor(tokenizer, model.config.window_spec)
     model.window_encoder.load_state_dict(load_file(files("ctvlm")/"data"/"tiny_window_encoder.safetensors"))
     torch.nn.init.constant_(model.t, np.log(20))   # 34 findings share the cosines of one vector, which leaves each about 34 ** -0.5
@@ -598,7 +598,9 @@ def run_demo(
     tell("training")
     stages = {"scans": replace(config, **first), "places": replace(config, start_bias=None)}
     history = [train(model, batches("train"), stage, output/"training"/name, quiet=quiet) for name, stage in stages.items()]
-    history = pd.concat([history[0], history[1].assign(step=history[1].step + len(history[0]), epoch=history[1].epoch + first["epochs"])], ignore_index=True)
+    without = {loss: np.nan for loss, weight in first.items() if weight == 0}
+    later = dict(step=history[1].step + len(history[0]), epoch=history[1].epoch + first["epochs"])
+    history = pd.concat([history[0].assign(**without), history[1].assign(**later)], ignore_index=True)
     tell("calibrating intervals, evaluating on patients that were never trained on")
     model.config.interval_calibration = calibrate_depth(embed_batches(model, batches("val", training=False), quiet)).to_dict()
     metrics = evaluate_studies(model, studies, store, findings, tasks=("retrieval", "classification", "localization"), quiet=quiet)

@@ -224,15 +224,16 @@ def localization_figure(
     "The axial slice at the answer, the coronal slice, and the posterior beside it."
     import matplotlib.pyplot as plt
     fig, (axial, coronal) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    curve = coronal.inset_axes((1.13, 0, 0.45, 1)) # as high as the coronal slice, so that a depth is one height in both
-    k, (sx, sy, _) = volume.slice_at(answer.depth_mm), volume.spacing
+    k, (sx, sy, sz), (X, _, Z) = volume.slice_at(answer.depth_mm), volume.spacing, volume.array.shape
+    slim = max(1, Z * sz / (X * sx))                                     # a long scan is drawn narrow: what stands beside it keeps its width
+    curve = coronal.inset_axes((1 + 0.13 * slim, 0, 0.45 * slim, 1))     # as high as the coronal slice, so that a depth is one height in both
     axial.imshow(_gray(volume.array[:, :, k].T[:, ::-1], window), cmap="gray", vmin=0, vmax=255, origin="lower", extent=(0, volume.array.shape[0] * sx, 0, volume.array.shape[1] * sy))
     axial.grid(False)
     image = "" if answer.image_number is None else f", image {answer.image_number}"
     axial.set(title=f"z = {volume.depths_mm[k]:.0f} mm{image}", xlabel="mm (patient's right on the left)", ylabel="mm to the front")
     _coronal(volume, window, coronal)
     _marks(coronal, answer.depth_mm, reference_mm)
-    coronal.set_title(f"coronal, {window} window")
+    coronal.set(title="coronal", xlabel="mm")
     plot_posterior(answer, curve, reference_mm).set(ylim=coronal.get_ylim(), yticklabels=[], title="posterior")
     coronal.legend(fontsize="x-small", loc="lower left")
     fig.suptitle(_short(answer.text, 90), fontsize="medium")
