@@ -512,24 +512,21 @@ def demo_text(
     model,           # of `demo_model`, is changed
     seed:int,        # of the batches
     steps:int=150,   # batches
-    findings:int=48, # in a batch, each asserted and denied
-    temperature:float=0.1,
-    rate:float=2e-3, # learning rate
     quiet:bool=False, # no progress bar
 )->list:             # the loss of every step
     "Teach the text encoder which sentences of the catalogue mean the same."
     import torch, torch.nn.functional as F
     from ctvlm.findings import FINDINGS, prompts_for
-    sentences = [[getattr(prompts_for(f, style), side) for style in ("ensemble", "templates")] for f in FINDINGS for side in ("positive", "negative")]
-    sentences, rng = [[*a, *b] for a, b in sentences], np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW([*model.text_encoder.parameters(), *model.report_head.parameters()], lr=rate, betas=(0.9, 0.95), weight_decay=5e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15, cycle_momentum=False)
+    sentences = [[*getattr(prompts_for(f, "ensemble"), side), *getattr(prompts_for(f, "templates"), side)] for f in FINDINGS for side in ("positive", "negative")]
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW([*model.text_encoder.parameters(), *model.report_head.parameters()], lr=2e-3, betas=(0.9, 0.95), weight_decay=5e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.15, cycle_momentum=False)
     losses = []
     for _ in progress(range(steps), "learning words", quiet=quiet):
-        chosen = rng.choice(len(FINDINGS), findings, replace=False)
+        chosen = rng.choice(len(FINDINGS), 48, replace=False)   # in a batch, each asserted and denied
         pairs = [rng.choice(sentences[k], 2, replace=False) for f in chosen for k in (2 * f, 2 * f + 1)]
-        u, v = (F.normalize(model.encode_text(**model.processor(text=[str(p[side]) for p in pairs])), dim=-1) for side in (0, 1))   # (2 findings, P)
-        logits, same = u @ v.T / temperature, torch.arange(len(pairs))
+        u, v = (F.normalize(model.encode_text(**model.processor(text=[str(p[side]) for p in pairs])), dim=-1) for side in (0, 1))   # (96, P)
+        logits, same = u @ v.T / 0.1, torch.arange(len(pairs))
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(model.text_encoder.parameters(), 1.)

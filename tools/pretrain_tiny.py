@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from safetensors.torch import save_file
-from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 from ctvlm.cli import DEMO_SIZES
 from ctvlm.core import CTVolume, progress, seed_everything, write_atomically
 from ctvlm.model import CTVLMConfig
@@ -84,10 +84,6 @@ class Sampler:
         v, f = zip(*(self.one() for _ in range(n)))
         return torch.from_numpy(np.stack(v)[:, None]).float(), torch.from_numpy(np.stack(f))
 
-def auc(scores, labels): # `(patients, findings)` each
-    ranks, p = rankdata(scores, axis=0), labels.sum(0)
-    return ((ranks * labels).sum(0) - p * (p + 1) / 2) / (p * (len(labels) - p))
-
 @torch.inference_mode()
 def test(model, voxels, labels):
     "AUC of every finding on whole scans: the mean of its three most suspicious patches."
@@ -98,7 +94,7 @@ def test(model, voxels, labels):
         for k, w in enumerate(SPEC.window): x = x.unfold(k, w, w)
         scores.append(model(x.flatten(0, 2)[:, None])[0][..., :Q].flatten(0, 1).topk(3, 0)[0].mean(0).numpy())
     model.train()
-    return auc(np.stack(scores), labels)
+    return roc_auc_score(labels, np.stack(scores), average=None)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
