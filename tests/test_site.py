@@ -8,7 +8,7 @@ import pytest, yaml
 from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = [p.stem[3:] for p in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+MODULES = [p.stem.split("_", 1)[1] for p in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))]
 SEEN = ["index.html", "localization.html", "api/model.html"]           # looked at closely: front page, a chapter, the reference
 PICTURES = ROOT / "runs" / "site"                                      # screenshots, to be looked at by people
 

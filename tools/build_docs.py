@@ -38,7 +38,7 @@ def page_name(notebook):
 
 def chapter_of():
     "Module -> its notebook."
-    return {re.sub(r"^\d+_", "", p.stem): p.name for p in sorted(NBS.glob("[0-9][0-9]_*.ipynb"))}
+    return {p.stem.split("_", 1)[1]: p.name for p in sorted(NBS.glob("[0-9][0-9]*_*.ipynb"))}
 
 
 def last_sentence(markdown):
