@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ctvlm.cli import DEMO_TRAINING, demo_model, demo_text, plain
+from ctvlm.cli import plain
+from ctvlm.demo import DEMO_TRAINING, demo_model, demo_text
 from ctvlm.core import InputError
 from ctvlm.data import Batches, FeatureStore, read_studies, scan_key
 from ctvlm.evaluation import evaluate_studies

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from ctvlm.cli import demo_cohort
+from ctvlm.demo import demo_cohort
 from ctvlm.core import stable_rng, write_atomically
 from ctvlm.data import Batches, FeatureStore, embed_studies, read_studies
 from ctvlm.evaluation import (ORGANS, TOTALSEGMENTATOR, bootstrap_ci, calibrate_depth, embed_batches, error_analysis, evaluate_localization, organ_check, organ_extents,

@@ -72,7 +72,7 @@ WHEEL = """() => new Promise(done => {
 def browser(volume, steps):
     import nibabel
     from playwright.sync_api import sync_playwright
-    from ctvlm.cli import demo_cohort, demo_model
+    from ctvlm.demo import demo_cohort, demo_model
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         nibabel.save(nibabel.Nifti1Image(volume.array.astype(np.int16), volume.affine), folder / "scan.nii")

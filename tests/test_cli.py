@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ctvlm import cli
-from ctvlm.cli import app, demo_cohort, demo_model, manual
+from ctvlm.cli import app, manual
+from ctvlm.demo import demo_cohort, demo_model
 from ctvlm.phantoms import PhantomCohort, write_cohort
 from typer.testing import CliRunner
 

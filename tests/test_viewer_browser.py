@@ -200,7 +200,7 @@ def test_in_jupyterlab(open_page, tmp_path):
 def served(tmp_path_factory):
     "`ctvlm view` at work on a phantom with an untrained model: its address, process, truth, temporary folder."
     pytest.importorskip("voila")
-    from ctvlm.cli import demo_cohort, demo_model
+    from ctvlm.demo import demo_cohort, demo_model
     folder = tmp_path_factory.mktemp("view")
     cohort, studies = demo_cohort({"train": 2, "val": 1, "test": 1}, 0)
     demo_model(studies, 0).save_pretrained(folder / "model")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
-from ctvlm.cli import DEMO_SIZES
+from ctvlm.demo import DEMO_SIZES
 from ctvlm.core import CTVolume, progress, seed_everything, write_atomically
 from ctvlm.model import CTVLMConfig
 from ctvlm.phantoms import PLANTERS, PhantomCohort
