@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FINDINGS', 'CT_RATE_CLASSES', 'CT_RATE_FINDINGS', 'RAD_CHESTCT_FINDINGS', 'MERLIN_FINDINGS', 'Match', 'Token',
            'Sentence', 'Cue', 'Scope', 'Finding', 'Prompts', 'prompts_for', 'fold', 'tokenize', 'sentences', 'Decision',
-           'explain_report', 'label_report', 'colour_report', 'Question', 'AnswerStore', 'Unreachable', 'LanguageModel',
-           'label_reports', 'rewrite_reports', 'label_table', 'label_version']
+           'explain_report', 'label_report', 'asserts', 'colour_report', 'Question', 'AnswerStore', 'Unreachable',
+           'LanguageModel', 'label_reports', 'rewrite_reports', 'label_table', 'label_version']
 
 # %% ../nbs/03_findings.ipynb #6c8dfb86
-import csv, functools, hashlib, json, os, re, unicodedata
+import csv, functools, hashlib, itertools, json, os, re, unicodedata
 from collections import namedtuple
 from dataclasses import dataclass
 from importlib.resources import files
@@ -108,9 +108,22 @@ def _forms(w, inflect):
     if len(w) < 4: return {w, w + "s"}
     return {w + e for e in _ENDINGS} | {w[:-len(a)] + b for a, b in _LATIN if w.endswith(a)}
 
+_LONG = 8 # letters of a word that may be misspelt
+
+def _shorter(w): return {w[:i] + w[i + 1:] for i in range(len(w))}
+
+def _one_slip(a, b): # one letter lost or doubled, two exchanged, or in a longer word one wrong; the last letters are endings
+    a, b = sorted((a, b), key=len)
+    i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+    if i > len(a) - 2: return False
+    if len(a) == len(b): return _LONG + 1 < len(a) > i + 3 and a[i + 1:] == b[i + 1:] or a[i:i + 2] == b[i:i + 2][::-1] and a[i + 2:] == b[i + 2:]
+    return len(b) - len(a) == 1 and a[i:] == b[i + 1:]
+
 class _Words:
     "Numbers of the patterns that a token fits; patterns are `word`, `word*`, `*word`, `*word*` and `ABBR`."
-    def __init__(self): self.capitals, self.exact, self.prefix, self.suffix, self.infix, self.numbers, self.known = {}, {}, {}, {}, {}, {}, {}
+    def __init__(self):
+        self.capitals, self.exact, self.prefix, self.suffix, self.infix, self.numbers, self.known = {}, {}, {}, {}, {}, {}, {}
+        self.long, self.slips = set(), {}                      # long words; a long word without one of its letters -> words
     def add(self, pattern, inflect, compound):
         key = (pattern, inflect, compound)
         if key in self.numbers: return self.numbers[key]
@@ -125,6 +138,14 @@ class _Words:
                 if pattern[0] == "*" or compound and len(w) > 5: self.suffix.setdefault(form, []).append(n)
         return n
 
+    def spell(self, phrase):
+        "Know how the long words of `phrase` are written, to tell slips of the keys."
+        for core in re.findall(r"(?<!\*)\b[^\W\d_]{5,}", phrase):
+            for form in _forms(fold(core), True):
+                if len(form) < _LONG or form in self.long: continue
+                self.long.add(form)
+                for s in _shorter(form): self.slips.setdefault(s, []).append(form)
+
     def __call__(self, token):
         if token in self.known: return self.known[token]
         w = fold(token)[:60]
@@ -132,9 +153,15 @@ class _Words:
         for i in range(1, len(w)): out += [*self.prefix.get(w[:i], ()), *self.suffix.get(w[i:], ())]
         for i in range(len(w)):
             for j in range(i + 3, len(w) + 1): out += self.infix.get(w[i:j], ())
+        if len(w) >= _LONG and w not in self.long and w not in self.exact: out += [k for form in self.meant(w) for k in self(form)]
         if len(self.known) > 50_000: self.known.clear()       # any text is safe, also an endless one
         self.known[token] = out = tuple(dict.fromkeys(out))
         return out
+
+    def meant(self, w):
+        "Long words of the tables that the unknown `w` is one slip of the keys away from."
+        near = {form for s in (w, *_shorter(w)) for form in self.slips.get(s, ())} | (_shorter(w) & self.long)
+        return sorted(form for form in near if form[0] == w[0] and _one_slip(w, form))
 
 # %% ../nbs/03_findings.ipynb #ce86d3bc
 Match = namedtuple("Match", "start end name weight") # tokens start..end, and how many letters were asked for
@@ -161,7 +188,7 @@ class _Phrases:
                 j += 1
 
 # %% ../nbs/03_findings.ipynb #c76e5ed6
-_WEAK = {"with", "or", "and", "fill", "of", "inside", "news", "place", "state", "seen", "procedure", "partly", "persist", "size", "calibre", "density", "thickness", "normal", "prefix"}
+_WEAK = {"with", "or", "and", "fill", "of", "inside", "news", "place", "state", "seen", "procedure", "partly", "persist", "size", "calibre", "density", "thickness", "normal", "prefix", "amount"}
 
 def _grammar():
     "The tree of phrases, the home of each sign, the region of each site, `{sign: {site: findings}}`, and what of that only denies."
@@ -171,7 +198,9 @@ def _grammar():
         if kind == "sign": home[name] = r["belongs"]
         if kind == "site": region[name] = r["belongs"]
         for x in _list(r["en"]) + _list(r["de"]):
-            tree.add(x, "weak" if kind == "cue" and name in _WEAK else kind, name, kind != "cue" or name == "procedure")
+            said = (name, 0, r["belongs"]) if kind == "opposite" else name
+            tree.add(x, "weak" if kind == "cue" and name in _WEAK else kind, said, kind != "cue" or name == "procedure")
+            if kind in ("site", "sign"): tree.words.spell(x)
     for f in FINDINGS.values():
         for sign, site in f.signs:
             where.setdefault(sign.removeprefix("no "), {}).setdefault(site, []).append(f.name)
@@ -180,6 +209,7 @@ def _grammar():
         own = {sign for sign, _ in f.signs if home.get(sign)}
         for x in (f.name, *f.en, *f.de):
             german = x in f.de
+            tree.words.spell(x)
             if german or " " in x or not any(kind == "sign" and m.name in own for kind, m in tree.find([x])): tree.add(x, "finding", f.name, True, german)
     tree.words.known.clear()                                   # these look-ups came before the tree was full
     return tree, home, region, where, denials
@@ -256,6 +286,11 @@ def _ends(t, before, following, current):
     if before.text[0].isupper() and len(before.text) < 3 and following.kind == "word" and following.text[0].islower(): return False # A. lienalis
     return not (following.start == t.end and following.kind == "word" and following.text[0].islower() and len(before.text) < 3)
 
+def _in_bracket(current, following):
+    "Whether a bracket is open in `current` and closed by one of the tokens `following`."
+    opened = [t.text for t in current if t.text in "()"][-1:] == ["("]
+    return opened and any(t.text == ")" for t in itertools.takewhile(lambda t: t.kind != "newline" and t.text != "(", following))
+
 def sentences(text:str)->list: # tokens, number of the line, whether above the findings, whether a question
     "Sentences of `text`, of 120 tokens at most."
     tokens, spans, out, current, line, k = tokenize(text), _quiet_spans(text), [], [], 0, 0
@@ -281,6 +316,7 @@ def sentences(text:str)->list: # tokens, number of the line, whether above the f
             elif ends: close()
         elif t.text == "?":
             if before and following and before.text == "(" and following.text == ")": continue
+            if _in_bracket(current, tokens[i + 1:i + 13]): current.append(t); continue
             if not current or before.end < t.start or following and following.start == t.end and following.kind == "word": current.append(t)
             else: close(True)
         elif t.text in ("!", "•", "*"): close()
@@ -309,14 +345,14 @@ def _outer(matches, kin={}):
     return out
 
 class _View:
-    "A sentence and the sites, signs, findings and cues in it; a sign's name is (sign, 1), or (sign, 0) for its opposite."
+    "A sentence and the sites, signs, findings and cues in it; a sign's name is (sign, 1), or (sign, 0, the only site or "") for its opposite."
     def __init__(self, words):
         self.words, self.n = words, len(words)
         found = {kind: [] for kind in ("site", "sign", "opposite", "finding", "cue", "nothing", "weak")}
         for kind, m in _TREE.find(words): found[kind].append(m)
         keep = lambda ms: [m for m in ms if not any(o.start <= m.start and m.end <= o.end and (o[:2] != m[:2] or o.weight > m.weight) for o in found["nothing"])]
         self.named = _outer(keep(found["finding"]), _KIN)
-        signs = [m._replace(name=(m.name, 1)) for m in keep(found["sign"])] + [m._replace(name=(m.name, 0)) for m in found["opposite"]]
+        signs = [m._replace(name=(m.name, 1)) for m in keep(found["sign"])] + found["opposite"]
         hidden = lambda s: any(f.start <= s.start and s.end <= f.end and _REACH.get(s.name[0], set()).isdisjoint({f.name, *_KIN[f.name]}) for f in self.named)
         self.signs = [s for s in _outer(signs) if not (s.name[1] and hidden(s))]
         sites = _outer(found["site"])
@@ -325,21 +361,32 @@ class _View:
         self.weak = [set() for _ in words]
         for m in found["weak"]:
             for i in range(m.start, m.end): self.weak[i].add(m.name)
+        self._absences()
         self._cues(found["cue"])
         self.signs += self._attributes()
         self.said = sorted({m[:2] for m in self.signs} | {m[:2] for m in self.named})
+
+    def _absences(self):
+        "Keep \"absent\" as a sign where an organ, and nothing else, is said to be absent."
+        for s in [s for s in self.signs if s.name[0] == "absent"]:
+            a = max([i + 1 for i in range(s.start) if self.words[i] in _MARKS], default=0)
+            b = min([i for i in range(s.end, self.n) if self.words[i] in _MARKS], default=self.n)
+            beside = [x for x in self.sites if a <= x.start and x.end <= b and x.name in _WHERE["absent"]]
+            other = any(a <= m.start < b and m != s and m.name != s.name for m in (*self.signs, *self.named))
+            if other or not beside or any(x.name not in _WHERE["absent"] for x in self.sites if a <= x.start < b): self.signs.remove(s)
 
     def _cues(self, cues):
         self.cues = []
         for m in sorted(cues, key=lambda m: (m.start, -m.end)):
             if any(f.start <= m.start and m.end <= f.end and f[:2] != m[:2] for f in self.named): continue # "absent kidney" is a finding
+            if any(s.name[0] == "absent" and s.start < m.end and m.start < s.end for s in self.signs): continue
             if not self.cues or m.start >= self.cues[-1].end: self.cues.append(Cue(m.start, m.end, {m.name}))
             elif m[:2] == self.cues[-1][:2]: self.cues[-1].kinds.add(m.name)
         for c in self.cues:
             for i in range(c.start + 1, c.end): self.weak[i].discard("with") # of "consistent with"
         at = lambda *kinds: {c.start for c in self.cues if c.kinds & set(kinds)}
         self.but, self.end, self.likely = at("but"), at("end"), at("likely")
-        self.strong = at("no", "not", "gone", "unsure", "doubt", "past", "plain", "nomore", "fade", "ask")
+        self.strong = at("no", "not", "gone", "unsure", "doubt", "mimic", "harmless", "past", "plain", "nomore", "fade", "ask")
         self.part, self.bounds = [], []                        # number of the part of each token; first token and end of each part
         for i, w in enumerate(self.words):
             if i == 0 or w in _MARKS or i in self.but:
@@ -357,7 +404,7 @@ class _View:
                 if not self.has(i, word): continue
                 near = [j for j in (*range(i + 1, i + 8), *range(i - 1, i - 5, -1)) if 0 <= j < self.n and self.part[j] == self.part[i] and self.has(j, "normal")]
                 a, b = min([i, *near[:1]]), max([i, *near[:1]]) + 1
-                if near and not any(s.start < b and a < s.end and not s.name[1] for s in self.signs): out += [Match(a, b, (n, 0), 0) for n in names]
+                if near and not any(s.start < b and a < s.end and not s.name[1] for s in self.signs): out += [Match(a, b, (n, 0, ""), 0) for n in names]
         return out
 
 _MARKS = frozenset(",;:/")
@@ -405,6 +452,7 @@ def _right(v, cue, local):
         if i in v.end and (i not in v.likely or "," in v.words[cue.end:i] or any(cue.end <= a < i for a, _ in v.said)): return i # "no findings consistent with ..." goes on
         if w == "," and (local or not _goes_on(v, i, german)): return i
         if i > cue.end and v.has(i, "with"): return i
+        if v.has(i, "amount") and any(cue.end <= a and b == i for a, b in v.said) and any(i < a for a, _ in v.said): return i # "no pneumothorax small effusion", dictated
         if v.has(i, "and"):
             end = _item(v, i + 1)
             if _fresh(v, i + 1, end, False) or local and any(i < s.start < end for s in v.sites): return i
@@ -469,8 +517,11 @@ def _denial(v, c, a, b, left, right):
         verb = any(v.has(i, "state") for i in range(max(a, c.start - 2), c.start))
         if "fade" in k and right and (not left or near(3) and not verb): return to_right("resolved")
         return to_left("denied behind") if ("gone" in k or left) and not ("gone" in k and stays) else None
-    if "doubt" in k: return to_right("uncertain") if right else to_left("uncertain")
-    if "unsure" in k: return to_left("uncertain") if left or not right else to_right("uncertain")
+    opened = lambda scope: scope._replace(value=-1)
+    if "doubt" in k: return opened(to_right("left open") if right else to_left("left open"))
+    if "unsure" in k: return opened(to_left("left open") if left or not right else to_right("left open"))
+    if "mimic" in k: return to_right("look-alike") if right else to_left("look-alike")
+    if "harmless" in k: return to_left("physiological") if left or not right else to_right("physiological")
     if "freed" in k and left and left[-1][1] == c.start: return Scope(left[-1][0], c.start, 0, "denied behind", c)
 
 def _scopes(v, question):
@@ -489,6 +540,8 @@ def _judge(scopes, a, b, positive=1, history=False):
     hit = [s for s in scopes if s.start < b and a < s.end]
     for s in hit:
         if s.rule in ("family", "question", "earlier"): return None, s.rule, s.cue
+    for s in hit:
+        if s.value == -1: return -1, s.rule, s.cue
     for s in hit:
         if s.value == 0 and positive: return 0, s.rule, s.cue
         if s.value == 0 and s.rule == "denied": return 1, "not normal", s.cue
@@ -555,8 +608,9 @@ def _within(v, sign, site):
 
 def _sites_of(v, sign, header, topic):
     "Names of the sites that `sign` belongs to."
-    (name, positive), known, p = sign.name, _WHERE.get(sign.name[0], {}), v.part[sign.start]
-    costs = sorted((c, k) for k, x in enumerate(v.sites) if (v.part[x.start] == p or x.start < sign.end and sign.start < x.end) and (c := _cost(v, sign, x)) is not None)
+    known, p = _WHERE.get(sign.name[0], {}), v.part[sign.start]
+    if sign.name[2:] > ("",): known = {site: known[site] for site in sign.name[2:] if site in known}
+    costs = sorted((c, k) for k, x in enumerate(v.sites) if (not sign.name[2:] > ("",) or x.name in known) and (v.part[x.start] == p or x.start < sign.end and sign.start < x.end) and (c := _cost(v, sign, x)) is not None)
     best = next(((c, k) for c, k in costs if v.sites[k].name in known), None)
     if costs and v.sites[costs[0][1]].name not in known:       # something else stands nearer
         c, k = costs[0]
@@ -582,7 +636,7 @@ def _subject(v, sign, known):
 
 def _sites_elsewhere(v, sign, header, topic, known):
     "Names of the sites of a `sign` that has none in its part."
-    (name, positive), home, p = sign.name, _HOME.get(sign.name[0]), v.part[sign.start]
+    (name, positive), home, p = sign.name[:2], _HOME.get(sign.name[0]), v.part[sign.start]
     if p + 1 < len(v.bounds) and v.words[v.bounds[p + 1][0] - 1] == ",":   # "calculus, left kidney": a part that only says where
         a, b = v.bounds[p + 1]
         if not any(a <= s < b for s in v.strong) and not any(v.has(i, "state", "normal") for i in range(a, b)) and not any(a <= s[0] < b for s in v.said):
@@ -624,7 +678,17 @@ def _sizes(v):
         finding, limit = _LIMITS[x.name]
         yield finding, x.start, x.end, mm + 0.1 * any(w.lower() in _MORE for w in v.words[max(0, i - 3):i]) >= limit
 
-_EXPLAINED = {"lesion": {"cyst"}, "nodule": {"artery", "vein"}, "opacity": {"scar", "collapse", "Atelectasis", "artery", "vein"}}
+def _elsewhere(v, decisions, numbers):
+    "(finding, start, end) of what is denied on one side and present on the other: no effusion on the right, *small on the left*."
+    for (a, b), (c, d) in zip(v.bounds, v.bounds[1:]):
+        if any(c <= s < d for s, _ in v.said) or any(c <= i < d for i in v.strong) or not any(v.has(i, "amount") for i in range(c, d)): continue
+        if not (any(v.has(i, "place") for i in range(a, b)) and any(v.has(i, "place") for i in range(c, d))): continue
+        if not {x.name for x in v.sites if c <= x.start < d} <= {x.name for x in v.sites if a <= x.start < b} | {"lung"}: continue
+        denied = [x for x in decisions if x[1] == 0 and x[2].startswith("denied") and numbers[a] <= x[3] <= numbers[b - 1]]
+        for x in denied:
+            if x[3] == denied[-1][3]: yield x[0], c, d
+
+_EXPLAINED = {"lesion": {"cyst"}, "nodule": {"artery", "vein"}, "opacity": {"scar", "collapse", "Atelectasis", "artery", "vein"}, "dense": {"scar", "collapse", "Atelectasis", "fatty"}}
 
 def _drop_explained(v):
     "A lesion that is likely a cyst, an opacity that is likely a scar: only the explanation counts."
@@ -652,6 +716,8 @@ def _read(words, question, header, topic, region):
     "Decisions (finding, value, rule, first and last token, tokens of the cue) of a sentence, and the header, topic and region after it."
     out = []
     for numbers in _brackets(words):
+        asks = words[numbers[-1]] == "?" and numbers[-1] > 0 and any(w in "([" for w in words[:numbers[0]]) if numbers else False
+        if asks: numbers = [i for i in numbers if words[i] != "?"]  # "(metastasis?)" asks for the cause
         if not numbers: continue
         v = _View(tuple(words[i] for i in numbers))
         here = [_REGION[x.name] for x in v.sites if _REGION.get(x.name) and x.name != "aorta"]
@@ -659,7 +725,7 @@ def _read(words, question, header, topic, region):
         if region == "abdomen" and "chest" not in here: v.sites = [x._replace(name="abdominal aorta") if x.name == "aorta" else x for x in v.sites]
         if v.sites and (h := v.sites[0]).end < v.n and v.words[h.end] == ":" and h.name != "peritoneum": header = h.name
         _drop_explained(v)
-        scopes = _scopes(v, question)
+        scopes = _scopes(v, question or asks)
         say = lambda name, value, rule, a, b, cue: out.append((name, value, rule, numbers[a], numbers[b - 1], cue and (numbers[cue.start], numbers[cue.end - 1])))
         for m in v.named: value, rule, cue = _judge(scopes, m.start, m.end, 1, FINDINGS[m.name].history); say(m.name, value, rule, m.start, m.end, cue)
         for m in v.signs:
@@ -670,6 +736,7 @@ def _read(words, question, header, topic, region):
         for name, a, b, big in _sizes(v):
             value, rule, cue = _judge(scopes, a, b)
             say(name, value if big else 0 if value == 1 else None, "size" if rule == "asserted" else rule, a, b, cue)
+        for name, a, b in _elsewhere(v, out, numbers): say(name, 1, "other side", a, b, None)
         if v.sites:
             topic = next(x.name for x in v.sites if v.part[x.start] == v.part[v.sites[-1].start])   # what the last part is about
             if header not in {x.name for x in v.sites}: header = None
@@ -679,10 +746,12 @@ def _read(words, question, header, topic, region):
 @dataclass(frozen=True)
 class Decision:
     "Why a finding has its label."
-    value:int|None  # 1 asserted, 0 denied, `None` mentioned only as history or question
+    value:int|None  # 1 asserted, 0 denied, -1 left open, `None` mentioned only as history or question
     rule:str        # what decided
     span:tuple      # where the finding stands, characters of the text
     cue:tuple|None  # where the word stands that denied it, if one did
+
+_FIRM = {None: 0, 0: 1, -1: 2, 1: 3} # of two statements the one with the higher number counts
 
 def _language(language):
     if language not in (None, "en", "de"): raise InputError(f"found language {language!r}, expected 'en', 'de' or None: reports in other languages can be translated first, with rewrite_reports")
@@ -700,7 +769,7 @@ def explain_report(
         decisions, header, topic, region = _read(tuple(t.text for t in s.tokens), s.question, header, topic, region)
         for name, value, rule, a, b, cue in decisions:
             old = found.get(name)
-            if old is None or (value is not None) + (value == 1) > (old.value is not None) + (old.value == 1):
+            if old is None or _FIRM[value] > _FIRM[old.value]:
                 found[name] = Decision(value, rule, (s.tokens[a].start, s.tokens[b].end), cue and (s.tokens[cue[0]].start, s.tokens[cue[1]].end))
     for name, d in list(found.items()):
         for p in _KIN[name] if d.value == 1 else ():
@@ -712,9 +781,21 @@ _UNSAID = dict.fromkeys(FINDINGS)
 def label_report(
     text:str,               # a report
     language:str|None=None, # "en", "de"; need not be given
-)->dict:                    # every finding of the catalogue -> 1 asserted now, 0 denied, `None` not stated
-    "What `text` asserts and denies."
+)->dict:                    # every finding of the catalogue -> 1 asserted now, 0 denied, -1 left open, `None` not stated
+    "What `text` asserts, denies and leaves open."
     return {**_UNSAID, **{name: d.value for name, d in explain_report(text, language).items()}}
+
+# %% ../nbs/03_findings.ipynb #a55e7702
+def asserts(
+    snippet:str, # a finding in a report's words
+)->bool:
+    "Whether `snippet` says that something is there."
+    if decisions := explain_report(snippet).values(): return any(d.value == 1 or d.rule == "size" for d in decisions) # a small node is one
+    for s in sentences(snippet):
+        v = _View(tuple(t.text for t in s.tokens))
+        denied = any(c.start < 2 and "no" in c.kinds or c.kinds & {"gone", "unsure", "doubt"} for c in v.cues if "plain" not in c.kinds)
+        if not (denied or any(v.has(i, "normal") for i in range(v.n)) or s.question): return True
+    return False
 
 # %% ../nbs/03_findings.ipynb #47875516
 def colour_report(
@@ -723,19 +804,19 @@ def colour_report(
 ):                          # `rich.text.Text` of the report and the reasons, for a terminal
     "The report with its findings marked, and a line for each decision."
     from rich.text import Text
-    styles = {1: "bold green", 0: "strike red", None: "yellow"}
+    styles = {1: "bold green", 0: "strike red", -1: "yellow", None: "dim"}
     out = Text(text)
     decisions = sorted(explain_report(text, language).items(), key=lambda x: (x[1].span, x[0]))
     for _, d in decisions: out.stylize(styles[d.value], *d.span)
     for name, d in decisions:
         cue = f" ({text[slice(*d.cue)]})" if d.cue else ""
-        out.append("\n").append({1: "+ ", 0: "- ", None: "? "}[d.value] + name, styles[d.value]).append(f"  {text[slice(*d.span)]!r}: {d.rule}{cue}", "dim")
+        out.append("\n").append({1: "+ ", 0: "- ", -1: "? ", None: "  "}[d.value] + name, styles[d.value]).append(f"  {text[slice(*d.span)]!r}: {d.rule}{cue}", "dim")
     return out
 
 # %% ../nbs/03_findings.ipynb #d66403c2
-_WORDS = {"present": 1, "absent": 0, "not stated": None}
+_WORDS = {"present": 1, "absent": 0, "uncertain": -1, "not stated": None}
 _SYSTEM = ("You read radiology reports. For each finding answer 'present' if the report asserts it as present now, also where it is hedged (suspicious for, likely); "
-           "'absent' if the report denies it, calls it resolved or removed, or says only that it cannot be excluded; 'not stated' if the report does not mention it, "
+           "'absent' if the report denies it or calls it resolved or removed; 'uncertain' if it says only that it cannot be excluded, is questionable or unlikely; 'not stated' if the report does not mention it, "
            "or only in the history, the indication or the family. Answer with the JSON object asked for and nothing else.")
 
 @dataclass(frozen=True)
@@ -909,7 +990,7 @@ def label_reports(
     price:float=0,              # per million tokens, shown while asking
     quiet:bool=False,           # no progress bar
     **options,                  # of `LanguageModel`
-)->list:                        # for each report {finding: 1 | 0 | None}; with "llm" unknown ones are missing
+)->list:                        # for each report {finding: 1 | 0 | -1 | None}; with "llm" unanswered ones are missing
     "What each of `texts` asserts and denies."
     texts, findings = list(texts), list(FINDINGS if findings is None else findings)
     if unknown := [f for f in findings if f not in FINDINGS]: raise InputError(f"no finding is called {unknown[0]!r}: use names of FINDINGS")
@@ -1019,13 +1100,14 @@ def label_table(
     rows:int=2000,          # of one piece
     quiet:bool=False,       # no progress bar
     **llm,                  # base_url, model, store, price and options of `LanguageModel`
-)->dict:                    # reports, asserted and denied (by finding), unanswered, output
+)->dict:                    # reports; asserted, denied and open (by finding); unanswered; output
     "Label a table of reports; Parquet with a column for each finding."
     import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
     if Path(output).suffix != ".parquet": raise InputError(f"the labels go to a file ending in .parquet, not {Path(output).name}: name it so")
     findings, workers = list(findings or FINDINGS), workers or os.cpu_count() or 1
     if llm.get("store") and engine == "llm" and not isinstance(llm["store"], AnswerStore): llm["store"] = AnswerStore(llm["store"])
-    asserted, denied, reports, unanswered, writer = dict.fromkeys(findings, 0), dict.fromkeys(findings, 0), 0, 0, None
+    asserted, denied, left_open = (dict.fromkeys(findings, 0) for _ in range(3))
+    reports, unanswered, writer = 0, 0, None
     with write_atomically(output) as temporary:
         try:
             for piece in _pieces(path, rows):
@@ -1040,11 +1122,12 @@ def label_table(
                 writer = writer or pq.ParquetWriter(temporary, schema)
                 writer.write_table(pa.Table.from_pandas(out, schema=schema, preserve_index=False))
                 reports += len(out); unanswered += int(out["unanswered"].map(len).sum())
-                for f in findings: asserted[f] += int((out[f] == 1).sum()); denied[f] += int((out[f] == 0).sum())
+                for f in findings:
+                    for value, count in ((1, asserted), (0, denied), (-1, left_open)): count[f] += int((out[f] == value).sum())
             if writer is None: raise InputError(f"found no row in {path}, expected reports: see that the file is not empty")
         finally:
             if writer is not None: writer.close()
-    return {"reports": reports, "asserted": asserted, "denied": denied, "unanswered": unanswered, "output": str(output)}
+    return {"reports": reports, "asserted": asserted, "denied": denied, "open": left_open, "unanswered": unanswered, "output": str(output)}
 
 def label_version(engine="rules", model=None)->str: # changes with the catalogue and the words, or the model
     "What the labels were made with."

@@ -510,7 +510,7 @@ def report_sentences(
     from ctvlm.findings import explain_report
     from ctvlm.mining import mine_report, sentences, tell_language
     cited, found, out = mine_report(report), explain_report(report), []
-    marks = [(*r.span, "reference") for r in cited] + [(*d.span, "asserted" if d.value else "denied") for d in found.values() if d.value is not None]
+    marks = [(*r.span, "reference") for r in cited] + [(*d.span, "asserted" if d.value else "denied") for d in found.values() if d.value in (0, 1)]
     starts = sorted({*sentences(report, tell_language(report))[:-1], *(m.end() for m in re.finditer(r"\n+", report) if m.end() < len(report))})
     inside = lambda p, spans: any(a < p < b for a, b, _ in spans)
     starts = [p for p in starts if not inside(p, marks)]
