@@ -21,12 +21,13 @@ def demo_cohort(
 )->tuple:          # the `PhantomCohort`, and its table of studies as mined and labelled
     "Phantoms at a resolution that two cores can train on, with a split by patient."
     from ctvlm.data import phantom_studies
-    from ctvlm.phantoms import PLANTERS, PhantomCohort
+    from ctvlm.phantoms import PhantomCohort
     cohort = PhantomCohort(sum(patients.values()), seed, spacing=(6., 6., 3.), languages=("en",))
     studies = phantom_studies(cohort, workers=workers, quiet=quiet)
     studies["split"] = [split for split, n in patients.items() for _ in range(n)]
-    studies["labels"] = [{f: int(read.get(f) == 1) for f in PLANTERS} for read in studies.labels]
-    studies["label_version"] = "rules, not mentioned is absent"
+    studies["labels"] = [{f: int(read.get(f) == 1) for f, truth in study.labels.items() if truth is not None}
+                         for study, read in zip(cohort, studies.labels)]
+    studies["label_version"] = "rules, not mentioned is absent where the organ was scanned"
     return cohort, studies
 
 # %% ../nbs/14b_demo.ipynb #20dadcd7

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['AIR', 'REGIONS', 'PHASES', 'BODY', 'WALL', 'CAVITY', 'BELLY', 'LUNG', 'INLUNG', 'CHEST', 'BONE', 'OVER', 'ARTERY',
            'VEIN', 'ORGANS', 'TRUNK', 'HOLLOW', 'CAGE', 'LUNGS', 'MEDIASTINUM', 'SPINE', 'COLON', 'BRONCHI', 'BONES',
-           'ARMS', 'LOBES', 'PLANTERS', 'SIDES', 'LOBE_WORDS', 'NODES', 'PARENTS', 'PHRASES', 'PARAGRAPHS', 'HEADINGS',
-           'INDICATIONS', 'TECHNIQUE', 'NOTATIONS', 'CHANGES', 'Solid', 'Ellipsoid', 'Stack', 'Tube', 'Half', 'Both',
-           'Minus', 'Union', 'Pattern', 'Stroke', 'draw', 'Traits', 'draw_traits', 'Organ', 'Anatomy', 'Dome',
-           'Planted', 'plants', 'organ_heights', 'covered', 'plant', 'Series', 'Scan', 'plan_scan', 'render',
-           'Reference', 'Report', 'write_report', 'PhantomStudy', 'PhantomCohort', 'write_cohort']
+           'ARMS', 'LOBES', 'RIB_MM', 'PLANTERS', 'SIDES', 'LOBE_WORDS', 'NODES', 'PARENTS', 'FOCAL', 'PHRASES',
+           'PARAGRAPHS', 'HEADINGS', 'INDICATIONS', 'TECHNIQUE', 'NOTATIONS', 'CHANGES', 'DENIED_TOO', 'INSIDE',
+           'Solid', 'Ellipsoid', 'Stack', 'Tube', 'Half', 'Both', 'Minus', 'Union', 'Pattern', 'Stroke', 'draw',
+           'Traits', 'draw_traits', 'Organ', 'Anatomy', 'Dome', 'Planted', 'plants', 'organ_heights', 'covered',
+           'examined', 'plant', 'Series', 'Scan', 'plan_scan', 'render', 'Reference', 'Report', 'write_report',
+           'PhantomStudy', 'PhantomCohort', 'write_cohort']
 
 # %% ../nbs/01_phantoms.ipynb #51218bb2
 import datetime, json, math, re
@@ -53,7 +54,8 @@ class Ellipsoid(Solid):
         p = [v - float(c) for v, c in zip((x, y, z), self.centre)]
         if any(self.turn): p = [sum(float(r) * v for r, v in zip(column, p)) for column in self.rotation.T]
         q = sum((v * float(1 / r))**2 for v, r in zip(p, self.radii))
-        return _fill((q - 1) * float(self.radii.min() / 2), blur)
+        steep = sum((v * float(2 / r**2))**2 for v, r in zip(p, self.radii))   # |gradient|^2
+        return _fill((q - 1) / np.sqrt(steep + 1e-9), blur)
     def moved(self, scale, shift):
         flip = -1 if scale[0] < 0 else 1
         return Ellipsoid(self.centre * scale + shift, self.radii * np.abs(scale), (self.turn[0], flip * self.turn[1], flip * self.turn[2]))
@@ -162,8 +164,12 @@ def draw(
     "Paint `strokes` over air, lowest layer first."
     image = np.full((len(x), len(y), len(z)), AIR, np.float32)
     axes = [np.asarray(a, np.float32) for a in (x, y, z)]
+    first, last = np.array([(a[0] - blur / 2, a[-1] + blur / 2) for a in axes]).T
+    def elsewhere(solid): return (solid.low > last).any() or (solid.high < first).any()
     for stroke in sorted(strokes, key=lambda s: s.layer):
+        if elsewhere(stroke.solid): continue
         for part in stroke.solid.parts:
+            if elsewhere(part): continue
             box = tuple(slice(*np.searchsorted(a, (lo - blur / 2, hi + blur / 2))) for a, lo, hi in zip(axes, part.low, part.high))
             if any(b.start >= b.stop for b in box): continue
             p = axes[0][box[0]][:, None, None], axes[1][box[1]][None, :, None], axes[2][box[2]][None, None]
@@ -358,6 +364,9 @@ def _gut(self:Anatomy):
     self.add("stomach gas", BELLY + .12, -950., stomach & Half((0, 1, 0), level) & self.hollow)
 
 # %% ../nbs/01_phantoms.ipynb #552f3b42
+RIB_MM = 8
+def _cage(thick=0): return Stack(np.array(CAGE) - (0, 0, 0, thick, thick), 2.3)
+
 class Dome(Solid):
     "Everything above the diaphragm: `top` in the middle of `outline`, falling to `back` behind and `front` before."
     def __init__(self, outline, top, back, front):
@@ -375,9 +384,10 @@ class Dome(Solid):
 def _lungs(self:Anatomy):
     "Lungs with lobes and fissures, standing on the domes of the diaphragm."
     s, self.lung, self.lobe = self.scale, {}, {}
+    inside = self.fit(_cage(RIB_MM))                 # a recess ends at the ribs
     for side, sign, top in (("right", 1, 78), ("left", -1, 66)):
         outline = self.fit(Stack(LUNGS, 2.3), sign)
-        self.lung[side] = outline & Dome(outline, top * s[2] + self.lift, 2 * s[2] + .5 * self.lift, 50 * s[2] + .7 * self.lift)
+        self.lung[side] = outline & inside & Dome(outline, top * s[2] + self.lift, 2 * s[2] + .5 * self.lift, 50 * s[2] + .7 * self.lift)
         self.add(f"{side} lung", LUNG, -862. + 3 * self.lift, self.lung[side], organ=True)   # a deep breath makes lungs darker
     tilt = np.array([0, 1.2, s[2] / s[1]])   # the oblique fissures run from behind above to before below
     above = lambda z: Half(tilt, z * s[2] * tilt[2])
@@ -452,7 +462,7 @@ def _spine(self:Anatomy):
 @patch
 def _ribs(self:Anatomy):
     "Ribs that fall from back to front, and the sternum."
-    s, cage, inner = self.scale, self.fit(Stack(CAGE, 2.3)), self.fit(Stack(np.array(CAGE) - (0, 0, 0, 8, 8), 2.3))
+    s, cage, inner = self.scale, self.fit(_cage()), self.fit(_cage(RIB_MM))
     def ribs(x, y, z):
         back = (cage.high[1] - y) / (cage.high[1] - cage.low[1])         # 1 behind, 0 in front
         rib = ((z + 74 * s[2] * (1 - back)) / (24.5 * s[2])) % 1
@@ -663,8 +673,8 @@ def _coronary(a, rng):
     left = [front(*p) for p in zip(np.linspace(1.2, 1.9, 8), np.linspace(1.1, .1, 8))]
     right = [front(*p) for p in zip(np.linspace(.4, .2, 6), np.linspace(1., .1, 6))]
     pieces = [Tube([p, q], rng.uniform(2.8, 3.8)) for line in (left, right) for p, q in zip(line, line[1:]) if rng.random() < .75] or [Tube(left[2:4], 3.5)]
-    depth = np.mean([p.low[2] + p.high[2] for p in pieces]) / 2
-    return _planted(("", ""), Union(*pieces), Stroke(OVER, 950., Union(*pieces)), depth=depth)
+    middles = np.sort([(p.low[2] + p.high[2]) / 2 for p in pieces])
+    return _planted(("", ""), Union(*pieces), Stroke(OVER, 950., Union(*pieces)), depth=middles[len(pieces) // 2])   # on a piece, not between
 
 @plants("Arterial wall calcification", .24, "aorta")
 def _calcified_aorta(a, rng):
@@ -725,7 +735,8 @@ def _material(a, rng):
 def _segment(a, p):
     "How a report calls the place `p` in the liver."
     x, y, z = (p - (0, 0, a.lift)) / a.scale
-    if x < 6: n = "II" if z > 40 else "III"
+    if 0 < x < 40 and y < 20: n = "I"   # the caudate lobe, in front of the cava
+    elif x < 6: n = "II" if z > 40 else "III"
     elif x < 30: n = "IV"
     else: n = ("VIII" if y > 0 else "VII") if z > 12 else ("V" if y > 0 else "VI")
     return f"in segment {n} of the liver", f"in Lebersegment {n}"
@@ -735,26 +746,34 @@ def _steatosis(a, rng):
     liver = a.strokes["liver"]
     return _planted(("", ""), a.solids["liver"], {"liver": replace(liver, hu=a.hu((-18, 6, 38)) + rng.normal(0, 5))}, depth=a.at(0, 0, rng.uniform(-10, 40), breath=1)[2])
 
+def _liver(a):
+    "The liver without the neighbours that are painted over it."
+    over = "right kidney", "gallbladder", "stomach", "colon", "small bowel"
+    return a.solids["liver"] - Union(*[a.strokes[n].solid for n in over])
+
 @plants("Hepatic cyst", .22, "liver")
 def _liver_cyst(a, rng):
     r = rng.uniform(12, 28)
-    if (p := _spot(a, rng, a.solids["liver"], r * .8)) is None: return None
+    if (p := _spot(a, rng, _liver(a), r * .8)) is None: return None
     ball = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3))
     return _planted(_segment(a, p), ball, Stroke(BELLY + .02, 4., ball & a.hollow), 2 * r)
 
 @plants("Hepatic lesion", .22, "liver")
 def _liver_lesion(a, rng):
     r = rng.uniform(14, 28)
-    if (p := _spot(a, rng, a.solids["liver"], r * .8)) is None: return None
+    if (p := _spot(a, rng, _liver(a), r * .8)) is None: return None
     ball, core = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3)), Ellipsoid(p + rng.normal(0, 1.5, 3), r * .55)
-    strokes = {"": Stroke(BELLY + .03, a.hu((26, 150, 66)), ball & a.hollow), "core": Stroke(BELLY + .031, a.hu((18, 60, 38)), core & a.hollow)}
-    return _planted(_segment(a, p), ball, strokes, 2 * r, kind="hyper" if a.traits.phase == 1 else "hypo")
+    hu = a.hu((26, 150, 66))
+    strokes = {"": Stroke(BELLY + .03, hu, ball & a.hollow), "core": Stroke(BELLY + .031, a.hu((18, 60, 38)), core & a.hollow)}
+    bright = "hyper" if a.traits.phase == 1 else "dense"   # a fatty liver can be darker than what lies in it
+    return _planted(_segment(a, p), ball, strokes, 2 * r, kind="hypo" if hu < a.strokes["liver"].hu else bright)
 
 @plants("Gallstones", .24, "gallbladder")
 def _gallstones(a, rng):
     bag = a.strokes["gallbladder"].solid.a
     stones = [Ellipsoid(bag.centre + (rng.normal(0, 3), rng.normal(-6, 2), rng.uniform(-18, 14)), rng.uniform(5, 8.5)) for _ in range(rng.integers(2, 5))]
-    return _planted(("", ""), Union(*stones), Stroke(BELLY + .35, 520., Union(*stones)), 2 * max(float(s.radii[0]) for s in stones))
+    largest = max(stones, key=lambda s: s.radii[0])
+    return _planted(("", ""), Union(*stones), Stroke(BELLY + .35, 520., Union(*stones)), 2 * float(largest.radii[0]), largest.centre[2])
 
 @plants("Biliary dilatation", .22, "liver")
 def _ducts(a, rng):
@@ -838,8 +857,7 @@ def _aneurysm(a, rng):
     r = rng.uniform(22, 36)
     centre = a.at(-3, -4, -85) + (0, r * .35, 0)
     sac, lumen = Ellipsoid(centre, (r, r, r * 1.5)), Ellipsoid(centre - (0, r * .15, 0), (r * .55, r * .5, r * 1.3))
-    rim = Pattern(sac - Ellipsoid(centre, sac.radii - 2), lambda x, y, z: _step(np.sin(x * .25 + z * .21) - .2))
-    strokes = {"": Stroke(CHEST + .31, 38., sac), "lumen": Stroke(CHEST + .32, a.hu(ARTERY), lumen), "rim": Stroke(CHEST + .33, 600., rim)}   # thrombus, blood, calcified wall
+    strokes = {"": Stroke(CHEST + .31, 38., sac), "lumen": Stroke(CHEST + .32, a.hu(ARTERY), lumen)}   # thrombus, blood
     return _planted(("infrarenal", "infrarenal"), sac, strokes, 2 * r)
 
 # %% ../nbs/01_phantoms.ipynb #bbee6249
@@ -889,19 +907,32 @@ def covered(a:Anatomy, organ:str)->float: # from 0 to 1
     low, high = a.heights[organ]
     return max(0., min(high, a.high) - max(low, a.low)) / (high - low)
 
+FOCAL = "Lung nodule", "Hepatic cyst", "Hepatic lesion", "Renal cyst", "Kidney stone" # none of these hides another
+
+def _apart(p, q):
+    a, b = p.strokes[""].solid, q.strokes[""].solid
+    return (a.low >= b.high).any() or (b.low >= a.high).any()
+
+def examined(a:Anatomy, finding:str)->bool: # or its label is unknown
+    "Whether enough of its organ is scanned to say that `finding` is there or not."
+    organ = PLANTERS[finding][1]
+    return covered(a, organ) >= (.3 if organ in ("lungs", "liver", "aorta") else .7)
+
 def plant(
     a:Anatomy, # healthy, with `low` and `high` of the scanned part
 )->list:       # of `Planted`
     "Draw which findings the patient has and put their strokes into the anatomy."
     planted = []
-    for finding, (share, organ, function) in PLANTERS.items():
+    for finding, (share, _, function) in PLANTERS.items():
         rng = stable_rng(a.seed, "finding", a.i, finding)
         if "wall calcification" in finding: share *= np.clip(.3 + (a.traits.age - 35) / 35, .2, 1.8)   # arteries age
-        if rng.random() >= share or covered(a, organ) < (.3 if organ in ("lungs", "liver", "aorta") else .7): continue
+        if rng.random() >= share or not examined(a, finding): continue
         for n in range(1 + (finding in ("Lung nodule", "Hepatic cyst", "Renal cyst") and rng.random() < .35)):
             for _ in range(4):   # another place if this one is not scanned
                 p = function(a, rng)
-                if p and a.low + 3 <= p.depth_mm <= a.high - 3 and min(p.high_mm, a.high) - max(p.low_mm, a.low) >= .6 * (p.high_mm - p.low_mm): break
+                if p is None or not a.low + 3 <= p.depth_mm <= a.high - 3: continue
+                if min(p.high_mm, a.high) - max(p.low_mm, a.low) < .6 * (p.high_mm - p.low_mm): continue
+                if finding not in FOCAL or all(_apart(p, q) for q in planted if q.finding in FOCAL): break
             else: continue
             planted.append(replace(p, finding=finding))
             a.strokes |= {name if name in a.strokes else f"{finding} {n} {name}": stroke for name, stroke in p.strokes.items()}
@@ -935,18 +966,28 @@ class Scan:
 def _uid(seed, *name): return "2.25." + str(int.from_bytes(stable_rng(seed, *name).bytes(15), "big"))
 
 def _coverage(a, rng):
-    "Lowest and highest scanned point, in the patient's own mm."
+    "Lowest and highest scanned point, in the patient's own mm, as the region is usually scanned."
     apex, base, dome, region = a.at(0, 0, 302)[2], a.at(0, 0, -5, breath=.5)[2], a.lung["right"].b.top, a.traits.region
     top = apex + rng.uniform(4, 60) if "chest" in region else dome + rng.uniform(4, 75)
     if region == "chest": return base - rng.uniform(8, 110), top
     return (a.at(0, 0, -318)[2] - rng.uniform(0, 22) if rng.random() < .8 else a.at(0, 0, -150)[2] + rng.uniform(-25, 25)), top   # some end at the iliac crest
 
+def _cropped(a, low, high):
+    "One scan in three begins or ends anywhere: 50 to 90 % of the usual length, 140 mm at the least."
+    rng, length = stable_rng(a.seed, "crop", a.i), high - low
+    if rng.random() > 1 / 3: return low, high
+    kept = min(length, max(140., length * rng.uniform(.5, .9)))
+    low += rng.choice([0., 1., rng.random()]) * (length - kept)   # above, below or at both ends
+    return low, low + kept
+
 def plan_scan(
     a:Anatomy, # the patient
 )->Scan:
     "Decide coverage, table position, voxel sizes and series of a session."
-    rng, sharp = stable_rng(a.seed, "scan", a.i), "bone" if a.traits.region == "abdomen" else "lung"
-    low, high = _coverage(a, rng)
+    rng = stable_rng(a.seed, "scan", a.i)
+    low, high = _cropped(a, *_coverage(a, rng))
+    lung_below = high - a.lung["right"].low[2]   # how much lung is scanned
+    sharp = "bone" if a.traits.region == "abdomen" or lung_below < 60 else "lung"
     shift = tuple(map(float, (rng.normal(0, 8), rng.normal(-10, 14), rng.uniform(-1150, 350))))
     width = a.skin.high[0] - a.skin.low[0] + 60 * (not a.traits.arms_up)
     pixel = float(np.clip((width + rng.uniform(10, 60)) / 512, .6, .9).round(3))
@@ -1035,7 +1076,7 @@ Interlobular septal thickening = Interlobular septal thickening
   + Interlobular septal thickening {p}{r} | Thickened interlobular septa {p}{r}
   - No septal thickening
 Pulmonary fibrotic sequela = Fibrotic scarring {p}
-  + Fibrotic scarring {p}{r} | Fibrotic bands {p}{r} | Coarse scars {p} with pleural thickening{r}
+  + Fibrotic scarring {p}{r} | Fibrotic bands {p}{r} | Coarse scars {p}{r}
   - No fibrotic changes
 Pleural effusion = Pleural effusion {p}
   + Pleural effusion {p}, {s} thick{r} | Pleural effusion {p}{r} | There is a pleural effusion {p} measuring {s}{r}
@@ -1084,6 +1125,9 @@ Hepatic cyst = Hepatic cyst
   - No hepatic cyst
 Hepatic lesion/hypo = Suspicious lesion {p}
   + Hypodense lesion {p}, {s}{r} | {s} hypodense mass {p}{r}, suspicious for metastasis | There is a solid lesion {p}{r} measuring {s}
+  - No focal liver lesion
+Hepatic lesion/dense = Suspicious lesion {p}
+  + Hyperdense lesion {p}, {s}{r} | {s} hyperdense mass {p}{r}, suspicious for metastasis | There is a solid lesion {p}{r} measuring {s}
   - No focal liver lesion
 Hepatic lesion/hyper = Hypervascular lesion {p}
   + Hypervascular lesion {p}, {s}{r} | {s} arterially enhancing lesion {p}{r}
@@ -1208,6 +1252,9 @@ Hepatic cyst = Leberzyste
   - Keine Leberzysten
 Hepatic lesion/hypo = Suspekte Läsion {p}
   + Hypodense Läsion {p}, {s}{r} | Hypodense Raumforderung {p}{r}, V.a. Metastase | Solide Leberläsion {p}{r}, {s}
+  - Keine fokale Leberläsion
+Hepatic lesion/dense = Suspekte Läsion {p}
+  + Hyperdense Läsion {p}, {s}{r} | Hyperdense Raumforderung {p}{r}, V.a. Metastase | Solide Leberläsion {p}{r}, {s}
   - Keine fokale Leberläsion
 Hepatic lesion/hyper = Hypervaskularisierte Läsion {p}
   + Hypervaskularisierte Läsion {p}, {s}{r} | Arteriell anreichernde Läsion {p}{r}, {s}
@@ -1370,6 +1417,8 @@ def _sentence(p, scan, language, style, prior, rng):
     return text[0].upper() + text[1:] + ".", references
 
 # %% ../nbs/01_phantoms.ipynb #1e229081
+DENIED_TOO = {"Hepatic lesion": ("Hepatic cyst",)} # "no focal liver lesion" would deny a cyst as well
+
 def _body(a, scan, planted, labels, language, prior, rng):
     "The paragraphs of the findings section, with their references."
     de, style, headed = language == "de", int(rng.integers(len(NOTATIONS[language]))), rng.random() < .5
@@ -1383,7 +1432,7 @@ def _body(a, scan, planted, labels, language, prior, rng):
             sentences.append(text); references += refs
         for f in findings:
             denials = _wording(Planted(f, ("", ""), 0, 0, 0), language)[1]
-            if denials and not labels[f] and covered(a, PLANTERS[f][1]) >= .6 and rng.random() < .4: sentences.append(str(rng.choice(denials)) + ".")
+            if denials and labels[f] == 0 and not any(labels[g] for g in DENIED_TOO.get(f, ())) and rng.random() < .4: sentences.append(str(rng.choice(denials)) + ".")
         if not here and (not sentences or rng.random() < .3): sentences.insert(0, well[de] + ".")
         lines.append(f"{heading[de]}: " * headed + " ".join(sentences))
     return ("\n" if headed or rng.random() < .5 else " ").join(lines), references
@@ -1405,7 +1454,7 @@ def _impression(planted, references, language, rng):
 def write_report(
     a:Anatomy, scan:Scan,
     planted:tuple,   # findings, in scanner coordinates
-    labels:dict,     # finding -> 1 or 0
+    labels:dict,     # finding -> 1, 0, or `None` where nobody could look
     language:str,    # "en" or "de"
 )->Report:
     "A radiology report with sections, denials, a comparison and references."
@@ -1435,7 +1484,7 @@ class PhantomStudy:
         self.planted = tuple(replace(p, depth_mm=p.depth_mm + z, low_mm=p.low_mm + z, high_mm=p.high_mm + z) for p in plant(a))
         present = {p.finding for p in self.planted}
         present |= {parent for f in present for parent in PARENTS.get(f, ())}
-        self.labels = {f: int(f in present) for f in PLANTERS}
+        self.labels = {f: 1 if f in present else 0 if examined(a, f) else None for f in PLANTERS}
         self.organ_heights = {n: (low + z, high + z) for n, (low, high) in a.heights.items()}
         self.report = write_report(a, self.scan, self.planted, self.labels, language)
     def __reduce__(self): return PhantomStudy, (self.seed, self.index, self.spacing, self.language) # pickles as its seed
@@ -1473,18 +1522,43 @@ class PhantomCohort:
     def __iter__(self): return (self[i] for i in range(self.n))
 
 # %% ../nbs/01_phantoms.ipynb #5a3c9d02
+INSIDE = { # words in the names of what belongs to an organ although it is painted over it
+    "lung": ("pulmonary vessels", "fissure", *PARAGRAPHS[0][3]), "lobe": ("pulmonary vessels", "fissure", *PARAGRAPHS[0][3]),
+    "liver": ("Hepatic", "Biliary"), "kidney": ("renal sinus", "Renal cyst", "Kidney stone", "Hydronephrosis"),
+    "heart": ("ventricle", "atria", "Coronary"), "aorta": ("Arterial wall", "Abdominal aortic aneurysm"),
+    "pancreas": ("Pancreatic",), "gallbladder": ("Gallstones",), "adrenal gland": ("Adrenal",)}
+
+def _own(self, name):
+    "The strokes of a finding or an organ, and those that leave its mask as it is."
+    a = self.anatomy
+    if name in PLANTERS: return [s for p in self.planted if p.finding == name for s in p.strokes.values()], []
+    own = a.strokes.get(name) or Stroke(LUNG, 0., a.solids[name])
+    words = (name + " ", *next((w for organ, w in INSIDE.items() if name.endswith(organ)), ()))
+    return [own], [s for n, s in a.strokes.items() if any(w in n for w in words)]
+
 @patch
 def mask(self:PhantomStudy,
     name:str,   # a finding of the catalogue, or an organ of `organ_heights` that is one solid
 )->np.ndarray:  # `(X, Y, Z)` float32, on the grid of `volume`, 0 to 1; 0 everywhere if the patient does not have the finding
-    "The share of each voxel that a finding or an organ fills, before anything is painted over it."
-    solids = self.anatomy.solids
-    if name in PLANTERS: chosen = [s.solid for p in self.planted if p.finding == name for s in p.strokes.values()]
-    elif name in solids: chosen = [solids[name]]
-    else: raise InputError(f"there is no mask of {name!r}: choose a finding of {sorted(PLANTERS)} or an organ of {sorted(solids)}")
+    "The share of each voxel that a finding or an organ fills; what is painted over it hides it, unless it lies in the organ."
+    if name not in PLANTERS and name not in self.anatomy.solids:
+        raise InputError(f"there is no mask of {name!r}: choose a finding of {sorted(PLANTERS)} or an organ of {sorted(self.anatomy.solids)}")
     v = self.volume
     axes = [v.affine[k, 3] + v.spacing[k] * np.arange(n) - s for k, (n, s) in enumerate(zip(v.array.shape, self.scan.shift))]
-    return draw([Stroke(0, AIR + 1, solid) for solid in chosen], *axes, max(v.spacing[0], 1.4)) - AIR
+    return self.share(name, *axes, max(v.spacing[0], 1.4))
+
+@patch
+def share(self:PhantomStudy,
+    name:str,    # as for `mask`
+    x, y, z,     # coordinates of voxel centres in the patient's own mm
+    blur:float,  # size of a voxel, mm
+)->np.ndarray:   # `(X, Y, Z)` float32
+    "The `mask` on a grid of your own."
+    own, inside = _own(self, name)
+    if not own: return np.zeros((len(x), len(y), len(z)), np.float32)
+    mine, kept, first = {id(s) for s in own}, {id(s) for s in inside}, min(s.layer for s in own)
+    others = [replace(s, hu=AIR) for s in self.anatomy.strokes.values() if s.layer >= first and id(s) not in mine | kept]
+    return draw([replace(s, hu=AIR + 1) for s in own] + others, x, y, z, blur) - AIR
 
 # %% ../nbs/01_phantoms.ipynb #08aa2d25
 @patch
