@@ -9,9 +9,9 @@ __all__ = ['TASKS', 'RESULT_FORMAT', 'RESULT_SCHEMA', 'TOTALSEGMENTATOR', 'Embed
            'evaluate_model', 'snippet_table', 'evaluation_features', 'evaluate_studies', 'check_result', 'json_schema',
            'write_result', 'read_result', 'compare_results', 'error_analysis', 'worst_cases', 'organ_extents',
            'organ_check', 'BIN_MM', 'bootstrap_ci', 'classification_metrics', 'localization_metrics', 'pair_ranks',
-           'paired_auc', 'paired_difference', 'pool_retrieval_metrics', 'ratio_ci', 'resample_counts',
+           'paired_auc', 'p_words', 'paired_difference', 'pool_retrieval_metrics', 'ratio_ci', 'resample_counts',
            'retrieval_metrics', 'roc_curve', 'volume_retrieval_metrics', 'weighted_auc', 'youden_threshold', 'ORGANS',
-           'OrganHeight', 'TextPrior', 'localization_baselines', 'organ_of', 'random_slice_error']
+           'ExtentPrior', 'OrganHeight', 'TextPrior', 'localization_baselines', 'organ_of', 'random_slice_error']
 
 # %% ../nbs/13b_evaluation.ipynb #610d3c49
 import json
@@ -20,15 +20,16 @@ from pathlib import Path
 import numpy as np
 from .core import InputError, progress, stable_rng, write_atomically
 from .metrics import (
-    BIN_MM, bootstrap_ci, classification_metrics, localization_metrics, pair_ranks, paired_auc,
+    BIN_MM, bootstrap_ci, classification_metrics, localization_metrics, p_words, pair_ranks, paired_auc,
     paired_difference, pool_retrieval_metrics, ratio_ci, resample_counts, retrieval_metrics, roc_curve,
     volume_retrieval_metrics, weighted_auc, youden_threshold, _chances, _columns, _ranking)
-from .baselines import ORGANS, OrganHeight, TextPrior, localization_baselines, organ_of, random_slice_error
+from .baselines import (
+    ORGANS, ExtentPrior, OrganHeight, TextPrior, localization_baselines, organ_of, random_slice_error)
 
 _all_ = ["BIN_MM", "bootstrap_ci", "classification_metrics", "localization_metrics", "pair_ranks", "paired_auc",
-         "paired_difference", "pool_retrieval_metrics", "ratio_ci", "resample_counts", "retrieval_metrics", "roc_curve",
+         "p_words", "paired_difference", "pool_retrieval_metrics", "ratio_ci", "resample_counts", "retrieval_metrics", "roc_curve",
          "volume_retrieval_metrics", "weighted_auc", "youden_threshold",
-         "ORGANS", "OrganHeight", "TextPrior", "localization_baselines", "organ_of", "random_slice_error"]
+         "ORGANS", "ExtentPrior", "OrganHeight", "TextPrior", "localization_baselines", "organ_of", "random_slice_error"]
 
 # %% ../nbs/13b_evaluation.ipynb #54de048d
 @dataclass

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BIN_MM', 'resample_counts', 'bootstrap_ci', 'pair_ranks', 'retrieval_metrics', 'pool_retrieval_metrics',
            'volume_retrieval_metrics', 'weighted_auc', 'youden_threshold', 'classification_metrics', 'roc_curve',
-           'localization_metrics', 'paired_difference', 'ratio_ci', 'paired_auc']
+           'localization_metrics', 'paired_difference', 'ratio_ci', 'p_words', 'paired_auc']
 
 # %% ../nbs/13_metrics.ipynb #610d3c49
 import os
@@ -32,6 +32,10 @@ def _groups(patients, n):
     "`(n,)` patient number of each item, and how many patients there are; every item its own patient if `None`."
     if patients is None: return np.arange(n), n
     if len(patients) != n: raise InputError(f"{len(patients)} patients for {n} items: give the patient of each item")
+    missing = sum(p is None or p != p or str(p).strip() == "" for p in patients)
+    if missing:
+        raise InputError(f"{missing} of {n} items have no patient: name the patient of each, "
+                         "or the study where the patient is not known")
     names, index = np.unique(np.asarray(patients), return_inverse=True)
     return index.reshape(-1), len(names)
 
@@ -43,11 +47,15 @@ def _weighted_median(values, weights): # `(n,)` sorted values, `(r, n)` whole-nu
 def _interval(samples, level): # percentiles over the first axis; a resample in which the number has no value does not count
     return np.nanpercentile(samples, [50 - 50 * level, 50 + 50 * level], axis=0)
 
+def _wilson(share, n, level): # interval of a share that is 0 or 1 in all of `n` patients
+    from scipy.stats import binomtest
+    return tuple(binomtest(round(share * n), n).proportion_ci(level, "wilson"))
+
 # %% ../nbs/13_metrics.ipynb #db9c377b
 def bootstrap_ci(
     values,               # `(n,)` one number per item, or `(n, m)` for m numbers at once
     patients=None,        # `(n,)` whose item it is; each item its own patient if `None`
-    statistic=np.mean,    # of what: `np.mean` and `np.median` are fast, any other function of drawn rows works
+    statistic=np.mean,    # of what: `np.mean` and `np.median` (of each column) are fast, any other function of drawn rows works
     resamples:int=10_000, # how many
     level:float=0.95,     # share of the resamples inside the interval
     seed:int=0,           # same seed, same interval
@@ -61,15 +69,22 @@ def bootstrap_ci(
         sums, sizes = np.zeros((G, *values.shape[1:])), np.bincount(group, minlength=G)
         np.add.at(sums, group, values)
         for c in resample_counts(G, resamples, seed): samples.append((c @ sums) / (c @ sizes).reshape(-1, *[1] * (values.ndim - 1)))
-    elif statistic is np.median and values.ndim == 1:
-        order = values.argsort()
-        for c in resample_counts(G, resamples, seed): samples.append(_weighted_median(values[order], c[:, group[order]]))
+    elif statistic is np.median:
+        columns = values.reshape(len(values), -1).T                                # one number at a time
+        order = columns.argsort(1)
+        for c in resample_counts(G, resamples, seed):
+            medians = [_weighted_median(x[o], c[:, group[o]]) for x, o in zip(columns, order)]
+            samples.append(np.stack(medians, 1).reshape(-1, *values.shape[1:]))
     else:
         members = [np.flatnonzero(group == g) for g in range(G)]
         for c in resample_counts(G, resamples, seed):
             for row in c.astype(int): samples.append([statistic(values[np.concatenate([members[g] for g in np.repeat(np.arange(G), row)])])])
     low, high = _interval(np.concatenate(samples), level)
     estimate = statistic(values, axis=0) if statistic in (np.mean, np.median) else statistic(values)
+    if statistic is np.mean:                                    # all or none: no resample can differ
+        for share in (0, 1):
+            certain = (values == share).all(0)
+            low, high = (np.where(certain, w, x) for w, x in zip(_wilson(share, G, level), (low, high)))
     return tuple(x.tolist() for x in map(np.asarray, (estimate, low, high)))
 
 # %% ../nbs/13_metrics.ipynb #a7ebaa7b
@@ -197,33 +212,50 @@ def pool_retrieval_metrics(
     return out
 
 # %% ../nbs/13_metrics.ipynb #263ed17d
+def _average_precision(S, relevant, ks): # `(r, N)` similarities in float64, -inf where not in the gallery; `(r, N)` bool -> `(r, len(ks))`
+    "Expected precision at the relevant ones among the first k, ties in random order."
+    order = np.argsort(-S, axis=1, kind="stable")
+    S, hit = (np.take_along_axis(x, order, 1) for x in (S, relevant))
+    r, N = S.shape
+    place = np.arange(N)
+    with np.errstate(invalid="ignore"): first = np.diff(S, axis=1, prepend=np.inf) < -_TIE  # of a group of equals
+    start = np.maximum.accumulate(np.where(first, place, 0), 1)
+    group = (np.cumsum(first, 1) - 1 + N * np.arange(r)[:, None]).ravel()
+    size, hits = (np.bincount(group, x.ravel(), r * N)[group].reshape(r, N) for x in (np.ones((r, N)), hit))
+    before = np.take_along_axis(np.cumsum(hit, 1) - hit, start, 1)         # hits above the group
+    above = before + (place - start) * (hits - 1) / np.maximum(size - 1, 1) # and within it, if this is a hit
+    gain = np.cumsum(hits / size * (above + 1) / (place + 1), 1)
+    return np.stack([gain[:, min(k, N) - 1] for k in ks], 1)
+
 def volume_retrieval_metrics(
     image_embeddings,   # `(N, E)`
     labels,             # `(N, Q)` 1 present; anything else counts as absent
     ks=(5, 10, 50),     # depths of the list
-    patients=None,      # `(N,)` for intervals
+    patients=None,      # `(N,)` for intervals; scans of the query's own patient are not in its gallery
     rows:int=1024,      # queries at a time
     **bootstrap,        # of `bootstrap_ci`
-)->dict:                # `map@k`, `n_abnormal`, `n_queries`
+)->dict:                # `map@k`, `n_abnormal`, `n_queries`, `chance_map@k`: of an order drawn at random
     "Mean average precision of scan-to-scan search over abnormal scans; relevant is who shares a label."
     x, labels = _embeddings(image_embeddings, "image embeddings"), np.asarray(labels) == 1
     if len(labels) != len(x): raise InputError(f"{len(labels)} rows of labels for {len(x)} scans: give one row per scan")
     abnormal = np.flatnonzero(labels.any(1))
-    u, y, top = (x / _lengths(x))[abnormal], labels[abnormal].astype(np.float32), min(max(ks), len(abnormal) - 1)
-    precision, possible = [np.zeros((0, len(ks)))], [np.zeros(0)]
+    u, y = (x / _lengths(x))[abnormal].astype(float), labels[abnormal].astype(np.float32)
+    group, _ = _groups(None if patients is None else np.asarray(patients)[abnormal], len(abnormal))
+    kept = [(np.zeros((0, len(ks))), np.zeros((0, len(ks))), np.zeros(0))]
     for r in (np.arange(k, min(k + rows, len(u))) for k in range(0, len(u), rows)):
-        S = u[r] @ u.T                                                     # (r, N)
-        S[np.arange(len(r)), r] = -np.inf                                  # never oneself
-        relevant = (y[r] @ y.T > 0)
-        hit = np.take_along_axis(relevant, np.argsort(-S, axis=1, kind="stable")[:, :top], 1)  # (r, top)
-        R = relevant.sum(1) - 1
-        gain = np.cumsum(hit * np.cumsum(hit, 1) / np.arange(1, top + 1), 1)
-        precision.append(np.stack([gain[:, min(k, top) - 1] / np.maximum(np.minimum(R, k), 1) for k in ks], 1) if top > 0 else np.zeros((len(r), len(ks))))
-        possible.append(R)
-    asked = np.concatenate(possible) > 0
-    ap, names = np.concatenate(precision)[asked], [f"map@{k}" for k in ks]
-    if not asked.any(): raise InputError(f"found {len(abnormal)} abnormal scans of which none shares a label with another: nothing to search for")
-    out = dict(zip(names, ap.mean(0).tolist())) if patients is None else _with_ci(names, ap, np.asarray(patients)[abnormal][asked], **bootstrap)
+        own = group[r][:, None] == group                                   # (r, N)
+        S = np.where(own, -np.inf, u[r] @ u.T)
+        relevant = (y[r] @ y.T > 0) & ~own
+        R = relevant.sum(1)
+        most = np.maximum(np.minimum(R[:, None], ks), 1)                   # hits among k at best
+        chance = np.where(own, -np.inf, 0.)
+        kept.append((*(_average_precision(s, relevant, ks) / most for s in (S, chance)), R))
+    ap, chance, possible = (np.concatenate(x) for x in zip(*kept))
+    asked, names = possible > 0, [f"map@{k}" for k in ks]
+    if not asked.any(): raise InputError(f"found {len(abnormal)} abnormal scans of which none shares a label with another patient's: nothing to search for")
+    out = dict(zip(names, ap[asked].mean(0).tolist()))
+    if patients is not None: out = _with_ci(names, ap[asked], np.asarray(patients)[abnormal][asked], **bootstrap)
+    out |= {f"chance_{n}": float(c) for n, c in zip(names, chance[asked].mean(0))}
     return out | {"n_abnormal": len(abnormal), "n_queries": int(asked.sum())}
 
 # %% ../nbs/13_metrics.ipynb #26caf4ff
@@ -266,6 +298,8 @@ def _classify(scores, labels, known, threshold, weights): # Q classes; `(n, Q)` 
         mask = known & (labels == truth) & (decision == bool(decided))
         cells.append(mask.T.astype(weights.dtype) @ weights)                      # (Q, r)
     operating = _operating(*cells)
+    without = (cells[0] + cells[2] == 0) | (cells[1] + cells[3] == 0)             # no positives or no negatives: no number at all
+    operating = {n: np.where(without, np.nan, v) for n, v in operating.items()}
     return [{"auc": weighted_auc(scores[k, q], labels[k, q], weights[k] if not k.all() else weights)} | {n: v[q] for n, v in operating.items()} for q, k in enumerate(known.T)]
 
 def classification_metrics(
@@ -273,27 +307,34 @@ def classification_metrics(
     labels,              # `(N, Q)` 1 present, 0 absent; anything else (-1, NaN) unknown and left out
     classes,             # Q names
     patients=None,       # `(N,)` for intervals
-    min_positives:int=1, # a class with fewer positives, or fewer negatives, is named and left out of the mean
+    min_positives:int=1, # a class with fewer patients with it, or without it, is named and left out of the mean
     resamples:int=10_000, level:float=0.95, seed:int=0,
 )->dict:                 # `mean_auroc mean_prec mean_sens mean_spec mean_f1 mean_acc`, `per_class`: `<class>_auc` ..., `left_out`, `n`
     "AUC and operating point (Youden) of each class and their means."
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=float)
     if not scores.shape == labels.shape == (len(scores), len(classes)): raise InputError(f"scores {scores.shape}, labels {labels.shape} and {len(classes)} classes do not fit: give (N, Q), (N, Q) and Q names")
     if not np.isfinite(scores).all(): raise InputError(f"{(~np.isfinite(scores)).sum()} of {scores.size} scores are not finite: leave these scans out or mend the model")
-    counts = {c: (int((y == 1).sum()), int((y == 0).sum())) for c, y in zip(classes, labels.T)}
-    left_out = {c: f"{p} positives, {n} negatives" for c, (p, n) in counts.items() if min(p, n) < max(1, min_positives)}
+    group, G = _groups(patients, len(scores))
+    who = "scans" if patients is None else "patients"
+    counts = {c: tuple(len(set(group[y == v])) for v in (1, 0)) for c, y in zip(classes, labels.T)}
+    left_out = {c: f"{p} {who} with it, {n} without" for c, (p, n) in counts.items() if min(p, n) < max(1, min_positives)}
     kept = [q for q, c in enumerate(classes) if c not in left_out]
-    if not kept: raise InputError(f"none of {len(classes)} classes has {max(1, min_positives)} positives and negatives: evaluate on more scans")
+    if not kept:
+        raise InputError(f"none of {len(classes)} classes has {max(1, min_positives)} {who} with it and without: evaluate on more")
     names, scores, labels = [classes[q] for q in kept], scores[:, kept], labels[:, kept]
     known = np.isin(labels, (0, 1))
     cut = np.array([youden_threshold(s[k], y[k]) for s, y, k in zip(scores.T, labels.T, known.T)])
     out = _class_table(names, _classify(scores, labels, known, cut, np.ones((len(scores), 1))), lambda x: float(x[0]), "")
-    for c, t in zip(names, cut.tolist()): out["per_class"] |= {f"{c}_threshold": t, f"{c}_n_positive": counts[c][0]}
+    for c, t, y in zip(names, cut.tolist(), labels.T):
+        out["per_class"] |= {f"{c}_threshold": t, f"{c}_n_positive": int((y == 1).sum()), f"{c}_n_known": int(np.isin(y, (0, 1)).sum())}
     if patients is not None:
-        group, G = _groups(patients, len(scores))
         blocks = [_classify(scores, labels, known, cut, c.T[group]) for c in resample_counts(G, resamples, seed)]
         rows = [{k: np.concatenate([b[q][k] for b in blocks]) for k in blocks[0][q]} for q in range(len(names))]
         interval = _class_table(names, rows, lambda x: _interval(x, level).tolist(), "_ci95")
+        for c, k in ((c, k) for c in names for k in ("auc", "sens", "spec", "prec")):
+            share, few = out["per_class"][f"{c}_{k}"], {"sens": counts[c][0], "spec": counts[c][1]}.get(k, min(counts[c]))
+            low, high = interval["per_class"][f"{c}_{k}_ci95"]
+            if low == high and share in (0., 1.): interval["per_class"][f"{c}_{k}_ci95"] = list(_wilson(share, few, level))
         out = out | interval | {"per_class": out["per_class"] | interval["per_class"], "n_patients": G}
     return out | {"left_out": left_out, "n": len(scores), "n_classes": len(kept)}
 
@@ -305,13 +346,16 @@ def _class_table(names, rows, summary, suffix): # per class and mean over classe
 # %% ../nbs/13_metrics.ipynb #24804662
 def roc_curve(
     scores,              # `(n,)`
-    labels,              # `(n,)` 0 or 1
+    labels,              # `(n,)` 0 or 1; anything else unknown and left out
     patients=None,       # `(n,)` for the band
     points:int=101,      # of the grid
     resamples:int=1000, level:float=0.95, seed:int=0,
 )->tuple:                # `(points,)` false positive rate, sensitivity, lower and upper edge of the band
     "ROC curve on a regular grid, with a bootstrap band."
-    order = np.argsort(-np.asarray(scores, dtype=float), kind="stable")
+    known = np.isin(labels, (0, 1))
+    scores, labels = np.asarray(scores, dtype=float)[known], np.asarray(labels)[known]
+    patients = None if patients is None else np.asarray(patients)[known]
+    order = np.argsort(-scores, kind="stable")
     s, y = np.asarray(scores, dtype=float)[order], np.asarray(labels)[order] == 1
     ends, grid = np.flatnonzero(np.r_[s[1:] != s[:-1], True]), np.linspace(0, 1, points)
     def curve(w): # `(n,)` counts in the order of the scores
@@ -355,7 +399,7 @@ def paired_difference(
     a, b,                   # `(n,)` values of the same items under two models
     patients=None,          # `(n,)`
     resamples:int=10_000, level:float=0.95, seed:int=0,
-)->dict:                    # `a b difference difference_ci95 p n`
+)->dict:                    # `a b difference difference_ci95 p n n_patients`
     "Mean of b - a with its interval and the p-value of exchanging the models within patients."
     d, (group, G) = np.asarray(b, dtype=float) - np.asarray(a, dtype=float), _groups(patients, len(a))
     sums, sizes, rng = np.bincount(group, d, minlength=G), np.bincount(group, minlength=G), np.random.default_rng([seed, 1])
@@ -363,7 +407,7 @@ def paired_difference(
     rows = max(1, 2_000_000 // G)
     exchanged = np.concatenate([(2. * rng.integers(2, size=(min(rows, resamples - k), G)) - 1) @ sums for k in range(0, resamples, rows)])
     p = (1 + (np.abs(exchanged) >= abs(sums.sum()) * (1 - 1e-9)).sum()) / (1 + resamples)
-    return {"a": float(np.mean(a)), "b": float(np.mean(b)), "difference": float(d.mean()), "difference_ci95": _interval(samples, level).tolist(), "p": float(p), "n": len(d)}
+    return {"a": float(np.mean(a)), "b": float(np.mean(b)), "difference": float(d.mean()), "difference_ci95": _interval(samples, level).tolist(), "p": float(p), "n": len(d), "n_patients": G}
 
 def ratio_ci(
     numerator, denominator,    # `(n,)` per item
@@ -372,8 +416,17 @@ def ratio_ci(
     "Bootstrap of a ratio of two means over the same items, resampling patients."
     group, G = _groups(patients, len(numerator))
     a, b = (np.bincount(group, np.asarray(x, dtype=float), minlength=G) for x in (numerator, denominator))
-    low, high = _interval(np.concatenate([(c @ a) / (c @ b) for c in resample_counts(G, resamples, seed)]), level)
-    return float(a.sum() / b.sum()), float(low), float(high)
+    estimate = float(a.sum() / b.sum())
+    if estimate in (0., 1.) and (a <= b).all() and all(x.is_integer() for x in (*a, *b)): # counts, all or none
+        return estimate, *_wilson(estimate, int((b > 0).sum()), level)
+    with np.errstate(invalid="ignore"):
+        samples = np.concatenate([(c @ a) / (c @ b) for c in resample_counts(G, resamples, seed)])
+    low, high = _interval(samples, level)
+    return estimate, float(low), float(high)
+
+def p_words(p:float)->str: # of a permutation test
+    "A p-value for people: never zero."
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 # %% ../nbs/13_metrics.ipynb #6392b994
 def paired_auc(
@@ -386,6 +439,9 @@ def paired_auc(
     from scipy.stats import rankdata
     a, b, labels = (np.asarray(x, dtype=float) for x in (a, b, labels))
     group, G = _groups(patients, len(a))
+    kept = [q for q, y in enumerate(labels.T) if (y == 1).any() and (y == 0).any()]
+    if not kept: raise InputError(f"none of {labels.shape[1]} classes has both a scan with it and one without: nothing to compare")
+    a, b, labels = a[:, kept], b[:, kept], labels[:, kept]
     columns = [(np.isin(y, (0, 1)), y) for y in labels.T]
     def means(scores, weights): # `(n, r)` weights -> (r,)
         return np.nanmean([weighted_auc(s[known], y[known], weights[known]) for s, (known, y) in zip(scores.T, columns)], axis=0)
@@ -398,7 +454,7 @@ def paired_auc(
         auc = [_rank_auc(rankdata(np.where(w, *pair), axis=1), t) for pair in ((u, v), (v, u))]
         exchanged += (auc[0] - auc[1]) / len(columns)
     p = (1 + (np.abs(exchanged) >= abs(observed[1] - observed[0]) - 1e-12).sum()) / (1 + resamples)
-    return {"a": observed[0], "b": observed[1], "difference": observed[1] - observed[0], "difference_ci95": _interval(np.concatenate(samples), level).tolist(), "p": float(p), "n": len(a)}
+    return {"a": observed[0], "b": observed[1], "difference": observed[1] - observed[0], "difference_ci95": _interval(np.concatenate(samples), level).tolist(), "p": float(p), "n": len(a), "n_patients": G}
 
 def _rank_auc(ranks, positive): # `(r, n)` ranks -> `(r,)`
     n = positive.sum()
