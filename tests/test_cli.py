@@ -105,7 +105,7 @@ def test_answers(cohort, tmp_path):
     found = json.loads(run("classify", scans[0], "-m", cohort / "model", "--json"))
     assert len(found) == 18 and all(0 <= f["probability"] <= 1 for f in found)
     ranked = json.loads(run("search", "Large pleural effusion.", *scans[:2], "-m", cohort / "model", "--json"))
-    assert sorted(ranked["order"]) == [0, 1]
+    assert [r["rank"] for r in ranked] == [1, 2] and {r["path"] for r in ranked} == set(map(str, scans[:2]))
     assert len(json.loads(run("embed", scans[0], "-m", cohort / "model", "--json"))["scan"]) == 64
     checked = json.loads(run("check", scans[0], "--json", "--quiet"))
     assert [r["status"] for r in checked] == ["ok"]
@@ -115,7 +115,7 @@ def test_answers(cohort, tmp_path):
 
 @pytest.mark.skipif(not CHEST.is_dir(), reason="needs ../shared/data/chest_dicom")
 def test_a_real_chest(cohort, tmp_path):
-    a = json.loads(run("localize", CHEST, "-m", cohort / "model", "-t", "nodule in the right lower lobe", "-o", tmp_path / "chest.png", "--json"))
+    [a] = json.loads(run("localize", CHEST, "-m", cohort / "model", "-t", "nodule in the right lower lobe", "-o", tmp_path / "chest.png", "--json"))
     import pydicom
     depth = {int(h.InstanceNumber): float(h.ImagePositionPatient[2]) for h in (pydicom.dcmread(p, stop_before_pixels=True) for p in CHEST.iterdir())}
     spacing = abs(sorted(depth.values())[1] - sorted(depth.values())[0])
@@ -209,7 +209,7 @@ def test_verbs_share_their_options():
     verbs = get_command(app).commands
     of = {name: {o for p in command.params for o in p.opts} for name, command in verbs.items()}
     assert all("--json" in o for o in of.values())
-    assert {v for v, o in of.items() if "--quiet" not in o} == {"compare"}          # which has nothing to say but its answer
+    assert {v for v, o in of.items() if "--quiet" not in o} == {"compare", "findings"}          # which have nothing to say but their answer
     assert all("--device" in of[v] for v in ("localize", "classify", "search", "view", "embed", "evaluate"))
     for name, command in verbs.items():
         assert command.help and all(p.help for p in command.params if p.name != "help"), name
