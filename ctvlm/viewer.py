@@ -581,7 +581,7 @@ def report_sentences(
     cited, found, out = mine_report(report), explain_report(report), []
     where = [_cited(r, volume, series, index) for r in cited]                    # depth or `None`, and what to say of it
     marks = [(*r.span, "unresolved" if mm is None else "reference", n, why) for n, (r, (mm, why)) in enumerate(zip(cited, where))]
-    marks += [(*d.span, "asserted" if d.value else "denied") for d in found.values() if d.value is not None]
+    marks += [(*d.span, {1: "asserted", 0: "denied", -1: "open"}[d.value]) for d in found.values() if d.value is not None]
     starts = sorted({*sentences(report, tell_language(report))[:-1], *(m.end() for m in re.finditer(r"\n+", report) if m.end() < len(report))})
     inside = lambda p, spans: any(a < p < b for a, b, *_ in spans)
     starts = [p for p in starts if not inside(p, marks)]
