@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FINDINGS', 'CT_RATE_CLASSES', 'CT_RATE_FINDINGS', 'RAD_CHESTCT_FINDINGS', 'MERLIN_FINDINGS', 'Match', 'Token',
            'Sentence', 'Cue', 'Scope', 'Finding', 'Prompts', 'prompts_for', 'fold', 'tokenize', 'sentences', 'Decision',
-           'explain_report', 'label_report', 'asserts', 'colour_report', 'Question', 'AnswerStore', 'Unreachable',
-           'LanguageModel', 'label_reports', 'rewrite_reports', 'label_table', 'label_version']
+           'explain_report', 'label_report', 'asserts', 'systems_of', 'colour_report', 'Question', 'AnswerStore',
+           'Unreachable', 'LanguageModel', 'label_reports', 'rewrite_reports', 'label_table', 'label_version']
 
 # %% ../nbs/03_findings.ipynb #6c8dfb86
 import csv, functools, hashlib, itertools, json, os, re, unicodedata
@@ -796,6 +796,13 @@ def asserts(
         denied = any(c.start < 2 and "no" in c.kinds or c.kinds & {"gone", "unsure", "doubt"} for c in v.cues if "plain" not in c.kinds)
         if not (denied or any(v.has(i, "normal") for i in range(v.n)) or s.question): return True
     return False
+
+def systems_of(
+    text:str, # a sentence or a line of a report
+)->list:      # of `organs.csv`, in the order in which the text names them
+    "The systems of organs that `text` speaks of."
+    sites = [x.name for s in sentences(text) for x in _View(tuple(t.text for t in s.tokens)).sites]
+    return list(dict.fromkeys(_ORGANS[x]["system"] for x in sites if x in _ORGANS))
 
 # %% ../nbs/03_findings.ipynb #47875516
 def colour_report(
