@@ -22,6 +22,26 @@ def positive_weights(
     return torch.where(positives + negatives > 0, weights, torch.ones_like(weights))
 
 # %% ../nbs/09_disease.ipynb #da0d3dff
+def _check(image, prompts, labels, pos_weight, question_weight): # shapes and labels
+    B, Q, E = len(image), len(prompts), image.shape[-1]
+    found = [tuple(x.shape) for x in (image, prompts, labels)]
+    if found != [(B, E), (Q, 2, E), (B, Q)]:
+        raise InputError("found image {}, prompts {} and labels {}, expected (B, E), (Q, 2, E) and (B, Q): "
+            "give one label per scan and question, -1 where unknown".format(*found))
+    if not torch.isin(labels, torch.tensor([-1, 0, 1], device=labels.device)).all():
+        raise InputError(f"found labels from {labels.min().item()} to {labels.max().item()}, "
+            "expected 1 (present), 0 (absent) and -1 (unknown)")
+    for name, weight in (("pos_weight", pos_weight), ("question_weight", question_weight)):
+        if weight is not None and weight.shape != (Q,):
+            raise InputError(f"found {name} of shape {tuple(weight.shape)} for {Q} questions, expected ({Q},)")
+
+def _check_lengths(image, prompts): # of length one, which bfloat16 rounds to 0.99 to 1.01
+    for name, x, least in (("images", image, 0.98), ("prompts", prompts, 0.)):  # means of prompts are shorter
+        length = x.detach().norm(dim=-1)
+        wrong = length[(length > 1.02) | (length < least) & (length > 0)]
+        if len(wrong):
+            raise InputError(f"found {name} of length {wrong[0].item():.2f}, expected 1: normalise them")
+
 def disease_prompt_loss(
     image:Tensor,   # `(B, E)` disease embeddings of scans, of length one
     prompts:Tensor, # `(Q, 2, E)` prompt embeddings of length one (or a mean of such), positive first
@@ -32,16 +52,18 @@ def disease_prompt_loss(
     smoothing:float=0.,               # targets become y (1 - 2 s) + s
 )->Tensor:          # scalar; 0, with a graph, where no label is known
     "Weighted binary cross-entropy of exp(t) (cosine to positive - cosine to negative prompt) over the known labels."
-    if labels.shape != (len(image), len(prompts)):
-        raise InputError(f"found labels {tuple(labels.shape)} for {len(image)} scans and {len(prompts)} questions, expected ({len(image)}, {len(prompts)}): give one label per scan and question, -1 where unknown")
+    _check(image, prompts, labels, pos_weight, question_weight)
     with torch.autocast(image.device.type, enabled=False):
         exact = torch.float64 if image.dtype == torch.float64 else torch.float32
-        d = t.to(exact).exp() * image.to(exact) @ (prompts[:, 0] - prompts[:, 1]).to(exact).T   # (B, Q)
+        known = labels >= 0                                                     # (B, Q)
+        v = image.to(exact).masked_fill(~known.any(1)[:, None], 0)              # nothing, NaN included,
+        p = prompts.to(exact).masked_fill(~known.any(0)[:, None, None], 0)      # comes from the unknown
+        _check_lengths(v, p)
+        d = t.to(exact).exp() * v @ (p[:, 0] - p[:, 1]).T                       # (B, Q)
         y = labels.to(exact) * (1 - 2 * smoothing) + smoothing
-        one = d.new_ones(())
-        loss = (one if pos_weight is None else pos_weight.to(d)) * y * F.softplus(-d) + (1 - y) * F.softplus(d)
-        loss = loss * (one if question_weight is None else question_weight.to(d))
-        known = labels >= 0
+        loss = y * F.softplus(-d) + (1 - y) * F.softplus(d)
+        if pos_weight is not None: loss = torch.where(labels == 1, pos_weight.to(d), 1) * loss
+        if question_weight is not None: loss = question_weight.to(d) * loss
         return torch.where(known, loss, 0).sum() / known.sum().clamp(min=1)
 
 # %% ../nbs/09_disease.ipynb #771ca28b

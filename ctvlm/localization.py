@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['depth_target', 'depth_similarity', 'localization_loss', 'depth_posterior', 'posterior_quantile_mm',
-           'posterior_median_mm', 'posterior_interval_mm', 'decode_depth', 'fit_temperature', 'expected_error_mm',
-           'conformal_quantile', 'flatness', 'best_similarity', 'DepthCalibration']
+           'posterior_median_mm', 'posterior_interval_mm', 'decode_depth']
 
 # %% ../nbs/08_localization.ipynb #e08da51f
-import math
-from dataclasses import dataclass, asdict
-import numpy as np, torch, torch.nn.functional as F
+import math, torch, torch.nn.functional as F
 from torch import Tensor
 from .core import InputError
 
@@ -22,13 +19,15 @@ def depth_target(
     padding_free:bool=False, # ours: fractional, normalised over the scan's own bins
 )->Tensor:             # `(S, D)`
     "The soft target over depth."
-    away = torch.arange(valid.shape[1], device=valid.device) - target_bin.to(torch.float32)[:, None]  # (S, D) bins
-    if padding_free:
-        away = away.abs().masked_fill(~valid, torch.inf)
-        if sigma == 0: return F.one_hot(away.argmin(1), valid.shape[1]).float()
-        nearest = away.amin(1, keepdim=True)                                                          # a centre far outside must not underflow
-        return torch.softmax((nearest**2 - away**2) / (2 * sigma**2), 1)
-    weight = (away == 0).float() if sigma == 0 else torch.exp(-away**2 / (2 * sigma**2)) * (away.abs() <= 3 * sigma)
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    away = (columns - target_bin.to(torch.float32)[:, None]).abs()                  # (S, D) bins
+    if padding_free: away = away.masked_fill(~valid, torch.inf)
+    if sigma == 0:                                                                  # the nearest bin
+        return F.one_hot(away.argmin(1), valid.shape[1]).float() * valid
+    if padding_free:                                                                # a centre far
+        nearest = away.amin(1, keepdim=True)                                        # outside must not
+        return torch.softmax((nearest**2 - away**2) / (2 * sigma**2), 1)            # underflow
+    weight = torch.exp(-away**2 / (2 * sigma**2)) * (away <= 3 * sigma)
     return weight / weight.sum(1, keepdim=True).clamp(min=1e-12) * valid
 
 # %% ../nbs/08_localization.ipynb #bb88164e
@@ -49,14 +48,20 @@ def localization_loss(
     padding_free:bool=False, # ours instead of the released form
 )->Tensor:             # scalar, mean over snippets; 0, with a graph, without any
     "Cross-entropy between a Gaussian around the cited slice and the posterior over the scan's depth bins."
-    if slices.shape[:2] != valid.shape or len(snippets) != len(slices) or len(target_bin) != len(slices):
-        raise InputError(f"found slices {tuple(slices.shape)}, snippets {tuple(snippets.shape)}, targets {tuple(target_bin.shape)} and valid {tuple(valid.shape)}, expected (S, D, E), (S, E), (S,) and (S, D): gather the slices of each snippet's scan")
-    if len(slices) and not valid.any(1).all(): raise InputError("a snippet's scan has no valid depth bin: check the grid of its windows")
+    found = [tuple(x.shape) for x in (slices, snippets, target_bin, valid)]
+    S, D, E = slices.shape if slices.ndim == 3 else (0, 0, 0)
+    if found != [(S, D, E), (S, E), (S,), (S, D)]:
+        raise InputError("found slices {}, snippets {}, targets {} and valid {}, expected (S, D, E), "
+            "(S, E), (S,) and (S, D): gather the slices of each snippet's scan".format(*found))
+    if S and not valid.any(1).all():
+        raise InputError("a snippet's scan has no valid depth bin: check the grid of its windows")
     with torch.autocast(slices.device.type, enabled=False):
         exact = torch.float64 if slices.dtype == torch.float64 else torch.float32
-        similarity = depth_similarity(slices.to(exact), snippets.to(exact))                           # (S, D)
-        logp = F.log_softmax((similarity / tau).masked_fill(~valid, -torch.inf), 1).masked_fill(~valid, 0)
-        return -(depth_target(target_bin, valid, sigma, padding_free) * logp).sum() / max(1, len(slices))
+        own = slices.to(exact).masked_fill(~valid[:, :, None], 0)       # no NaN comes out of padding
+        logit = depth_similarity(own, snippets.to(exact)) / tau         # (S, D)
+        logp = F.log_softmax(logit.masked_fill(~valid, -torch.inf), 1).masked_fill(~valid, 0)
+        target = depth_target(target_bin, valid, sigma, padding_free)   # (S, D)
+        return -(target * logp).sum() / max(1, S)
 
 # %% ../nbs/08_localization.ipynb #ae619838
 def depth_posterior(
@@ -75,6 +80,11 @@ def _edges(bin_depths_mm:Tensor, bin_mm:float)->Tensor: # `(S, D + 1)` bin edges
     centres = torch.where(known, bin_depths_mm, last)
     return torch.cat([centres - bin_mm / 2, last + bin_mm / 2], 1) if D else centres
 
+def _on_bins(prob, bin_depths_mm): # posterior that sums to one over the known bins, and their depths; `(S, D)`, float64
+    depths = torch.as_tensor(bin_depths_mm, dtype=torch.float64).expand(len(prob), -1)
+    p = torch.where(depths.isfinite(), prob.double(), 0)
+    return p / p.sum(1, keepdim=True), depths
+
 def posterior_quantile_mm(
     prob:Tensor,          # `(S, D)` posterior
     bin_depths_mm:Tensor, # `(S, D)` or `(D,)` bin centres in scanner mm, NaN where padded
@@ -82,13 +92,13 @@ def posterior_quantile_mm(
     bin_mm:float=12.,     # thickness of a bin
 )->Tensor:                # `(S,)` mm
     "Depth below which the share `q` of the posterior lies, interpolated inside the bin."
-    depths = torch.as_tensor(bin_depths_mm, dtype=torch.float64).expand(len(prob), -1)
-    p = torch.where(depths.isfinite(), prob.double(), 0)
-    p = p / p.sum(1, keepdim=True)
-    total = p.cumsum(1)                                                                               # (S, D) at upper edges
-    k = (total < q - 1e-12).sum(1).clamp(max=depths.isfinite().sum(1) - 1)[:, None]                   # (S, 1) the bin that holds it
-    inside = ((q - total.gather(1, k)) / p.gather(1, k).clamp(min=1e-300) + 1).clamp(0, 1)
-    return (_edges(depths, bin_mm).gather(1, k) + bin_mm * inside)[:, 0].float()
+    if not 0 <= q <= 1: raise InputError(f"found the quantile {q}, expected a share from 0 to 1")
+    p, depths = _on_bins(prob, bin_depths_mm)                                       # (S, D) each
+    total = p.cumsum(1)                                                             # at upper edges
+    last = depths.isfinite().sum(1) - 1
+    k = (total <= max(0, q - 1e-12)).sum(1).minimum(last)[:, None]                  # the bin that
+    inside = (q - total.gather(1, k)) / p.gather(1, k).clamp(min=1e-300) + 1        # holds it
+    return (_edges(depths, bin_mm).gather(1, k) + bin_mm * inside.clamp(0, 1))[:, 0].float()
 
 def posterior_median_mm(
     prob:Tensor,          # `(S, D)` posterior
@@ -105,6 +115,8 @@ def posterior_interval_mm(
     bin_mm:float=12.,     # thickness of a bin
 )->Tensor:                # `(S, 2)` mm, lower and upper
     "Central interval of the posterior. What it promises holds only as far as the posterior is right."
+    if not 0 < coverage < 1:
+        raise InputError(f"found the coverage {coverage}, expected a share between 0 and 1, as 0.9")
     tail = (1 - coverage) / 2
     return torch.stack([posterior_quantile_mm(prob, bin_depths_mm, q, bin_mm) for q in (tail, 1 - tail)], 1)
 
@@ -115,112 +127,8 @@ def decode_depth(
     bin_mm:float=12.,     # thickness of a bin
 )->Tensor:                # `(S,)` mm
     "One depth per posterior."
-    depths = torch.as_tensor(bin_depths_mm, dtype=torch.float32).expand(len(prob), -1)
-    if decode == "median": return posterior_median_mm(prob, depths, bin_mm)
-    if decode == "argmax": return depths.gather(1, prob.argmax(1, keepdim=True))[:, 0]
-    if decode == "mean": return (prob * torch.where(depths.isfinite(), depths, 0)).sum(1)
+    p, depths = _on_bins(prob, bin_depths_mm)                                       # (S, D) each
+    if decode == "median": return posterior_median_mm(p, depths, bin_mm)
+    if decode == "argmax": return depths.gather(1, p.argmax(1, keepdim=True))[:, 0].float()
+    if decode == "mean": return (p * depths.nan_to_num()).sum(1).float()
     raise InputError(f"no way to read a depth is called {decode!r}: use median, argmax or mean")
-
-# %% ../nbs/08_localization.ipynb #14265465
-def fit_temperature(
-    similarity:Tensor, # `(S, D)` cosines on held-out patients
-    valid:Tensor,      # `(S, D)`
-    true_bin:Tensor,   # `(S,)` bin of the truth, fractional or not
-)->float:              # tau
-    "The temperature under which the true bins are most probable."
-    last = valid.sum(1) - 1
-    k = true_bin.round().long().clamp(min=0).minimum(last)[:, None]
-    def nll(tau): return -depth_posterior(similarity, valid, tau).gather(1, k).clamp(min=1e-30).log().mean().item()
-    taus = [0.005 * 2**(i / 8) for i in range(73)]                                                    # 0.005 ... 2.56, steps of 9 %
-    return min(taus, key=nll)
-
-# %% ../nbs/08_localization.ipynb #59979583
-def expected_error_mm(
-    prob:Tensor,          # `(S, D)` posterior
-    bin_depths_mm:Tensor, # `(S, D)` or `(D,)` bin centres in scanner mm, NaN where padded
-    depth_mm:Tensor,      # `(S,)` an answer
-    bin_mm:float=12.,     # thickness of a bin
-)->Tensor:                # `(S,)` mm
-    "How far from the answer the posterior itself expects the truth to lie."
-    depths = torch.as_tensor(bin_depths_mm, dtype=torch.float32).expand(len(prob), -1)
-    away, half = (torch.where(depths.isfinite(), depths, 0) - depth_mm[:, None]).abs(), bin_mm / 2    # (S, D)
-    inside = (away**2 + half**2) / bin_mm                                                             # the bin that holds the answer reaches to both sides of it
-    return (torch.where(depths.isfinite(), prob, 0) * torch.where(away < half, inside, away)).sum(1)
-
-# %% ../nbs/08_localization.ipynb #23bf7497
-def conformal_quantile(
-    score:Tensor,    # `(S,)` how badly each held-out case was missed
-    patient:list,    # `(S,)` whose snippet it is
-    coverage:float=0.9, # share that shall be covered
-)->float:            # the score that a new patient's snippet stays below with that probability; infinite with too few patients
-    "Quantile of held-out scores in which every patient weighs the same and the one to come counts as missed."
-    if len(score) != len(patient): raise InputError(f"found {len(score)} cases of {len(patient)} patients' names, expected one name per case")
-    names, who, many = np.unique(np.asarray(patient, str), return_inverse=True, return_counts=True)
-    order = torch.argsort(score)
-    share = torch.tensor(1 / many[who] / (len(names) + 1), dtype=torch.float64)[order].cumsum(0)
-    enough = (share >= coverage - 1e-12).nonzero()
-    return float(score[order[enough[0, 0]]]) if len(enough) else math.inf
-
-# %% ../nbs/08_localization.ipynb #4956add2
-def flatness(
-    prob:Tensor,  # `(S, D)` posterior
-    valid:Tensor, # `(S, D)`
-)->Tensor:        # `(S,)` 0 certain, 1 knows nothing
-    "Entropy of the posterior as a share of the largest possible."
-    entropy = torch.special.entr(prob).sum(1)
-    return entropy / valid.sum(1).clamp(min=2).log()
-
-def best_similarity(
-    similarity:Tensor, # `(S, D)` cosines
-    valid:Tensor,      # `(S, D)`
-)->Tensor:             # `(S,)`
-    "Cosine of the bin that resembles the snippet most."
-    return similarity.masked_fill(~valid, -torch.inf).amax(1)
-
-@dataclass(frozen=True)
-class DepthCalibration:
-    "What held-out patients taught about a model's posteriors: temperature, interval, and when to abstain."
-    tau:float=0.1           # temperature of the posterior
-    coverage:float=0.9      # share of cases that the interval holds
-    stretch:float=1.        # half an interval, in units of the posterior's own expected error
-    flat:float=1.           # a flatter posterior is no answer
-    least:float=-1.         # nor is one whose best bin has a smaller cosine
-    patients:int=0          # held-out patients behind this; 0: not calibrated, the interval is the posterior's
-    bin_mm:float=12.        # thickness of a depth bin
-
-    @classmethod
-    def fit(cls,
-        similarity:Tensor,    # `(S, D)` cosines of held-out snippets with their own scans
-        valid:Tensor,         # `(S, D)`
-        bin_depths_mm:Tensor, # `(S, D)` NaN where padded
-        depth_mm:Tensor,      # `(S,)` truth
-        patient:list,         # `(S,)` whose
-        coverage:float=0.9,   # promised share
-        missed:float=0.05,    # share of true snippets that may be refused
-        bin_mm:float=12.,
-    ):
-        "Calibrate on held-out patients."
-        patients = len(set(map(str, patient)))
-        if patients < 4: raise InputError(f"found {patients} held-out patients, expected 4 or more (9 for a finite 90 % interval): hold out more")
-        tau = fit_temperature(similarity, valid, (depth_mm - bin_depths_mm[:, 0]) / bin_mm)
-        prob = depth_posterior(similarity, valid, tau)
-        answer = posterior_median_mm(prob, bin_depths_mm, bin_mm)
-        stretch = conformal_quantile((depth_mm - answer).abs() / expected_error_mm(prob, bin_depths_mm, answer, bin_mm), patient, coverage)
-        flat, least = torch.quantile(flatness(prob, valid), 1 - missed / 2), torch.quantile(best_similarity(similarity, valid), missed / 2)
-        return cls(tau, coverage, stretch, float(flat), float(least), patients, bin_mm)
-
-    def posterior(self, similarity, valid): return depth_posterior(similarity, valid, self.tau)      # `(S, D)`
-
-    def interval_mm(self, prob, bin_depths_mm): # `(S, 2)`, within the scan
-        "Interval with the promised coverage; the posterior's central one where nothing was calibrated."
-        depths = torch.as_tensor(bin_depths_mm, dtype=torch.float32).expand(len(prob), -1)
-        if not self.patients: return posterior_interval_mm(prob, depths, self.coverage, self.bin_mm)
-        answer, edges = posterior_median_mm(prob, depths, self.bin_mm), _edges(depths, self.bin_mm)
-        half = self.stretch * expected_error_mm(prob, depths, answer, self.bin_mm)
-        return torch.stack([(answer - half).maximum(edges[:, 0]), (answer + half).minimum(edges[:, -1])], 1)
-
-    def abstains(self, similarity, valid): # `(S,)` bool
-        "Whether the snippet seems not to be in its scan."
-        return (flatness(self.posterior(similarity, valid), valid) > self.flat) | (best_similarity(similarity, valid) < self.least)
-
-    def to_dict(self): return asdict(self)  # for JSON

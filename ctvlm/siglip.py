@@ -19,7 +19,8 @@ def value_and_gradients(
     "Value of `loss` and its gradient on every input."
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     value = loss(*inputs)
-    return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, torch.autograd.grad(value, inputs, allow_unused=True)))]
+    gradients = torch.autograd.grad(value, inputs, allow_unused=True)
+    return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients))]
 
 # %% ../nbs/07_siglip.ipynb #e4efa55b
 def _pairs(
@@ -28,24 +29,27 @@ def _pairs(
     scale:Tensor,  # exp(t)
     b:Tensor,      # bias
     first:int,     # the column that belongs to row 0
-    gradients:bool,# also add up the gradients
+    wanted:tuple=(True, True, True), # which gradients are asked for: on x, y, b
     cells:int=2**22, # logits held at a time
 )->tuple:          # sums over our rows: loss, and its gradients on x, y, b (or `None`)
     "Sum of the pair losses of a block of rows, and its gradients, a few rows at a time."
-    loss, gb = x.new_zeros(()), x.new_zeros(())
-    gx, gy = (torch.empty_like(x), torch.zeros_like(y)) if gradients else (None, None)
+    loss = x.new_zeros(())
+    gx, gy, gb = (torch.zeros_like(v) if w else None for v, w in zip((x, y, loss), wanted))
     rows = max(1, cells // max(1, len(y)))
     for i in range(0, len(x), rows):
         some = x[i:i + rows]
         z = (some @ y.T).mul_(scale).add_(b)                     # (rows, N) logits
         z.diagonal(first + i).neg_()                             # -y * logit: the positives turned round
         loss += F.softplus(z).sum()
-        if not gradients: continue
-        g = z.sigmoid_(); g.diagonal(first + i).neg_()           # (rows, N) dloss/dlogit
-        torch.mm(g, y, out=gx[i:i + rows])
-        gy.addmm_(g.T, some)
-        gb += g.sum()
-    return (loss, gx.mul_(scale), gy.mul_(scale), gb) if gradients else (loss, None, None, None)
+        if not any(wanted): continue
+        g = z.sigmoid_()
+        g.diagonal(first + i).neg_()                             # (rows, N) dloss/dlogit
+        if gx is not None: torch.mm(g, y, out=gx[i:i + rows])
+        if gy is not None: gy.addmm_(g.T, some)
+        if gb is not None: gb += g.sum()
+    for part in (gx, gy):
+        if part is not None: part.mul_(scale)
+    return loss, gx, gy, gb
 
 # %% ../nbs/07_siglip.ipynb #69c634a6
 def process_count()->int:
@@ -66,28 +70,38 @@ def gather_rows(
     dist.all_gather(parts, padded.contiguous())
     return torch.cat([p[:n] for p, n in zip(parts, counts)]), sum(counts[:dist.get_rank()])
 
+def _anywhere(flags, device): # bools of this process -> whether they are true on any process
+    on = torch.tensor(flags, dtype=torch.int, device=device)
+    dist.all_reduce(on, dist.ReduceOp.MAX)
+    return tuple(map(bool, on.tolist()))
+
 # %% ../nbs/07_siglip.ipynb #5c886748
 class _SigLIP(torch.autograd.Function):
     "Loss of unit vectors with its gradients in closed form, over all processes."
     @staticmethod
-    def forward(ctx, x, y, t, b, gradients, across, averaged):
+    def forward(ctx, x, y, t, b, wanted, across, averaged):
         many = across and process_count() > 1
         columns, first = gather_rows(y) if many else (y, 0)                     # (N, E)
         N = max(1, len(columns))
-        loss, gx, gy, gb = _pairs(x, columns, t.exp(), b, first, gradients)
-        gt = (x * gx).sum() if gradients else None
+        if many: wanted = _anywhere(wanted, x.device)       # all must take part in the same sums
+        on_x, on_y, on_t, on_b = wanted
+        loss, gx, gy, gb = _pairs(x, columns, t.exp(), b, first, (on_x or on_t, on_y, on_b))
+        gt = (x * gx).sum() if on_t else None
         if many:
             for part in (loss, gy, gt, gb):
                 if part is not None: dist.all_reduce(part)
-        if gradients:
-            home = process_count() if many and averaged else 1                  # DistributedDataParallel divides by this
-            ctx.save_for_backward(gx.mul_(home / N), gy[first:first + len(y)].mul_(home / N), (gt / N).to(t.dtype).view_as(t), (gb / N).to(b.dtype).view_as(b))
+        home = process_count() if many and averaged else 1  # DistributedDataParallel divides by this
+        if gx is not None: gx.mul_(home / N)
+        if gy is not None: gy = gy[first:first + len(y)].mul_(home / N)
+        if gt is not None: gt = (gt / N).view_as(t)
+        if gb is not None: gb = (gb / N).view_as(b)
+        ctx.save_for_backward(gx, gy, gt, gb)
         return loss / N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None
+        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None, None
 
 # %% ../nbs/07_siglip.ipynb #7437dc16
 def siglip_loss(
@@ -100,11 +114,13 @@ def siglip_loss(
 )->Tensor:         # scalar, the same on every process
     "Sigmoid contrastive loss over all pairs, divided by their diagonal; no N x N tensor is kept."
     if zimg.shape != ztxt.shape or zimg.ndim != 2:
-        raise InputError(f"found image embeddings {tuple(zimg.shape)} and text embeddings {tuple(ztxt.shape)}, expected the same (n, E): give one report per scan")
-    with torch.autocast(zimg.device.type, enabled=False):                       # 16 bits are not enough for exp(t) cos + b
+        raise InputError(f"found image embeddings {tuple(zimg.shape)} and text embeddings "
+            f"{tuple(ztxt.shape)}, expected the same (n, E): give one report per scan")
+    wanted = tuple(torch.is_grad_enabled() and v.requires_grad for v in (zimg, ztxt, t, b))
+    with torch.autocast(zimg.device.type, enabled=False):   # 16 bits are not enough for exp(t) cos + b
         exact = torch.float64 if zimg.dtype == torch.float64 else torch.float32
-        x, y = F.normalize(zimg.to(exact), dim=-1), F.normalize(ztxt.to(exact), dim=-1) # (n, E)
-        return _SigLIP.apply(x, y, t.to(exact), b.to(exact), torch.is_grad_enabled(), across, averaged)
+        x, y = (F.normalize(z.to(exact), dim=-1) for z in (zimg, ztxt))         # (n, E)
+        return _SigLIP.apply(x, y, t.to(exact), b.to(exact), wanted, across, averaged)
 
 # %% ../nbs/07_siglip.ipynb #14f70210
 def _process(rank, world, folder, function, args):
