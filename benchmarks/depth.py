@@ -17,7 +17,7 @@ from ctvlm.core import stable_rng, write_atomically
 from ctvlm.data import Batches, FeatureStore, embed_studies, read_studies
 from ctvlm.evaluation import (ORGANS, TOTALSEGMENTATOR, bootstrap_ci, calibrate_depth, embed_batches, error_analysis, evaluate_localization, organ_check, organ_extents,
                               organ_of, read_depths, snippet_table, weighted_auc, worst_cases)
-from ctvlm.localization import flatness
+from ctvlm.depth import flatness
 from ctvlm.model import CTVLMModel
 from ctvlm.preprocessing import load_volume
 from runs import write_json
@@ -37,7 +37,7 @@ def coverage(e, calibration):
     "Share of snippets inside their interval, and its length in mm."
     found, _ = read_depths(e, calibration)
     held, length = (found.interval_low_mm <= found.depth_mm) & (found.depth_mm <= found.interval_high_mm), found.interval_high_mm - found.interval_low_mm
-    return {"patients": calibration.patients, "promised": calibration.coverage, "covered": with_interval(held, found.patient), "length_mm": with_interval(length, found.patient), "median_length_mm": float(length.median())}
+    return {"patients": calibration.n_patients, "promised": calibration.coverage, "covered": with_interval(held, found.patient), "length_mm": with_interval(length, found.patient), "median_length_mm": float(length.median())}
 
 
 def place(study, organ): # lower and upper end of an organ, scanned or not, by its name in `ORGANS`

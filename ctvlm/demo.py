@@ -169,7 +169,7 @@ def run_demo(
     later = dict(step=history[1].step + len(history[0]), epoch=history[1].epoch + first["epochs"])
     history = pd.concat([history[0].assign(**without), history[1].assign(**later)], ignore_index=True)
     tell("calibrating intervals, evaluating on patients that were never trained on")
-    model.config.interval_calibration = calibrate_depth(embed_batches(model, batches("val", training=False), quiet)).to_dict()
+    model.config.interval_calibration = calibrate_depth(embed_batches(model, batches("val", training=False), quiet), population="drawn patients").to_dict()
     metrics = evaluate_studies(model, studies, store, findings, tasks=("retrieval", "classification", "localization"), quiet=quiet)
     metrics["mining"] = mining_score(cohort, studies)
     model.save_pretrained(output/"model")

@@ -23,11 +23,13 @@ def positive_weights(
 
 # %% ../nbs/09_disease.ipynb #da0d3dff
 def _check(image, prompts, labels, pos_weight, question_weight): # shapes and labels
-    B, Q, E = len(image), len(prompts), image.shape[-1]
-    found = [tuple(x.shape) for x in (image, prompts, labels)]
-    if found != [(B, E), (Q, 2, E), (B, Q)]:
-        raise InputError("found image {}, prompts {} and labels {}, expected (B, E), (Q, 2, E) and (B, Q): "
-            "give one label per scan and question, -1 where unknown".format(*found))
+    B, Q = len(image), len(prompts)
+    if prompts.shape != (Q, 2, image.shape[-1]) or image.ndim != 2:
+        raise InputError(f"found image {tuple(image.shape)} and prompts {tuple(prompts.shape)}, "
+            "expected (B, E) and (Q, 2, E): give a positive and a negative prompt per question")
+    if labels.shape != (B, Q):
+        raise InputError(f"found labels {tuple(labels.shape)} for {B} scans and {Q} questions, "
+            f"expected ({B}, {Q}): give one label per scan and question, -1 where unknown")
     if not torch.isin(labels, torch.tensor([-1, 0, 1], device=labels.device)).all():
         raise InputError(f"found labels from {labels.min().item()} to {labels.max().item()}, "
             "expected 1 (present), 0 (absent) and -1 (unknown)")

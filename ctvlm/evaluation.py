@@ -15,7 +15,7 @@ __all__ = ['TASKS', 'RESULT_FORMAT', 'RESULT_SCHEMA', 'TOTALSEGMENTATOR', 'Embed
 
 # %% ../nbs/13b_evaluation.ipynb #610d3c49
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .core import InputError, progress, stable_rng, write_atomically
@@ -196,12 +196,14 @@ def evaluate_classification(
 def calibrate_depth(
     e:Embedded,         # held-out patients, neither trained on nor tested
     coverage:float=0.9, # what the interval promises
+    population:str="held-out patients", # who they are, in words; answers name them
 ):                      # `DepthCalibration`
     "Temperature, interval and abstention from what the model said of held-out patients."
     import torch
-    from ctvlm.localization import DepthCalibration
+    from ctvlm.depth import DepthCalibration
     similarity, depths = (torch.from_numpy(x).float() for x in (e.similarity, e.bin_depths_mm))
-    return DepthCalibration.fit(similarity.nan_to_num(), depths.isfinite(), depths, torch.tensor(e.snippets.depth_mm.to_numpy(np.float32)), list(e.snippets.patient), coverage)
+    truth = torch.tensor(e.snippets.depth_mm.to_numpy(np.float32))
+    return DepthCalibration.fit(similarity, depths.isfinite(), depths, truth, list(e.snippets.patient), coverage, population=population)
 
 def read_depths(
     e:Embedded,       # what the model said
@@ -209,11 +211,12 @@ def read_depths(
 ):                    # DataFrame of the snippets with `pred_mm argmax_mm true_bin_mm interval_low_mm interval_high_mm share_below abstains`; posterior `(S, D)`
     "Decode every snippet's posterior: median and argmax, interval, abstention."
     import torch
-    from ctvlm.localization import DepthCalibration, decode_depth
+    from ctvlm.depth import DepthCalibration
+    from ctvlm.localization import decode_depth
     read = calibration or DepthCalibration()
     similarity, depths = torch.from_numpy(e.similarity).float().nan_to_num(), torch.from_numpy(e.bin_depths_mm).float()
     posterior = read.posterior(similarity, depths.isfinite())
-    interval = read.interval_mm(posterior, depths).numpy() if read.patients else np.full((len(depths), 2), np.nan)
+    interval = read.interval_mm(posterior, depths).numpy()
     columns = {"pred_mm": decode_depth(posterior, depths, "median"), "argmax_mm": decode_depth(posterior, depths, "argmax"), "abstains": read.abstains(similarity, depths.isfinite())}
     bins = depths.numpy()
     own = np.nanargmin(np.abs(bins - e.snippets.depth_mm.to_numpy(np.float32)[:, None]), axis=1)                # the bin of the true slice
@@ -236,9 +239,8 @@ def evaluate_localization(
 )->dict:                # section "localization"
     "Error of the predicted depth beside everything that needs no image."
     if not len(e.snippets): raise InputError("found 0 snippets with a depth, expected at least 1: localization needs studies with pairs")
-    if calibration is not None and not np.isfinite(calibration.stretch): calibration = replace(calibration, patients=0) # too few patients for an interval
     found, _ = read_depths(e, calibration)
-    promised = calibration is not None and calibration.patients > 0
+    promised = calibration is not None and calibration.calibrated
     patients, error = list(found.patient), np.abs(found.pred_mm - found.depth_mm)
     m = localization_metrics(found.pred_mm, found.depth_mm, found.scan, patients, **bootstrap)
     out = {k.removeprefix("loc_"): v for k, v in m.items()} | {"n_scans": m["n_scans_with_snippets"]}
@@ -257,7 +259,7 @@ def evaluate_localization(
     out["protocol"] = {"decode": "posterior median, interpolated inside the bin", "truth": "depth of the cited slice in scanner mm",
                        "by_bins": "most similar bin against the bin of the cited slice, as published",
                        "random": "exact expectation of a uniform slice", "text_baselines": "none" if training is None else f"learned on {len(training)} training snippets",
-                       "interval": "none" if not promised else f"conformal, {calibration.coverage:.0%}, {calibration.patients} other patients"}
+                       "interval": "none" if calibration is None else calibration.promise + f" ({calibration.n_patients})" * promised}
     return out
 
 # %% ../nbs/13b_evaluation.ipynb #4d631953
@@ -297,7 +299,7 @@ def evaluate_model(
         out["classification"] = evaluate_classification(e, scores, findings, classes, prompts, protocol.get("label_version", ""), **bootstrap)
     if "localization" in tasks:
         own = getattr(getattr(model, "config", None), "calibration", None)
-        if calibration is None and own is not None and own.patients: calibration = own
+        if calibration is None and own is not None and own.n_patients: calibration = own
         if calibration is not None and not hasattr(calibration, "coverage"): calibration = calibrate_depth(embed(calibration))
         out["localization"] = evaluate_localization(e, training, calibration, **bootstrap)
     if training_mode: model.train()
@@ -369,7 +371,7 @@ def evaluate_studies(
     test, train, val = _of_split(studies, split), studies[studies.split == "train"], studies[studies.split == calibrate]
     if findings is None: findings = [f for f in FINDINGS if any(f in labels for labels in test.labels)]
     batches = lambda table: Batches(table, store, model._processor().tokenizer, batch_size, findings, training=False)
-    held_out = val if split != calibrate and not model.config.calibration.patients and val.patient.nunique() >= 20 else None
+    held_out = val if split != calibrate and not model.config.calibration.n_patients and val.patient.nunique() >= 20 else None
     about = {"source": ", ".join(sorted(set(test.source))), "split": split, "label_version": ", ".join(sorted(set(test.label_version))), "model": model.config.trained_on}
     return evaluate_model(model, batches(test), findings=findings, training=snippet_table(train, store) if len(train) and split != "train" else None,
                           calibration=None if held_out is None else batches(held_out), studies=test, protocol=about | dict(protocol or {}), **options)

@@ -26,7 +26,8 @@ from .findings import FINDINGS, Prompts, prompts_for
 from .preprocessing import WindowSpec, Windows, load_volume, make_windows
 from .vision import Encoder, EncoderSizes, ScanEncoder, WindowEncoder, rotary_periods, window_bins
 from .text import AdapterSizes, TextEncoder, freeze_all_but_adapters, from_hub, local_or_hub, merge_adapters, train_tokenizer
-from .localization import DepthCalibration, decode_depth, depth_similarity
+from .localization import decode_depth, depth_similarity, posterior_interval_mm
+from .depth import DepthCalibration
 
 # %% ../nbs/10_model.ipynb #71be698b
 log = logging.getLogger("ctvlm")
@@ -500,7 +501,7 @@ def model_card(
 )->str: # README.md of a saved model
     "What somebody must know before using the model."
     c, n = model.config, sum(p.numel() for p in model.parameters())
-    calibrated = f"calibrated on {c.calibration.patients} held-out patients" if c.interval_calibration else "not calibrated: they are credible intervals of the posterior, no promise"
+    calibrated = f"calibrated on {c.calibration.n_patients} held-out patients" if c.interval_calibration else "not calibrated: they are credible intervals of the posterior, no promise"
     return f"""---
 library_name: ctvlm
 tags: [ct, radiology, vision-language]
@@ -686,8 +687,10 @@ def localize(self:CTVLMModel,
     p = calibration.posterior(similarity, valid)                                                              # (S, D)
     low, high = float(e.depths_mm[0]), float(e.depths_mm[-1])
     depth = decode_depth(p, e.bin_depths_mm, decode, calibration.bin_mm).clamp(low, high)                     # (S,)
-    interval = calibration.interval_mm(p, e.bin_depths_mm).clamp(low, high)                                   # (S, 2)
-    kind = f"{'conformal' if self.config.interval_calibration else 'posterior'}, {calibration.coverage:.0%}"
+    held = calibration.calibrated
+    interval = calibration.interval_mm(p, e.bin_depths_mm) if held else posterior_interval_mm(p, e.bin_depths_mm, calibration.coverage, calibration.bin_mm)
+    interval = interval.clamp(low, high)                                                                     # (S, 2)
+    kind = f"{'conformal' if held else 'posterior'}, {calibration.coverage:.0%}"
     def number(mm): return None if e.image_numbers is None else int(e.image_numbers[np.abs(e.depths_mm - mm).argmin()])
     return [DepthAnswer(t, d, number(d), tuple(i), kind, a, e.bin_depths_mm.numpy(), q, e.name)
             for t, d, i, a, q in zip(texts, depth.tolist(), interval.tolist(), calibration.abstains(similarity, valid).tolist(), p.numpy())]

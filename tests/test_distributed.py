@@ -40,6 +40,16 @@ def wrapped(rank, x, y):
     return [loss.detach(), *(p.grad for p in model.module.towers.parameters())]
 
 
+def asked(rank, world):
+    "Only the last process asks for a gradient on its texts, only the first for one on its scans: all make the same sums."
+    z = embeddings("late")
+    images, texts = (x[CUTS[world][0][rank]:CUTS[world][0][rank + 1]].clone() for x in z[:2])
+    wanted = [x.requires_grad_() for x, r in ((images, 0), (texts, world - 1)) if rank == r]
+    loss = siglip_loss(images, texts, *z[2:])
+    with torch.no_grad(): without = siglip_loss(images, texts, *z[2:])
+    return [loss.detach(), without, *torch.autograd.grad(loss, wanted)] if wanted else [loss, without]
+
+
 CONFIG = TrainingConfig(epochs=2, effective_batch=12, learning_rate=1e-2, warmup_epochs=0.5, localization=0.3, checkpoint_every=100, trackers=())
 
 
@@ -70,6 +80,7 @@ def everything(rank, world, folder):
     for i, cuts in enumerate(CUTS[world]):
         rows, first = gather_rows(torch.arange(24.).view(12, 2)[cuts[rank]:cuts[rank + 1]])
         out["gathered"][i] = rows, torch.tensor(first)
+    out["asked"] = asked(rank, world)
     z, cuts = embeddings("late"), CUTS[world][1]
     out["wrapped"] = wrapped(rank, z[0][cuts[rank]:cuts[rank + 1]], z[1][cuts[rank]:cuts[rank + 1]])
     batches = [made_up.batch(n, seed=n, windows=n == 2) for n in (2, 3, 4)]
@@ -93,6 +104,14 @@ def test_siglip(processes, stage, uneven):
     shares = [p["siglip"][stage, uneven] for p in processes]
     for share in shares: same(share[0], loss); same(share[3], gt); same(share[4], gb)
     same(torch.cat([s[1] for s in shares]), gimg); same(torch.cat([s[2] for s in shares]), gtxt)
+
+
+def test_gradients_that_few_ask_for(processes): # planted fault, each process by its own flags: their sums do not match
+    loss, gimg, gtxt, _, _ = value_and_gradients(siglip_loss, *embeddings("late"))
+    shares = [p["asked"] for p in processes]
+    for share in shares: same(share[0], loss); same(share[1], loss)
+    cuts = CUTS[len(processes)][0]
+    same(shares[0][2], gimg[:cuts[1]]); same(shares[-1][2], gtxt[cuts[-2]:])
 
 
 def test_gathered_rows(processes):

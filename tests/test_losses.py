@@ -1,5 +1,5 @@
 "The three losses: golden numbers, other cases, and properties that hold for any input."
-import math
+import json, math
 from pathlib import Path
 
 import pytest, torch, torch.nn.functional as F
@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from ctvlm.core import InputError
 from ctvlm.disease import disease_prompt_loss, draw_phrasings, mean_phrasings, positive_weights
-from ctvlm.localization import (DepthCalibration, conformal_quantile, decode_depth, depth_posterior, depth_target, expected_error_mm, fit_temperature,
-                                localization_loss, posterior_interval_mm, posterior_median_mm, posterior_quantile_mm)
+from ctvlm.depth import (DepthCalibration, conformal_quantile, expected_error_mm, fit_temperature, flatness,
+                         posterior_set)
+from ctvlm.localization import (decode_depth, depth_posterior, depth_target, localization_loss,
+                                posterior_interval_mm, posterior_median_mm, posterior_quantile_mm)
 from ctvlm.siglip import _pairs, siglip_loss, value_and_gradients
 
 HERE = Path(__file__).resolve().parent
@@ -81,6 +83,27 @@ def test_siglip_edges():
     with pytest.raises(InputError, match=r"\(3, 4\).*\(2, 4\)"): siglip_loss(torch.ones(3, 4), torch.ones(2, 4), t, b)
 
 
+@pytest.mark.parametrize("asked", [(), (0,), (1,), (2,), (3,), (0, 2), (0, 1, 2, 3)])
+def test_siglip_computes_what_is_asked_for(asked, monkeypatch):
+    "The gradients asked for are right, and no other product is made."
+    products = []
+    for name in ("mm", "addmm_"):
+        owner = torch if name == "mm" else torch.Tensor
+        def counted(*a, made=getattr(owner, name), name=name, **k): products.append(name); return made(*a, **k)
+        monkeypatch.setattr(owner, name, counted)
+    g = torch.Generator().manual_seed(0)
+    z = [torch.randn(6, 4, generator=g) for _ in range(2)] + [torch.tensor(2.), torch.tensor(-3.)]
+    want = value_and_gradients(matrix, *z)
+    products.clear()
+    for k in asked: z[k].requires_grad_()
+    loss = siglip_loss(*z)
+    assert sorted(products) == ["addmm_"] * (1 in asked) + ["mm"] * (0 in asked or 2 in asked)
+    close(loss.detach(), want[0])
+    if not asked: assert not loss.requires_grad
+    else: loss.backward()
+    for k in asked: close(z[k].grad, want[1 + k], 1e-5)
+
+
 # Localization
 
 @pytest.mark.parametrize("sigma", [0, 1, 2])
@@ -113,6 +136,30 @@ def test_localization_edges():
     with pytest.raises(InputError, match="no valid depth bin"): localization_loss(slices, torch.ones(2, 4), torch.zeros(2), valid & False)
 
 
+@pytest.mark.parametrize("change", [dict(target_bin=(2, 1)), dict(snippets=(2, 3)), dict(snippets=(1, 4)),
+                                    dict(valid=(2, 6)), dict(slices=(2, 5)), dict(target_bin=(3,))])
+def test_localization_refuses_other_shapes(change): # (S, 1) targets gave 34.6 instead of 6.15
+    shapes = dict(slices=(2, 5, 4), snippets=(2, 4), target_bin=(2,), valid=(2, 5)) | change
+    with pytest.raises(InputError, match="gather the slices"):
+        localization_loss(**{k: torch.ones(v, dtype=torch.bool if k == "valid" else None) for k, v in shapes.items()})
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_nan_in_padding_reaches_no_gradient(free):
+    slices, snippets = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4)
+    valid = torch.arange(5) < torch.tensor([[3], [5]])
+    loss = lambda s, q: localization_loss(s, q, torch.tensor([1., 4.]), valid, padding_free=free)
+    dirty = torch.where(valid[:, :, None], slices, torch.nan)
+    for x, y in zip(value_and_gradients(loss, dirty, snippets), value_and_gradients(loss, slices, snippets)): assert torch.equal(x, y)
+
+
+def test_one_hot_between_two_bins(): # a target of 2.3 bins gave no loss at all
+    valid = torch.ones(1, 5, dtype=torch.bool)
+    for free in (False, True):
+        assert depth_target(torch.tensor([2.3]), valid, 0., free).tolist() == [[0, 0, 1, 0, 0]]
+    assert depth_target(torch.tensor([4]), valid & (torch.arange(5) < 3), 0.).sum() == 0                # released: lost in padding
+
+
 @settings(max_examples=60, deadline=None)
 @given(bins=st.integers(1, 40), seed=st.integers(0, 999), q=st.floats(0.001, 0.999))
 def test_quantiles_invert_the_cumulative(bins, seed, q):
@@ -133,6 +180,19 @@ def test_median_has_the_least_expected_error():
     assert [float(decode_depth(p, z, how)) for how in ("argmax", "mean")] == pytest.approx([12, 12 * 1.7])
 
 
+def test_quantiles_lie_in_bins_that_hold_something():
+    p, z = torch.tensor([[0., 0., 0.5, 0., 0.5, 0.]]), 12 * torch.arange(6.) + 6
+    assert [float(posterior_quantile_mm(p, z, q)) for q in (0., 0.25, 0.5, 0.75, 1.)] == [24, 30, 36, 54, 60]
+    for q in (-0.1, 1.5, math.nan):
+        with pytest.raises(InputError, match="share from 0 to 1"): posterior_quantile_mm(p, z, q)
+    with pytest.raises(InputError, match="coverage 90"): posterior_interval_mm(p, z, 90)
+
+
+def test_mean_and_median_read_the_same_posterior(): # masses that do not sum to one, one of them in a padded bin
+    p, z = torch.tensor([[1., 3., 4.]]), torch.tensor([[6., 18., math.nan]])
+    assert [float(decode_depth(p, z, how)) for how in ("mean", "median", "argmax")] == [15, 16, 18]
+
+
 def invented(n, seed, wrong=0.05): # 3 snippets per patient, errors shared within a patient, some plainly wrong
     g = torch.Generator().manual_seed(seed)
     patient = torch.arange(n).repeat_interleave(3)
@@ -148,7 +208,7 @@ def test_interval_keeps_its_promise():
     calibration, (similarity, valid, z, truth, _) = DepthCalibration.fit(*invented(300, 1)), invented(2000, 2)
     low, high = calibration.interval_mm(calibration.posterior(similarity, valid), z).T
     assert abs(float(((low <= truth) & (truth <= high)).float().mean()) - 0.9) < 0.03
-    assert calibration.patients == 300 and DepthCalibration(**calibration.to_dict()) == calibration
+    assert calibration.n_patients == 300 and DepthCalibration(**json.loads(json.dumps(calibration.to_dict(), allow_nan=False))) == calibration
 
 
 def test_silence_about_what_is_not_there():
@@ -159,18 +219,77 @@ def test_silence_about_what_is_not_there():
     assert calibration.abstains(0.5 * similarity[:50], valid[:50]).all()                      # half as like, at one depth
     short = valid[:50] & (torch.arange(25) < 20)
     assert calibration.abstains(torch.where(short, 0.5 * similarity[:50], 9.), short).all()   # padding counts for nothing
-    assert not DepthCalibration().abstains(torch.zeros(50, 25), valid[:50]).any()             # not calibrated: always an answer
 
 
-@pytest.mark.parametrize("patients, coverage", [(12, 0.8), (30, 0.9)])
-def test_few_patients_are_covered_on_average(patients, coverage): # over the draw of the calibration patients too, which is what is promised
-    similarity, valid, z, truth, _ = invented(400, 10**6)
-    held = []
-    for seed in range(40):
-        calibration = DepthCalibration.fit(*invented(patients, seed), coverage=coverage)
-        low, high = calibration.interval_mm(calibration.posterior(similarity, valid), z).T
-        held.append(float(((low <= truth) & (truth <= high)).float().mean()))
-    assert coverage - 0.01 < sum(held) / 40 < coverage + 1 / (patients + 1) + 0.02
+def test_not_calibrated_claims_nothing(): # flatness exceeded 1 by rounding for 64 of 198 lengths
+    valid = torch.arange(200) < torch.arange(2, 200)[:, None]
+    even = torch.zeros(198, 200)
+    nothing = DepthCalibration()
+    assert (flatness(nothing.posterior(even, valid), valid) > 1).any() and not nothing.abstains(even, valid).any()
+    assert nothing.interval_mm(even, even).isnan().all() and nothing.set_mm(even, even) == [[]] * 198
+    assert not nothing.calibrated and nothing.promise == "none: not calibrated"
+
+
+def shares(patients, coverage=0.9, missed=0.05, draws=60, blind=False):
+    "Mean over draws of the calibration patients: covered by interval and by set, refused; patients weigh the same."
+    similarity, valid, z, truth, patient = uneven(500, 10**6)
+    weight = 1 / torch.bincount(torch.tensor(patient))[torch.tensor(patient)] / 500
+    out = []
+    for seed in range(draws):
+        data = uneven(patients, seed)
+        c = DepthCalibration.fit(*data[:4], range(len(data[3])) if blind else data[4], coverage, missed)
+        p = c.posterior(similarity, valid)
+        low, high = c.interval_mm(p, z).T
+        inside = torch.tensor([any(a <= t <= b for a, b in s) for s, t in zip(c.set_mm(p, z), truth.tolist())])
+        each = torch.stack([(low <= truth) & (truth <= high), inside, c.abstains(similarity, valid)])
+        out.append((each * weight).sum(1))
+    return torch.stack(out).mean(0).tolist()
+
+
+def uneven(n, seed): # like `invented`, but a hard patient has one snippet and an easy one up to nine
+    similarity, valid, z, truth, _ = invented(3 * n, seed)
+    g = torch.Generator().manual_seed(seed)
+    many = torch.tensor([1, 9])[torch.rand(n, generator=g).lt(0.5).long()]
+    patient = torch.arange(n).repeat_interleave(many)
+    rows = torch.arange(len(patient))
+    off = 60 * torch.randn(len(rows), generator=g) * (many == 1)[patient]
+    return similarity[rows], valid[rows], z[rows], (truth[rows] + off).clamp(0, 300), patient.tolist()
+
+
+@pytest.mark.parametrize("patients, coverage", [(11, 0.9), (30, 0.9), (80, 0.7)])
+def test_promises_hold_over_draws(patients, coverage):
+    interval, set_, refused = shares(patients, coverage)
+    most = coverage + 1 / (0.8 * patients + 1) + 0.03
+    assert coverage - 0.012 < interval < most and coverage - 0.012 < set_ < most + 0.03
+    assert refused < 0.056 and (patients < 23) == (refused == 0)
+
+
+def test_that_test_sees_blindness_to_patients(): # planted fault: every snippet its own patient
+    assert shares(80, 0.7, blind=True)[0] < 0.7 - 0.05
+
+
+def test_fit_refuses_what_is_no_number():
+    data = similarity, valid, z, truth, patient = invented(20, 0)
+    for bad in (truth.where(truth != truth[3], math.nan), truth.where(truth != truth[3], math.inf)):
+        with pytest.raises(InputError, match="depths that are no numbers in 1 of 60"): DepthCalibration.fit(similarity, valid, z, bad, patient)
+    with pytest.raises(InputError, match="cosines that are no numbers in 60"): DepthCalibration.fit(similarity * math.nan, *data[1:])
+    padded = torch.nn.functional.pad(similarity, (0, 2), value=math.nan), torch.nn.functional.pad(valid, (0, 2)), torch.nn.functional.pad(z, (0, 2), value=math.nan)
+    assert DepthCalibration.fit(*padded, truth, patient) == DepthCalibration.fit(*data)
+    with pytest.raises(InputError, match="coverage 90"): DepthCalibration.fit(*data, coverage=90)
+    with pytest.raises(InputError, match="found 4 held-out patients, expected 5"): DepthCalibration.fit(*invented(4, 0))
+    with pytest.raises(InputError, match="1 of 2 scores"): conformal_quantile(torch.tensor([1., math.nan]), ["a", "b"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(bins=st.integers(1, 30), seed=st.integers(0, 999), mass=st.floats(0.05, 0.99))
+def test_sets_are_the_shortest_that_hold_the_mass(bins, seed, mass):
+    g = torch.Generator().manual_seed(seed)
+    p, z = torch.softmax(3 * torch.randn(1, bins, generator=g), 1), 12 * torch.arange(bins) - 200.
+    parts = posterior_set(p, z, mass)[0]
+    inside = torch.tensor([any(low < x < high for low, high in parts) for x in z.tolist()])
+    assert float(p[0, inside].sum()) >= mass - 1e-5 and sum(high - low for low, high in parts) == 12 * inside.sum()
+    assert float(p[0, inside].sum() - p[0, inside].min()) < mass + 1e-5 and p[0, inside].min() >= (p[0] * ~inside).max()
+    assert all(a[1] < b[0] for a, b in zip(parts, parts[1:]))
 
 
 def test_sure_answers_get_short_intervals():
@@ -178,9 +297,9 @@ def test_sure_answers_get_short_intervals():
     calibration = DepthCalibration.fit(similarity, valid, z, truth, patient)
     length = [float((lambda i: i[:, 1] - i[:, 0])(calibration.interval_mm(calibration.posterior(s, valid[:1]), z[:1]))) for s in (similarity[:1], 0.3 * similarity[:1])]
     assert 0 < length[0] < length[1] <= 300
-    nobody = DepthCalibration.fit(*(x[:15] for x in (similarity, valid, z, truth, patient)))          # five patients: no finite promise
-    whole = nobody.interval_mm(nobody.posterior(similarity[:1], valid[:1]), z[:1])
-    assert nobody.stretch == math.inf and whole[0].tolist() == [0, 300]
+    few = DepthCalibration.fit(*(x[:15] for x in (similarity, valid, z, truth, patient)), population="drawn patients")
+    assert few.promise == "none: 5 drawn patients are too few for 90%" and few.interval_mm(few.posterior(similarity, valid), z).isnan().all()
+    assert not few.abstains(torch.zeros(50, 25), valid[:50]).any()
 
 
 @settings(max_examples=40, deadline=None)
@@ -217,8 +336,50 @@ def test_disease_golden(golden):
         loss = disease_prompt_loss(image, choose(prompts), given["disease_labels"], T, given["disease_pos_weight"], given["disease_question_weight"])
         loss.backward()
         close(loss, out[f"disease_loss_{name}"]); close(image.grad, out[f"disease_grad_image_{name}"]); close(prompts.grad, out[f"disease_grad_prompt_{name}"])
-    smooth = disease_prompt_loss(F.normalize(out["scan_embedding_secondary"], dim=-1), given["disease_prompt_embedding"][:, 0], given["disease_labels"], T, given["disease_pos_weight"], smoothing=0.1)
-    close(smooth, out["disease_loss_smoothing0.1"])
+    # The published form smooths first and then weighs, by which a rare finding that is absent is taught to be present (w s > 1 - s).
+    # Being linear in the label, it is a mixture of our losses of the labels and of the opposite ones.
+    labels = given["disease_labels"]
+    plain = [disease_prompt_loss(F.normalize(out["scan_embedding_secondary"], dim=-1), given["disease_prompt_embedding"][:, 0], y, T, given["disease_pos_weight"])
+             for y in (labels, torch.where(labels < 0, labels, 1 - labels))]
+    close(0.9 * plain[0] + 0.1 * plain[1], out["disease_loss_smoothing0.1"])
+
+
+@pytest.mark.parametrize("w", [0.05, 1., 3., 20.])
+@pytest.mark.parametrize("s", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize("label", [0, 1])
+def test_smoothed_targets_are_where_they_should_be(w, s, label): # w = 20, s = 0.1 made an absent finding most welcome at 0.69
+    d = torch.linspace(-8, 8, 3201, dtype=torch.float64)                                              # scores of one scan
+    v, t = torch.stack([d / 10, (1 - (d / 10)**2).sqrt()], 1), torch.tensor(10., dtype=torch.float64).log()
+    prompts = torch.tensor([[[1., 0.], [0., 0.]]], dtype=torch.float64)
+    loss = lambda x: float(disease_prompt_loss(x[None], prompts, torch.tensor([[label]]), t, torch.tensor([w]), smoothing=s))
+    best = d[torch.tensor([loss(x) for x in v[::20]]).argmin() * 20]
+    assert float(best.sigmoid()) == pytest.approx(1 - s if label else s, abs=0.03)
+    assert loss(v[0 if label else -1]) == pytest.approx((w if label else 1) * ((1 - s) * 8 + math.log1p(math.exp(-8))), rel=1e-6) # and it weighs w
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(prompts=torch.zeros(2, 3, 4)), "prompts .2, 3, 4."), (dict(prompts=torch.zeros(2, 2, 5)), "prompts .2, 2, 5."),
+    (dict(labels=torch.tensor([[1, 2]] * 3)), "labels from 1 to 2"), (dict(labels=torch.full((3, 2), -2)), "labels from -2"),
+    (dict(pos_weight=torch.ones(1)), r"pos_weight of shape \(1,\)"), (dict(question_weight=torch.ones(3)), "question_weight of shape"),
+    (dict(image=2 * F.normalize(torch.ones(3, 4), dim=1)), "images of length 2.00"), (dict(image=F.normalize(torch.ones(3, 4), dim=1) / 2), "images of length 0.50"),
+    (dict(prompts=torch.ones(2, 2, 4)), "prompts of length 2.00")])
+def test_disease_refuses(change, message): # lengths: doubling the images moved the loss from 1.40 to 2.59
+    given = dict(image=F.normalize(torch.ones(3, 4), dim=1), prompts=torch.zeros(2, 2, 4), labels=torch.zeros(3, 2, dtype=torch.long)) | change
+    with pytest.raises(InputError, match=message): disease_prompt_loss(**given, t=T)
+
+
+def test_bfloat16_is_long_enough():
+    x = F.normalize(torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).bfloat16(), dim=-1)
+    assert disease_prompt_loss(x, x[:20].view(10, 2, 64), torch.ones(500, 10), T).isfinite()
+
+
+def test_nan_of_unknown_questions_reaches_no_gradient():
+    g = torch.Generator().manual_seed(0)
+    image, prompts = F.normalize(torch.randn(3, 4, generator=g), dim=-1), F.normalize(torch.randn(2, 2, 4, generator=g), dim=-1)
+    labels = torch.tensor([[1, -1], [0, -1], [-1, -1]])
+    loss = lambda v, p: disease_prompt_loss(v, p, labels, T)
+    dirty = [image.clone(), prompts.clone()]; dirty[0][2] = dirty[1][1] = math.nan
+    for x, y in zip(value_and_gradients(loss, *dirty), value_and_gradients(loss, image, prompts)): assert torch.equal(x, y)
 
 
 def test_disease_unknown_is_not_no():

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
 
 from ctvlm.core import CTVolume, InputError
-from ctvlm.localization import DepthCalibration
+from ctvlm.depth import DepthCalibration
 from ctvlm.model import (CTVLMConfig, CTVLMModel, CTVLMProcessor, DepthAnswer, SPECTRE, VolumeEmbedding, fast_dtype, fold_depth, place_adapters, rename)
 from ctvlm.text import AdapterSizes, train_tokenizer
 
@@ -290,7 +290,7 @@ def test_bins_of_an_answer_lie_where_the_windows_say(model):
 
 
 def test_calibrated_interval(model):
-    v, calibration = volume(), DepthCalibration(tau=0.02, coverage=0.8, stretch=0.5, flat=0.5, patients=30)
+    v, calibration = volume(), DepthCalibration(tau=0.02, coverage=0.8, stretch=0.5, flat=0.5, least=-1., n_patients=30)
     plain = model.localize(v, "cyst")[0]
     model.config.interval_calibration = calibration.to_dict()
     try: a = model.localize(v, "cyst")[0]
