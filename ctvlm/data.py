@@ -4,42 +4,43 @@
 
 # %% auto #0
 __all__ = ['prepare_texts', 'BatchReader', 'pack', 'unpack', 'prompt_tokens', 'Batches', 'SPLITS', 'PAIR', 'STUDY_SCHEMA', 'log',
-           'check_studies', 'to_table', 'write_studies', 'read_studies', 'split_patients', 'processes', 'ahead',
-           'open_scan', 'report_text', 'rules_version', 'rule_labels', 'label_matrix', 'phantom_studies', 'RAD_CHESTCT',
-           'READERS', 'Collection', 'class_labels', 'count_studies', 'dicom_studies', 'leaves', 'read_csv_folder',
-           'read_ct_rate', 'read_dicom_root', 'read_inspect', 'read_merlin', 'read_phantoms', 'read_rad_chestct',
-           'read_rows', 'scan_problem', 'scan_studies', 'short_reason', 'split_report', 'LOST', 'PREPROCESSING',
-           'PROFILE', 'FeatureStore', 'RayEncoder', 'embed_studies', 'embed_with_ray', 'encoded', 'fill', 'fingerprint',
-           'keep', 'plot_profile', 'read_windows', 'scan_key', 'scan_size', 'spent', 'summary', 'window_studies']
+           'check_studies', 'to_table', 'write_studies', 'read_studies', 'check_reports', 'split_patients', 'processes',
+           'ahead', 'alive', 'this_process', 'open_scan', 'report_text', 'rules_version', 'rule_labels', 'label_matrix',
+           'phantom_studies', 'RAD_CHESTCT', 'READERS', 'Collection', 'class_labels', 'count_studies', 'dicom_studies',
+           'leaves', 'read_csv_folder', 'read_ct_rate', 'read_dicom_root', 'read_inspect', 'read_merlin',
+           'read_phantoms', 'read_rad_chestct', 'read_rows', 'scan_problem', 'scan_studies', 'short_reason',
+           'split_report', 'LOST', 'PREPROCESSING', 'PROFILE', 'FeatureStore', 'RayEncoder', 'embed_studies',
+           'embed_with_ray', 'encoded', 'fill', 'fingerprint', 'held_bins', 'keep', 'plot_profile', 'read_windows',
+           'scan_content', 'scan_key', 'spent', 'summary', 'window_studies']
 
-# %% ../nbs/11c_data.ipynb #11f4bdd7
-import itertools, logging, math, os, tempfile
-from collections import Counter
+# %% ../nbs/11c_data.ipynb #b2e54462
+import hashlib, itertools, json, logging, math, os, shutil, tempfile, warnings
+from collections import defaultdict
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
-from .core import InputError, stable_rng, write_atomically
+from .core import InputError, Notice, stable_rng, write_atomically
 from .findings import prompts_for
 from .studies import (
     SPLITS, PAIR, STUDY_SCHEMA, log, check_studies, to_table, write_studies, read_studies, split_patients, processes,
-    ahead, open_scan, report_text, rules_version, rule_labels, label_matrix, phantom_studies, _WORD)
+    ahead, alive, check_reports, open_scan, report_text, rules_version, rule_labels, label_matrix, phantom_studies, this_process, _WORD, _watch_parent)
 from .adaptors import (
     RAD_CHESTCT, READERS, Collection, class_labels, count_studies, dicom_studies, leaves, read_csv_folder, read_ct_rate,
     read_dicom_root, read_inspect, read_merlin, read_phantoms, read_rad_chestct, read_rows, scan_problem, scan_studies,
     short_reason, split_report)
 from .features import (
     LOST, PREPROCESSING, PROFILE, FeatureStore, RayEncoder, embed_studies, embed_with_ray, encoded, fill, fingerprint,
-    keep, plot_profile, read_windows, scan_key, scan_size, spent, summary, window_studies)
+    held_bins, keep, plot_profile, read_windows, scan_content, scan_key, spent, summary, window_studies)
 
 _all_ = ["SPLITS", "PAIR", "STUDY_SCHEMA", "log", "check_studies", "to_table", "write_studies", "read_studies",
-         "split_patients", "processes", "ahead", "open_scan", "report_text", "rules_version", "rule_labels",
+         "check_reports", "split_patients", "processes", "ahead", "alive", "this_process", "open_scan", "report_text", "rules_version", "rule_labels",
          "label_matrix", "phantom_studies", "RAD_CHESTCT", "READERS", "Collection", "class_labels", "count_studies",
          "dicom_studies", "leaves", "read_csv_folder", "read_ct_rate", "read_dicom_root", "read_inspect", "read_merlin",
          "read_phantoms", "read_rad_chestct", "read_rows", "scan_problem", "scan_studies", "short_reason",
          "split_report", "LOST", "PREPROCESSING", "PROFILE", "FeatureStore", "RayEncoder", "embed_studies",
-         "embed_with_ray", "encoded", "fill", "fingerprint", "keep", "plot_profile", "read_windows", "scan_key",
-         "scan_size", "spent", "summary", "window_studies"]
+         "embed_with_ray", "encoded", "fill", "fingerprint", "held_bins", "keep", "plot_profile", "read_windows",
+         "scan_content", "scan_key", "spent", "summary", "window_studies"]
 
-# %% ../nbs/11c_data.ipynb #149156af
+# %% ../nbs/11c_data.ipynb #a421f4f8
 _PREPARED = pa.schema([("study", _WORD), ("patient", _WORD), ("keys", pa.list_(_WORD)), ("reports", pa.list_(pa.list_(pa.int32()))), ("snippets", pa.list_(pa.list_(pa.int32()))),
                        ("snippet_text", pa.list_(_WORD)), ("snippet_depth_mm", pa.list_(pa.float64())), ("labels", pa.list_(pa.int8()))])
 _ROWS = 256 # studies per record batch
@@ -54,10 +55,11 @@ def _prepared(rows, store, tokenizer, findings, augment, variants, seed, left_ou
     words, depths = [w for w, _ in pairs], [d for _, d in pairs]
     for r in rows:
         key = scan_key(r); about = store.header(key)
-        if about is None: left_out["scans: " + short_reason(store.reason(key))] += 1; continue
+        if about is None: left_out["scans: " + short_reason(store.reason(key))].append(r.study); continue
         keys.append(key)
-        left_out["snippets: outside the scan"] += sum(not about["low_mm"] <= d <= about["high_mm"] for d in depths)
-    left_out["snippets: no depth"] += len(first.pairs) - len(pairs)
+        outside = sum(not about["low_mm"] <= d <= about["high_mm"] for d in depths)
+        if outside: left_out["snippets: outside the scan"] += [r.study] * outside
+    if len(first.pairs) > len(pairs): left_out["snippets: no depth"] += [first.study] * (len(first.pairs) - len(pairs))
     if not keys: return None
     texts = [(first.findings, first.impression)] * variants
     if augment: texts = [augment(*t, stable_rng(seed, "report", first.source, first.study, v)) for v, t in enumerate(texts)]
@@ -73,19 +75,20 @@ def prepare_texts(
     augment=None,     # `(findings, impression, rng) -> (findings, impression)`
     variants:int=1,   # of each report
     seed:int=0,
-)->tuple:             # scans of each study `(n,)`, and how much was left out for which reason
+)->tuple:             # scans of each study `(n,)`, studies of which something was left out by reason, the keys of all scans
     "Write everything but the scans as a batch needs it, one row per study."
-    groups, left_out, counts, rows = {}, Counter(), [], []
+    check_reports(studies)
+    groups, left_out, counts, rows, keys = {}, defaultdict(list), [], [], []
     for r in studies.itertuples(): groups.setdefault((r.source, r.study), []).append(r)
     with write_atomically(path) as temporary, pa.OSFile(str(temporary), "wb") as f, pa.ipc.new_file(f, _PREPARED) as writer:
         for scans in groups.values():
             row = _prepared(scans, store, tokenizer, findings, augment, variants, seed, left_out)
-            if row: rows.append(row); counts.append(len(row["keys"]))
+            if row: rows.append(row); counts.append(len(row["keys"])); keys += row["keys"]
             if len(rows) == _ROWS: writer.write_batch(pa.RecordBatch.from_pylist(rows, _PREPARED)); rows = []
         if rows: writer.write_batch(pa.RecordBatch.from_pylist(rows, _PREPARED))
-    return np.array(counts, np.int64), {k: n for k, n in left_out.items() if n}
+    return np.array(counts, np.int64), left_out, keys
 
-# %% ../nbs/11c_data.ipynb #e5d10794
+# %% ../nbs/11c_data.ipynb #c50daa0e
 def _padded(rows, pad): # ids and mask `(n, L)`
     import torch
     ids = torch.full((len(rows), max(map(len, rows), default=1)), pad)
@@ -106,9 +109,10 @@ class BatchReader:
         for b, (r, s) in enumerate(zip(rows, scans)):
             bins = s["bin_depths_mm"].double()
             step = float(bins[-1] - bins[0]) / max(1, len(bins) - 1)
+            held = held_bins(s["grid"], s["patch_mask"]).nonzero().flatten()               # the others are padding
             for ids, text, depth in zip(r["snippets"], r["snippet_text"], r["snippet_depth_mm"]):
                 k = (depth.as_py() - float(bins[0])) / step
-                if -0.5 <= k <= len(bins) - 0.5: yield b, depth.as_py(), k, text.as_py(), ids.values
+                if held[0] - 0.5 <= k <= held[-1] + 0.5: yield b, depth.as_py(), k, text.as_py(), ids.values
 
     def __getitem__(self, wanted): # list of (study, which of its scans, which variant of its report)
         import torch
@@ -143,7 +147,7 @@ def unpack(
     parts = [part if 4 * len(part) > len(flat) else part.clone() for part in parts]
     return batch | {name: part.view(dtype).reshape(shape) for part, (name, dtype, shape) in zip(parts, tensors)}
 
-# %% ../nbs/11c_data.ipynb #983a8b7b
+# %% ../nbs/11c_data.ipynb #5d11c870
 def prompt_tokens(
     findings:tuple, # Q names of the catalogue
     tokenizer,
@@ -153,6 +157,8 @@ def prompt_tokens(
     "Prompts of the findings, K phrasings each, as the training chapter wants them."
     import torch
     from ctvlm.disease import positive_weights
+    wrong = next((f for f in question_weights or () if f not in findings), None)
+    if wrong: raise InputError(f"question_weights names {wrong!r}, the questions are {', '.join(findings)}: name one of these")
     each = [prompts_for(f, "ensemble") for f in findings]
     K = min(len(side) for p in each for side in (p.positive, p.negative))
     texts = [side[k] for p in each for k in range(K) for side in (p.positive, p.negative)]
@@ -160,7 +166,19 @@ def prompt_tokens(
     weight = None if question_weights is None else torch.tensor([float(question_weights.get(f, 1)) for f in findings])
     return dict(ids=ids, mask=mask, pos_weight=None if labels is None else positive_weights(torch.from_numpy(labels)), question_weight=weight)
 
-# %% ../nbs/11c_data.ipynb #80c48b18
+# %% ../nbs/11c_data.ipynb #ea85b990
+def _say(left_out): # what a table asked for and does not get
+    for what, names in left_out.items():
+        warnings.warn(Notice(f"left out: {what}", names, missing=what.startswith("scans")), stacklevel=3)
+
+def _private_folder(below):
+    "A folder for texts that nobody else may read; what killed processes of this machine left there is removed."
+    if below is None: return tempfile.TemporaryDirectory(prefix="ctvlm-")
+    Path(below).mkdir(parents=True, exist_ok=True)
+    for left in Path(below).glob("texts-*"):
+        if not alive(left.name.split("-")[1:3]): shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"texts-{'-'.join(this_process())}-", dir=below)
+
 class Batches:
     "Micro-batches of studies from a store: in a new order each epoch for training, in the table's order for evaluation."
     def __init__(self,
@@ -176,47 +194,83 @@ class Batches:
         workers:int=0,       # processes that read ahead; 0: none
         context:str="",      # as in `processes`
         seed:int=0,
+        model=None,          # the `CTVLMModel` that will read: only features of its own encoder
+        folder=None,         # where the prepared texts lie while this object lives; the system's temporary folder if `None`
     ):
+        if batch_size < 1: raise InputError(f"batch_size is {batch_size}, expected at least 1 scan")
         store = store if isinstance(store, FeatureStore) else FeatureStore(store)
-        self.batch_size, self.findings, self.training, self.variants, self.workers, self.context, self.seed = batch_size, tuple(findings), training, variants, workers, context, seed
+        if model is not None: store.check(model)
+        self.batch_size, self.findings, self.training, self.variants = batch_size, tuple(findings), training, variants
+        self.workers, self.context, self.seed = workers, context, seed
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.folder = tempfile.TemporaryDirectory(prefix="ctvlm-")                        # goes when this object goes
+        self.folder = _private_folder(folder)                                             # goes when this object goes
         path = Path(self.folder.name)/"texts.arrow"
-        self.scans, self.left_out = prepare_texts(studies, store, tokenizer, path, self.findings, augment if training else None, variants, seed)
-        if not len(self.scans): raise InputError(f"none of {len(studies)} scans has features in {store.folder} ({'; '.join(self.left_out) or 'the table is empty'}): run `ctvlm embed` with this table and this model")
-        if self.left_out: log.warning("left out: %s", ", ".join(f"{n} {k}" for k, n in self.left_out.items()))
+        if training: studies = studies.iloc[np.argsort([scan_key(r) for r in studies.itertuples()], kind="stable")]
+        augment = augment if training else None
+        self.scans, left_out, keys = prepare_texts(studies, store, tokenizer, path, self.findings, augment, variants, seed)
+        self.left_out = {what: len(names) for what, names in left_out.items()}           # how much, and why
+        if not len(self.scans):
+            raise InputError(f"none of {len(studies)} scans has features in {store.folder} "
+                             f"({'; '.join(self.left_out) or 'the table is empty'}): run `ctvlm embed` with this table and this model")
+        _say(left_out)
+        about = [keys, self.findings, training, variants, seed if training else None, augment is not None]
+        self.name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         self.reader = BatchReader(path, store, tokenizer.pad_token_id)
         self.prompts = prompt_tokens(self.findings, tokenizer, label_matrix(studies, self.findings), question_weights) if self.findings else None
-        self.epoch, self.at = 0, 0
+        self.epoch, self.at = 0, 0       # scans of the epoch that were handed out, over all processes
+        self.turn = None                 # of the iterator that moves the position
 
-    def plan(self): # all micro-batches of this epoch and process: lists of (study, scan, variant)
-        if not self.training: every = [(i, k, 0) for i, n in enumerate(self.scans) for k in range(n)]
-        else:
-            order = stable_rng(self.seed, "order", self.epoch).permutation(len(self.scans))
-            scan = (stable_rng(self.seed, "scan", self.epoch).random(len(self.scans)) * self.scans).astype(int)
-            every = [(int(i), int(scan[i]), self.epoch % self.variants) for i in order]
-        mine = every[self.rank::self.world]
+    @property
+    def size(self): return len(self.scans) if self.training else int(self.scans.sum()) # scans of an epoch, over all processes
+    def __len__(self): return math.ceil(len(range(self.rank, self.size, self.world)) / self.batch_size) # micro-batches of this process
+
+    def order(self): # the places of this epoch: (study, scan, variant)
+        if not self.training: return [(i, k, 0) for i, n in enumerate(self.scans) for k in range(n)]
+        order = stable_rng(self.seed, "order", self.epoch).permutation(len(self.scans))
+        scan = (stable_rng(self.seed, "scan", self.epoch).random(len(self.scans)) * self.scans).astype(int)
+        return [(int(i), int(scan[i]), self.epoch % self.variants) for i in order]
+
+    def _mine(self, places): # micro-batches of this process's share
+        mine = places[self.rank::self.world]
         return [mine[k:k + self.batch_size] for k in range(0, len(mine), self.batch_size)]
 
-    def __len__(self):
-        n = len(self.scans) if self.training else int(self.scans.sum())
-        return math.ceil(len(range(self.rank, n, self.world)) / self.batch_size)
+    def _pieces(self, pieces): # lists of micro-batches of each (place where it ends, micro-batches); the position moves with them
+        turn = self.turn = object()
+        if not pieces: self.epoch, self.at = self.epoch + 1, 0                            # fewer scans than processes
+        batches = self._read([batch for _, piece in pieces for batch in piece])
+        for k, (end, piece) in enumerate(pieces, 1):
+            out = list(itertools.islice(batches, len(piece)))
+            if self.turn is not turn:
+                raise InputError("these batches were begun again while an earlier iterator was still in use: "
+                                 "finish one before the next, or make a second `Batches`")
+            self.epoch, self.at = (self.epoch, end) if k < len(pieces) else (self.epoch + 1, 0)
+            yield out
 
-    def __iter__(self):
-        for batch in self._read(self.plan()[self.at:]):
-            self.at += 1
-            yield batch
-        self.epoch, self.at = self.epoch + 1, 0
+    def __iter__(self): # micro-batches from the position to the end of the epoch; an evaluation begins at the beginning
+        start = self.at if self.training else 0
+        ends = range(start + self.batch_size * self.world, 2**62, self.batch_size * self.world)
+        for batch, in self._pieces([(min(end, self.size), [b]) for end, b in zip(ends, self._mine(self.order()[start:]))]): yield batch
+
+    def steps(self, k): # the epoch in `k` equal steps, from the position on: a list of micro-batches for each
+        places, bounds = self.order(), [self.size * s // k for s in range(k + 1)]
+        spans = [(max(a, self.at), b) for a, b in zip(bounds, bounds[1:]) if b > self.at]
+        yield from self._pieces([(b, self._mine(places[a:b])) for a, b in spans])
+
+    def check(self, model): self.reader.store.check(model) # whether these are features of this model
 
     def _read(self, plan):
         if not self.workers: return map(self.reader.__getitem__, plan)
         import torch
-        loader = torch.utils.data.DataLoader(self.reader, sampler=plan, batch_size=None, collate_fn=pack, num_workers=self.workers, multiprocessing_context=processes(self.context),
+        loader = torch.utils.data.DataLoader(self.reader, sampler=plan, batch_size=None, collate_fn=pack, num_workers=self.workers, multiprocessing_context=processes(self.context), worker_init_fn=_watch_parent,
                                              generator=torch.Generator(), pin_memory=torch.cuda.is_available())   # its own generator: the loop's random numbers stay as they are
         return map(unpack, _watched(iter(loader)))
 
-    def state_dict(self): return {"epoch": self.epoch, "at": self.at}
-    def load_state_dict(self, state): self.epoch, self.at = state["epoch"], state["at"]
+    def state_dict(self): return {"epoch": self.epoch, "at": self.at, "data": self.name}
+    def load_state_dict(self, state):
+        if state["data"] != self.name:
+            raise InputError(f"the run was saved with the data {state['data']}, these are {self.name}: give the same studies, "
+                             "features, findings, variants, augmentation and seed, or begin anew")
+        self.epoch, self.at, self.turn = state["epoch"], state["at"], None
 
 # %% ../nbs/11c_data.ipynb #b6c5e503
 def _watched(batches):

@@ -1,11 +1,11 @@
 "Studies, adaptors on trees of the published layouts, the feature store and its bad days, batches."
-import json, os, shutil, signal, subprocess, sys, tempfile, time
+import dataclasses, json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nibabel, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 
-import ctvlm.cli, ctvlm.data as data, made_up_encoder
-from ctvlm.core import InputError, write_atomically
+import ctvlm.cli, ctvlm.features, ctvlm.data as data, made_up_encoder
+from ctvlm.core import InputError, Notice, write_atomically
 from ctvlm.data import *
 from ctvlm.findings import CT_RATE_CLASSES, FINDINGS
 from ctvlm.model import CTVLMConfig, CTVLMModel
@@ -108,7 +108,7 @@ def test_round_trip_with_umlauts_and_unknowns(tmp_path):
     (lambda t: t.set_column(7, "labels", pa.array([["x"], ["y"]])), "row 0, column 'labels'"),
     (lambda t: t.set_column(9, "split", pa.array(["train", "dev"])), "row 1, column 'split' is 'dev'"),
     (lambda t: t.set_column(1, "patient", pa.array(["a", "a"])).set_column(9, "split", pa.array(["train", "test"])), "row 1, patient 'a' is in 'test'"),
-    (lambda t: pa.concat_tables([t, t.slice(0, 1)]), "row 2, columns 'study', 'scan', 'series' repeat"),
+    (lambda t: pa.concat_tables([t, t.slice(0, 1)]), "row 2, columns 'study', 'file', 'series' repeat"),
 ])
 def test_a_wrong_parquet_file_names_row_and_column(tmp_path, change, says):
     pq.write_table(change(data.to_table(table(row("a"), row("b")))), tmp_path / "t.parquet")
@@ -131,6 +131,31 @@ def test_splits_stay_when_patients_are_added():
     assert abs(shares["val"] - 0.1) < 0.03 and abs(shares["test"] - 0.2) < 0.03
     assert (split_patients(many, {"val": 0.1, "test": 0.2}, seed=1).split != large.split).any()
     assert (split_patients(large.assign(split="test"), {"val": 0.5}).split == "test").all()   # published splits stay
+
+
+def test_two_people_who_have_never_spoken_hold_out_the_same_patients():
+    "Neither the name of the mount, nor the order of the shares, nor the type of a name decides."
+    patients = [str(i) for i in range(2000)]
+    held = lambda names, shares={"val": 0.1, "test": 0.2}, source="a": split_patients(table(*(row(f"s{i}", p, source=source) for i, p in enumerate(names))).assign(patient=names), shares).split.tolist()
+    one = held(patients)
+    assert one == held(patients, source="mnt") == held(patients, {"test": 0.2, "val": 0.1}) == held([int(p) for p in patients]) == held([f" {p} " for p in patients])
+    assert held(["P1", "p1 ", "P  2"]) == held(["p1", "p1", "p 2"]) and 0.25 < np.mean([s != "train" for s in one]) < 0.35
+    assert one[:300] == held(patients[:300])
+    for shares in ({"val": -0.1}, {"val": 0.6, "test": 0.6}, {"dev": 0.1}, {"val": float("nan")}):
+        with pytest.raises(InputError, match="shares are"): held(patients[:3], shares)
+
+
+def test_a_patient_held_out_once_is_held_out_everywhere(tmp_path):
+    some = table(*(row(f"s{i}", f"p{i // 2}", split="test" if i % 2 else "train") for i in range(200)))
+    placed = split_patients(some, {"val": 0.5})
+    assert set(placed.split) == {"test"} and len(to_table(placed)) == 200
+    with pytest.raises(InputError, match="row 1, patient 'P 1' is in 'test'"): to_table(table(row("a", "p 1"), row("b", "P 1", split="test")))
+    with pytest.warns(Notice, match="different sources: 1 .p1."): to_table(table(row("a", "p1"), row("b", "p1", split="test", source="other")))
+
+
+@pytest.mark.parametrize("labels, says", [({"Lung nodule": 7}, "'Lung nodule': 7"), ({"Lung nodul": 1}, "'Lung nodul': 1")])
+def test_labels_are_findings_with_0_or_1(labels, says):
+    with pytest.raises(InputError, match="row 1, column 'labels' holds " + says): to_table(table(row("a"), row("b", labels=labels)))
 
 
 # ---------------------------------------------------------------- adaptors
@@ -378,7 +403,55 @@ def test_a_feature_file_cut_short_is_found_and_replaced(hospital, filled, tmp_pa
         assert Batches(hospital, store, tokenizer).left_out["scans: FILE is cut short"] == 1
         assert embed_studies(hospital, tiny(), tmp_path / "f", workers=0, quiet=True)["computed"] == 1
         assert store.path(key).read_bytes() == whole
-        batches.load_state_dict({"epoch": 0, "at": 0})
+        batches.epoch, batches.at = 0, 0
+
+
+def test_a_feature_file_whose_bytes_changed_is_found(hospital, filled, tmp_path):
+    shutil.copytree(filled[0], tmp_path / "f")
+    store = FeatureStore(tmp_path / "f")
+    key = data.scan_key(next(hospital.itertuples()))
+    whole = store.path(key).read_bytes()
+    store.path(key).write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])      # one bit, the length stays
+    with pytest.raises(InputError, match="its bytes have changed"): store.load(key)
+    assert embed_studies(hospital, tiny(), tmp_path / "f", workers=0, quiet=True)["computed"] == 1 and store.path(key).read_bytes() == whole
+
+
+def test_a_scan_rewritten_at_equal_size_is_computed_again(tmp_path):
+    "By content: another time alone changes nothing, for files and for folders of slices."
+    scan, folder = tmp_path / "a.nii", tmp_path / "b"
+    image = lambda shift: nifti(scan, affine=np.diag([3., 3., 3., 1.]) + np.array([[0, 0, 0, 0]] * 2 + [[0, 0, 0, shift]] + [[0] * 4]))
+    image(0); uid = dicom(folder, "b", "p")
+    studies = table(row("a", scan=str(scan)), row("b", scan=str(folder)))
+    computed = lambda: embed_studies(studies, tiny(), tmp_path / "f", workers=0, quiet=True)["computed"]
+    assert computed() == 2 and computed() == 0
+    for p in (scan, folder / "3.dcm"): os.utime(p, (0, 0))
+    assert computed() == 0
+    size = scan.stat().st_size; image(40)                                    # the header alone: the table was moved by 40 mm
+    assert scan.stat().st_size == size and computed() == 1
+    dicom(folder, "b", "p", start=-260.)                                     # as many files of equal size, at another place
+    assert computed() == 1
+    (folder / "3.dcm").rename(folder / "other.dcm")                          # another name is the same scan
+    assert computed() == 0
+
+
+def test_the_key_of_a_scan_does_not_move_with_its_folder():
+    one, two = (next(table(row("a", scan=f"{root}/scans/a.nii.gz", file="scans/a.nii.gz", source="")).itertuples()) for root in ("/mnt/x", "/other"))
+    assert data.scan_key(one) == data.scan_key(two)
+    keys = {data.scan_key(next(table(row(**{**dict(study="a", file="s1/ct.nii.gz"), **change})).itertuples())) for change in ({}, {"file": "s2/ct.nii.gz"}, {"series": "2"}, {"study": "b"}, {"source": "x"})}
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize("change", ["hu_levels", "weights", "sizes", "spec", "fit", "version"])
+def test_the_fingerprint_names_all_that_features_depend_on(change, monkeypatch):
+    model = tiny(); spec, fit = model.config.window_spec, "pad"
+    before = fingerprint(spec, fit, model)
+    if change == "hu_levels": object.__setattr__(model.config, "hu_levels", (-1000, 0, 1000))
+    elif change == "sizes": model.config.window_encoder["layer_scale"] = 2.
+    elif change == "weights": next(model.window_encoder.parameters()).data.view(-1)[0] += 1e-3
+    elif change == "spec": spec = dataclasses.replace(spec, spacing=(1., 1., 3.))
+    elif change == "fit": fit = "crop"
+    else: monkeypatch.setattr(ctvlm.features, "PREPROCESSING", 99)
+    assert fingerprint(spec, fit, model) != before
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="drops the rights of root")
@@ -457,11 +530,43 @@ def test_a_run_killed_in_the_middle_goes_on(hospital, alone, tmp_path):
     assert not stale.exists() and fresh.exists()
 
 
-def test_two_runs_fill_the_same_store(hospital, alone, tmp_path):
-    runs = [embed(tmp_path, hospital, "--workers", 0) for _ in range(2)]
-    found = [answer(run) for run in runs]
-    assert [f["present"] for f in found] == [9, 9] and sum(f["computed"] for f in found) >= 9
-    assert files(tmp_path / "f") == alone and len(alone) == 9
+@pytest.mark.parametrize("runs", [2, 4])
+def test_runs_that_fill_the_same_store_share_the_work(hospital, alone, tmp_path, runs):
+    "Each scan is claimed: none is computed twice. (Without claims 2 runs computed 18 scans; one that never looks again would compute some twice.)"
+    found = [answer(run) for run in [embed(tmp_path, hospital, "--workers", 0) for _ in range(runs)]]
+    assert [f["present"] for f in found] == [9] * runs and sum(f["computed"] for f in found) == 9
+    assert files(tmp_path / "f") == alone and len(alone) == 9 and not list((tmp_path / "f").rglob("*.claim"))
+
+
+def test_claims_of_the_dead_are_taken_over(filled):
+    store, key, here = FeatureStore(filled[0]), "ab" * 10, data.this_process()
+    claim = store.path(key).with_suffix(".claim")
+    assert store.claim(key) and not store.claim(key)
+    for text, age, free in ((f"{here[0]} {2**30}", 0, True), ("elsewhere 7", 0, False), ("elsewhere 7", 7200, True), ("", 0, False), ("", 7200, True)):
+        claim.write_text(text); os.utime(claim, (time.time() - age,) * 2)
+        assert store.claim(key) == free, (text, age)
+    store.release(key)
+    assert not claim.exists()
+
+
+def processes_of(word): # pids whose command line or environment names a folder
+    out = []
+    for p in Path("/proc").glob("[0-9]*"):
+        try: seen = (p / "cmdline").read_bytes() + (p / "environ").read_bytes()
+        except OSError: continue
+        if word.encode() in seen and int(p.name) != os.getpid(): out.append(int(p.name))
+    return out
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks at /proc")
+def test_a_killed_run_leaves_no_processes(hospital, tmp_path, monkeypatch):
+    monkeypatch.setenv("THIS_TEST", str(tmp_path))
+    many = pd.concat([hospital.assign(study=hospital.study + f" {i}", patient=f"p{i}") for i in range(60)], ignore_index=True)
+    run = embed(tmp_path, many, "--workers", 2)
+    wait = lambda ready: next((True for _ in range(600) if ready() or time.sleep(0.1)), False)
+    assert wait(lambda: len(list((tmp_path / "f").rglob("*.safetensors"))) > 3) and len(processes_of(str(tmp_path))) > 2
+    run.kill(); run.communicate()
+    assert wait(lambda: not processes_of(str(tmp_path))), processes_of(str(tmp_path))
 
 
 def test_devices_share_the_work(hospital, alone, tmp_path):
@@ -556,7 +661,7 @@ def test_the_position_survives(hospital, filled, tokenizer, workers, context):
     got = [next(batches)["study"] for _ in range(2)]
     assert torch.rand(1) == untouched                             # workers draw from a generator of their own
     state = json.loads(json.dumps(part.state_dict()))
-    assert state == {"epoch": 0, "at": 2}                         # handed out, not read ahead
+    assert (state["epoch"], state["at"]) == (0, 4)                # scans handed out, not read ahead
     del batches
     more = make(); more.load_state_dict(state)
     assert got + order(more) == first and order(more) == second
@@ -571,9 +676,98 @@ def test_processes_share_an_epoch(hospital, filled, tokenizer, monkeypatch):
     assert not set(shares[0]) & set(shares[1]) and len(shares[0]) + len(shares[1]) == 9
 
 
+def test_a_smaller_batch_continues_at_the_same_scan(hospital, filled, tokenizer, monkeypatch):
+    "The position counts scans over all processes: another batch size, other workers, another world, the same scans per step."
+    def make(size=2, rank=0, world=1, rows=hospital):
+        monkeypatch.setenv("RANK", str(rank)); monkeypatch.setenv("WORLD_SIZE", str(world))
+        return Batches(rows, filled[0], tokenizer, batch_size=size, seed=4)
+    flat = lambda steps: [sum((b["study"] for b in step), []) for step in steps]
+    whole = make(); every = flat(whole.steps(4)); second = flat(whole.steps(4))
+    assert whole.size == 9 and [len(s) for s in every] == [2, 2, 2, 3] and every != second
+    part = make(); got = flat(s for _, s in zip(range(2), part.steps(4)))
+    for again in (make(1), make(5), make(rows=hospital.iloc[::-1])):
+        again.load_state_dict(part.state_dict())
+        assert got + flat(again.steps(4)) == every and flat(again.steps(4)) == second
+    shares = []
+    for rank in range(2):
+        one = make(rank=rank, world=2); one.load_state_dict(part.state_dict()); shares.append(flat(one.steps(4)))
+    assert [sorted(a + b) for a, b in zip(*shares)] == [sorted(s) for s in every[2:]]
+
+
+def test_an_epoch_that_ends_with_the_loop_is_over(hospital, filled, tokenizer):
+    b = Batches(hospital, filled[0], tokenizer, batch_size=3, seed=4)
+    for _ in range(2): assert len([x for _, x in zip(range(3), b)]) == 3      # `zip` never asks for a fourth
+    assert (b.epoch, b.at) == (2, 0)
+    one = iter(b); next(one); two = iter(b); next(two)
+    with pytest.raises(InputError, match="begun again while an earlier iterator"): next(one)
+    still = Batches(hospital, filled[0], tokenizer, batch_size=3, training=False)
+    next(iter(still))
+    assert len(list(still)) == 3                                              # an evaluation begins at the beginning
+
+
+def test_a_run_continues_with_its_own_data_only(hospital, filled, tokenizer):
+    state = Batches(hospital, filled[0], tokenizer, findings=("Lung nodule",)).state_dict()
+    for other in (dict(seed=1), dict(findings=("Emphysema",)), dict(augment=shout), dict(variants=2), dict(studies=hospital.iloc[1:])):
+        b = Batches(**{**dict(studies=hospital, store=filled[0], tokenizer=tokenizer, findings=("Lung nodule",)), **other})
+        with pytest.raises(InputError, match="the run was saved with the data"): b.load_state_dict(state)
+
+
+@pytest.mark.parametrize("options, says", [(dict(batch_size=0), "batch_size is 0"), (dict(findings=("Lung nodule",), question_weights={"Lung nodul": 2}), "question_weights names 'Lung nodul'")])
+def test_misspelt_options_of_batches(hospital, filled, tokenizer, options, says):
+    with pytest.raises(InputError, match=says): Batches(hospital, filled[0], tokenizer, **options)
+
+
+def test_batches_refuse_another_models_features(hospital, filled, tokenizer):
+    Batches(hospital, filled[0], tokenizer, model=tiny()).check(tiny())
+    with pytest.raises(InputError, match="this model's features are called"): Batches(hospital, filled[0], tokenizer, model=tiny(1))
+    with pytest.raises(InputError, match="this model's features are called"): Batches(hospital, filled[0], tokenizer).check(tiny(1))
+
+
+def test_prepared_texts_lie_where_the_run_lies_and_nowhere_else(hospital, filled, tokenizer, tmp_path):
+    left = tmp_path / f"texts-{'-'.join([data.this_process()[0], str(2**30)])}-x"; left.mkdir()     # of a process that was killed
+    other = tmp_path / "texts-elsewhere-7-x"; other.mkdir()                                         # of one on another machine
+    b = Batches(hospital, filled[0], tokenizer, folder=tmp_path)
+    mine = Path(b.folder.name)
+    assert mine.parent == tmp_path and mine.stat().st_mode & 0o77 == 0 and not left.exists() and other.exists()
+    del b
+    assert not mine.exists()
+
+
+def test_what_is_left_out_is_said(hospital, filled, tokenizer):
+    with pytest.warns(Notice, match="left out: scans") as said: Batches(hospital, filled[0], tokenizer)
+    said = [w for w in said if isinstance(w.message, Notice)]
+    scans, = [w.message for w in said if w.message.missing]
+    assert scans.names == ("s3",) and [len(w.message.names) for w in said if not w.message.missing] == [9]
+
+
+def test_a_snippet_in_the_padding_is_left_out(hospital, tmp_path, tokenizer):
+    "The scan fills two thirds of its window; a reference below it would be handed out at bin 0, which the mask hides."
+    w = make_windows(load_volume(hospital.scan[0]), tiny().config.fit, tiny().config.window_spec)
+    lowest = float(w.bin_depths_mm[0]); inside = -290.
+    pair = lambda d: dict(snippet="a", cleaned="a", depth_mm=d, prior=False, status="ok")
+    study = hospital.iloc[:1].assign(pairs=[[pair(lowest), pair(inside)]])
+    embed_studies(study, tiny(), tmp_path, workers=0, quiet=True)
+    b = Batches(study, tmp_path, tokenizer)
+    batch, = b
+    assert b.left_out == {"snippets: outside the scan": 1} and batch["snippet_depth_mm"].tolist() == [inside]
+    assert w.patch_mask.flatten(0, -2).any(0).tolist().count(False) and FeatureStore(tmp_path).table(study).low_mm[0] > lowest
+
+
+def test_scans_of_one_study_share_a_report(hospital, filled, tokenizer):
+    two = hospital.iloc[[0, 1]].assign(study="a", patient="a")
+    for change, says in ((dict(), "other findings"), (dict(findings="x", labels=[{}, {"Emphysema": 1}]), "other labels"), (dict(findings="x"), "other pairs")):
+        with pytest.raises(InputError, match=says): Batches(two.assign(**change), filled[0], tokenizer)
+        with pytest.raises(InputError, match=says): to_table(two.assign(**change))
+
+
+def test_a_study_without_a_report_trains_no_contrast(hospital, filled, tokenizer):
+    b = next(iter(Batches(hospital.iloc[:1].assign(findings="", impression=""), filled[0], tokenizer)))
+    assert int(b["report_mask"].sum()) <= 1                                   # ten or fewer are left out of the contrastive loss
+
+
 def test_one_scan_of_several_per_report(hospital, filled, tmp_path, tokenizer):
     "Three reconstructions share a report: one is drawn per epoch, all of them come in evaluation."
-    twins = hospital.iloc[[0, 1, 2, 4]].assign(study=["a", "a", "a", "b"], patient=["a", "a", "a", "b"])
+    twins = hospital.iloc[[0, 1, 2, 4]].assign(study=["a", "a", "a", "b"], patient=["a", "a", "a", "b"], findings="Nodule.", pairs=[[]] * 4)
     embed_studies(twins, tiny(), tmp_path, workers=0, quiet=True)
     cls = {r.scan: float(FeatureStore(tmp_path).load(data.scan_key(r))["cls"].float().sum()) for r in twins.itertuples()}
     b, drawn = Batches(twins, tmp_path, tokenizer, batch_size=1), set()
