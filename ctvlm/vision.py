@@ -163,6 +163,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, sizes.width))
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
+        self.gradient_checkpointing = False                         # see `gradient_checkpointing_enable`
 
     def tables(self,
         grids:list, # one `(x, y, z)` per row, or a single one for all rows
@@ -181,7 +182,10 @@ class Encoder(nn.Module):
         "`(N, 1 + L, E)`: the CLS token's output, then the tokens'."
         x = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)               # (N, 1 + L, E)
         if mask is not None: mask = F.pad(mask, (1, 0), value=True)[:, None, None]                            # (N, 1, 1, 1 + L)
-        for block in self.blocks: x = block(x, cos, sin, mask)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask)
+            else: x = block(x, cos, sin, mask)
         return self.norm(x)
 
 # %% ../nbs/05_vision.ipynb #a5c81d03
