@@ -79,7 +79,7 @@ def question(device, scan):
     seed_everything(0)
     tokenizer = train_tokenizer(["Consolidation in the left lower lobe."], 300)
     model = CTVLMModel(CTVLMConfig.large()).eval().to(device)
-    model.processor = CTVLMProcessor(tokenizer, model.config.window_spec)
+    model.processor = CTVLMProcessor.of(model.config, tokenizer)
     built, began, used = time.perf_counter() - began, time.perf_counter(), time.process_time()
     answer = model.localize(scan, ["Consolidation in the left lower lobe."])[0]
     report("localize with large, random weights", building_s=round(built, 1), seconds=round(time.perf_counter() - began, 1), cpu_seconds=round(time.process_time() - used, 1),

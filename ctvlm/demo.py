@@ -72,7 +72,7 @@ def demo_model(
     tokenizer = train_tokenizer((report_text(r.findings, r.impression) for r in train.itertuples()), 1024)
     seed_everything(seed)
     model = CTVLMModel(CTVLMConfig.tiny(len(tokenizer), **DEMO_SIZES, trained_on=f"{train.patient.nunique()} synthetic patients (phantoms), its window encoder on masks of 1600 others, no real scan"))
-    model.processor = CTVLMProcessor(tokenizer, model.config.window_spec)
+    model.processor = CTVLMProcessor.of(model.config, tokenizer)
     model.window_encoder.load_state_dict(load_file(files("ctvlm")/"data"/"tiny_window_encoder.safetensors"))
     torch.nn.init.constant_(model.t, np.log(20))   # 34 findings share the cosines of one vector, which leaves each about 34 ** -0.5
     return model

@@ -49,7 +49,8 @@ class Section:
         return self.values.get(name, default)
 
     def part(self, name): # the section of that name; empty where there is none
-        section = Section(self.get(name, {}), name)
+        values = self.get(name)
+        section = Section({} if values is None else values, name)
         self.parts.append(section)
         return section
 
@@ -84,7 +85,7 @@ BOOKKEEPING = ("architectures", "model_type", "transformers_version", "torch_dty
 def _encoder(part, names, base): # sizes of one encoder, under the names that the source gives them
     width, depth, heads = part.take(*names)
     part.expect(use_rope=True, pre_norm=True, qkv_bias=True, num_classes=0)
-    rope = part.part("rope_kwargs") if part.get("rope_kwargs") is not None else Section({}, "rope_kwargs")
+    rope = part.part("rope_kwargs")
     return dict(width=width, depth=depth, heads=heads, mlp_ratio=float(part.get("mlp_ratio", 4)),
                 rope_base=float(rope.get("base", base)))
 

@@ -176,7 +176,7 @@ def tiny():
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["There is no nodule in the left lung. Cyst of the right kidney."] * 4, vocab_size=300)
     model = CTVLMModel(CTVLMConfig.tiny(vocab_size=len(tokenizer)))
-    model.processor = CTVLMProcessor(tokenizer, model.config.window_spec)
+    model.processor = CTVLMProcessor.of(model.config, tokenizer)
     return model, tokenizer
 
 

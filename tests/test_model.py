@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
 
-from ctvlm.core import CTVolume, InputError
+from ctvlm.core import CTVolume, InputError, Notice
 from ctvlm.depth import DepthCalibration
-from ctvlm.model import (CTVLMConfig, CTVLMModel, CTVLMProcessor, DepthAnswer, SPECTRE, VolumeEmbedding, fast_dtype, fold_depth, place_adapters, rename)
+from ctvlm.model import (CTVLMConfig, CTVLMModel, CTVLMProcessor, DepthAnswer, SPECTRE, VolumeEmbedding, fast_dtype, fold_depth, place_adapters, rename, untrained)
 from ctvlm.text import AdapterSizes, train_tokenizer
 
 torch.set_num_threads(1)
@@ -100,7 +100,8 @@ def test_every_misfit_is_named(tmp_path):
     with pytest.raises(InputError, match=r"of other shape report_head.direction \(16, 9\) instead of \(16, 32\)"): load({"projection_text.last_layer.parametrizations.weight.original1": torch.zeros(16, 9)})
     with pytest.raises(InputError, match="not the periods of base 1000"): load({"backbone_image.rope.periods": torch.ones(4)})
     for section, key in (("vision", "qk_norm"), ("combiner", "registers"), ("text", "lora_dropout_x"), ("head", "norm")):
-        with pytest.raises(InputError, match=f"{section} has {key}"): CTVLMConfig.from_radfinder({**source, section: {**source[section], key: 3}})
+        for value in (3, False, None, {}):
+            with pytest.raises(InputError, match=f"{section} has {key}"): CTVLMConfig.from_radfinder({**source, section: {**source[section], key: value}})
         with pytest.raises(InputError, match=f"{section} has no"): CTVLMConfig.from_radfinder({**source, section: {}})
     with pytest.raises(InputError, match="has no vision"): CTVLMConfig.from_radfinder({})
     with pytest.raises(InputError, match="a dict or the path"): CTVLMConfig.from_radfinder([])
@@ -120,7 +121,7 @@ def released(**model):
 
 def test_released_configuration_is_large():
     config, large = CTVLMConfig.from_radfinder(released()).to_dict(), CTVLMConfig.large().to_dict()
-    assert {k for k in large if config[k] != large[k]} == {"trained_on"}
+    assert {k for k in large if config[k] != large[k]} == {"trained_on", "fit"} and config["fit"] == "crop"
     with pytest.raises(InputError, match="backbone_kwargs has register_tokens"): CTVLMConfig.from_radfinder(released(backbone_kwargs={**released()["radfinder_model_config"]["backbone_kwargs"], "register_tokens": 4}))
     with pytest.raises(InputError, match="has no projection_dim"): CTVLMConfig.from_radfinder({"radfinder_model_config": {}})
     with pytest.raises(InputError, match="rope_mode 'grid'"): CTVLMConfig.from_radfinder({**released(), "do_snippet_alignment": {"rope_mode": "grid"}})
@@ -193,7 +194,7 @@ def model():
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["There is a cyst in the liver.", "No pleural effusion."] * 3, 300)
     m = CTVLMModel(CTVLMConfig.tiny(vocab_size=len(tokenizer), trained_on="nothing at all")).eval()
-    m.processor = CTVLMProcessor(tokenizer, m.config.window_spec)
+    m.processor = CTVLMProcessor.of(m.config, tokenizer)
     return m
 
 
@@ -290,12 +291,12 @@ def test_bins_of_an_answer_lie_where_the_windows_say(model):
 
 
 def test_calibrated_interval(model):
-    v, calibration = volume(), DepthCalibration(tau=0.02, coverage=0.8, stretch=0.5, flat=0.5, least=-1., n_patients=30)
+    v, calibration = volume(), DepthCalibration(tau=0.02, coverage=0.8, stretch=0.5, flat=0.5, least=-1., n_patients=30, population="drawn patients")
     plain = model.localize(v, "cyst")[0]
     model.config.interval_calibration = calibration.to_dict()
     try: a = model.localize(v, "cyst")[0]
     finally: model.config.interval_calibration = None
-    assert a.interval == "conformal, 80%" and a.probabilities.max() > plain.probabilities.max() and a.abstains
+    assert a.interval == "conformal, 80% of drawn patients" and a.calibrated_on == "drawn patients" and a.probabilities.max() > plain.probabilities.max() and a.abstains
     away = np.abs(a.bin_depths_mm - a.depth_mm)
     half = 0.5 * float((a.probabilities * np.where(away < 6, (away**2 + 36) / 12, away)).sum())           # of the posterior's own expected error
     assert a.interval_mm == pytest.approx((max(a.depth_mm - half, v.depths_mm[0]), min(a.depth_mm + half, v.depths_mm[-1])), abs=0.1)
@@ -327,23 +328,25 @@ def test_paths_chunks_and_state(model, tmp_path):
     nibabel.save(nibabel.Nifti1Image(v.array, v.affine), tmp_path / "scan.nii.gz")
     a, b = model.embed(str(tmp_path / "scan.nii.gz")), model.embed(v, chunk=3)
     assert isinstance(a, VolumeEmbedding) and torch.allclose(a.slices, b.slices, atol=1e-4) and not a.slices.requires_grad
-    model.train(); model.embed(v); assert not model.training
+    model.train(); model.embed(v); assert model.training; model.eval()
 
 
-def test_a_fresh_small_model_brings_its_tokenizer(tmp_path):
-    m = CTVLMModel(CTVLMConfig.tiny())
+def test_an_untrained_model_brings_its_tokenizer(tmp_path):
+    m = untrained()
     assert len(m.localize(volume(), ["cyst in the liver"])) == 1 and len(m.processor.tokenizer) == 2048
-    m.processor = None; m.save_pretrained(tmp_path)
-    assert CTVLMModel.from_pretrained(tmp_path).processor.tokens("Kein Erguss.")["input_ids"].equal(m.processor.tokens("Kein Erguss.")["input_ids"])
+    m.save_pretrained(tmp_path)
+    again, ids = CTVLMModel.from_pretrained(tmp_path), m.processor.tokens("Kein Erguss.")["input_ids"]
+    assert again.processor.tokens("Kein Erguss.")["input_ids"].equal(ids)
+    for name, p in untrained().state_dict().items(): assert torch.equal(p, m.state_dict()[name])
+    with pytest.raises(InputError, match="no model has the size 'huge'"): untrained("huge")
 
 
 def test_loaded_weights_are_not_given_a_tokenizer_that_they_do_not_know(tmp_path):
     released = CTVLMModel.from_radfinder(TINY / "weights.safetensors", config_of(TINY))
-    CTVLMModel(CTVLMConfig.tiny()).save_pretrained(tmp_path)
-    for f in tmp_path.glob("*token*"): f.unlink()
-    (tmp_path / "processor_config.json").unlink()
+    with pytest.warns(Notice, match="was saved without a tokenizer"): CTVLMModel(CTVLMConfig.tiny()).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*token*")) and not (tmp_path / "processor_config.json").exists()
     for m in (released, CTVLMModel.from_pretrained(tmp_path), CTVLMModel(CTVLMConfig.tiny(vocab_size=200))):
-        with pytest.raises(InputError, match="model.processor = CTVLMProcessor"): m.embed_text("cyst")
+        with pytest.raises(InputError, match="has no tokenizer"): m.embed_text("cyst")
 
 
 def test_what_is_no_scan_or_no_text_is_refused(model):
