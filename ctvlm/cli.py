@@ -632,7 +632,8 @@ def train(
     "Train on a table of studies with its window features; start several processes with `accelerate launch -m ctvlm.cli train ...`."
     from ctvlm.data import Batches, FeatureStore, read_studies
     from ctvlm.findings import FINDINGS
-    from ctvlm.training import TrainingConfig, augment_report, train as run
+    from ctvlm.rewriting import augment_report
+    from ctvlm.training import TrainingConfig, train as run
     try: fields = json.loads(config.read_text()) if config else {}
     except ValueError as e: raise InputError(f"{config} is no JSON ({e}): give an object with fields of TrainingConfig") from None
     try: settings = TrainingConfig(**{"frozen": ("window_encoder",), **fields})

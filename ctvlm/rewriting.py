@@ -80,7 +80,7 @@ def _without(clause): # the clause without comparisons, and whether its verb wen
 
 # %% ../nbs/03a_rewriting.ipynb #45ee2898
 _WHOLE, _NAME = (re.compile(_any(kind), re.I) for kind in ("whole", "name"))
-_COMPARES = re.compile("|".join(map(_any, ("adjective", "change", "moved", "before", "whole"))) + "|compar|vergleich|vorunter|voraufn|demonstration|prior|since|seit", re.I)
+_COMPARES = re.compile("|".join(map(_any, ("adjective", "change", "moved", "before", "earlier", "whole"))) + "|compar|vergleich|vorunter|voraufn|demonstration|since|seit", re.I)
 _CLAUSES = re.compile(r"(,?\s+(?:but|while|whereas|aber|während|jedoch|wohingegen)\s+|;\s*|,\s+(?=(?:der|die|das|the)\s))", re.I)
 _HEADING = re.compile(r"\s*(?:\d{1,2}[.)]\s+|[-*•]\s*)?(?:[A-ZÄÖÜ][\w /,-]{2,40}:\s+)?")
 
@@ -113,7 +113,7 @@ def _parts(text): # [(heading, sentence, end mark and white space)]
 def _text(parts): # headings of lost sentences go on to the next of their line
     out = kept = ""
     for heading, body, end in parts:
-        heading = (kept or "") + heading
+        heading = kept + (heading.lstrip() if kept else heading)
         if body or not end.strip(): out, kept = out + heading + body + end, ""
         else: kept = "" if "\n" in end else heading
         if not body and "\n" in end and not out.endswith("\n"): out = out.rstrip() + "\n" * bool(out)
