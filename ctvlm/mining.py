@@ -47,7 +47,7 @@ WORDS = dict(
       "cor coronal coronale coronaler coronalen coronare coronaren coronarer kor koronar koronare koronarer koronaren koronares koronal koronale koronaler koronalen frontal frontale frontalen "
       "sag sagittal sagittale sagittaler sagittalen sagittales sagital",
     V="view views plane reformat reformats reformatted reformation reformations mpr mprs recon reconstruction reconstructions rekonstruktion rekonstruktionen ebene schichtung reformatierung reformatierungen",
-    U="mm cm ml cc hu he mg kg gy mgy msv uhr hrs hours hour hr min minutes sec kv ma mas days day weeks week months month years year tage tagen tag wochen woche monate monaten monat jahre jahren jahr percent prozent",
+    U="mm cm ml cc hu he mg kg gy mgy msv uhr hrs hours hour hr min minutes sec kv ma mas days day weeks week months month years year tage tagen tag wochen woche monate monaten monat jahre jahren jahr millimeter millimeters millimetre millimetres centimeter centimeters centimetre centimetres zentimeter",
     F="ff f", r="to through thru bis until", O="of von",
     o="on in at from within out the see auf in aus der den dem des vom zu siehe also both each all jeweils beide dort there with bei",
     k="key keyimage schlüsselbild schlüsselbilder",
@@ -111,6 +111,7 @@ class Tokens:
         self.starts, self.ends = [m.start() for m in found], [m.end() for m in found]
         kinds = [_kinds[w] for w in self.words]
         if "q" in kinds: kinds = self._spell(kinds)
+        if "S" in kinds: self._long(kinds)
         i = kinds.index("n") if "n" in kinds else len(kinds)
         while i < len(kinds):
             self._look(kinds, i)
@@ -125,6 +126,13 @@ class Tokens:
         if i not in self.values: self.values[i] = int(self.words[i].rstrip(_SUFFIX))
         j = i - 1 if before == "w" else i - 2 if before in ":.#-=" and i > 1 and kinds[i - 2] == "w" else -1
         if j >= 0: kinds[j] = _kind_of_typo(self.words[j])
+
+    def _long(self, kinds): # numbers of five and six digits count behind a series word, as scanners give them to reformats
+        for i in range(1, len(kinds)):
+            if kinds[i] != "x" or not self.words[i].isdigit() or not 4 < len(self.words[i]) < 7: continue
+            k = i - 1
+            while k and i - k < 3 and kinds[k] in ".:=#": k -= 1
+            if kinds[k] == "S": kinds[i] = "n"
 
     def _spell(self, kinds): # make one number of "thirty-eight" where a number is expected
         out, skip = [], 0
@@ -171,6 +179,7 @@ class Rule:
     no:str      # a text that no rule may read
 
 RULES = [
+    Rule("dictated list", r"{ser}[Iiy]{tag}(?P<l>nn{1,9})(?![U*x/:\-])", "Nodules series 5 image 12 40 77.", "Nodules 5 12 40 77."),
     Rule("series, image", r"{plane}{twice}{ser}{sep}(?:(?P<p3>P)[.,]?V?)?{img}{after}", "Cyst (series 4, image 38).", "Series 4 was repeated, 38 images."),
     Rule("series list", r"S{tag}(?P<s>n)&(?P<s2>n){sep}J{tag}(?P<j>n)&n", "Cysts (series 3 and 5, images 40 and 62).", "Series 3 and 5 show 40 and 62 cysts."),
     Rule("image of series", r"{plane}{img}P?[,(.]?[oO]{1,3}[(]?{ser}{after}", "Cyst on image 38 of series 4.", "The first image of series 4 is blurred."),
@@ -180,10 +189,13 @@ RULES = [
     Rule("dictated", r"{plane}S(?P<s>[hr]),?{img}", "Cyst (serious for, image 38).", "A series for images."),
     Rule("series n/n", r"{plane}S{tag}(?P<s>n)(?:[/:]|,?#)#?{list}{after}", "Cyst (series 4/38).", "Series 4: 38 images."),
     Rule("image n:n", r"{plane}[IJiy]{tag}(?P<s>n):{list}{after}", "Cyst (image 4:38).", "Image count 4: 38 mAs."),
+    Rule("n, image", r"(?P<s>n),?{img}{after}", "Cyst (4, image 38).", "Level 4, 38 images."),
+    Rule("plane n", r"P[.,]?V?#?(?P<l>n){end}", "Fracture of the sacrum (sagittal #41).", "Sagittal 41 mm."),
     Rule("image", r"{plane}(?!y){img}{after}", "Cyst on image 38.", "Slice 38 mm, image quality 3."),
     Rule("pair range", r"{plane}(?P<s>n)[/:](?P<l>n[-r])(?P<s2>n)[/:](?P<m>n){end}", "Cyst (3/70-3/75).", "Discs L3/4-L4/5."),
     Rule("pair range -", r"(?P<s>n)-(?P<l>nr)(?P<s2>n)-(?P<m>n){end}", "Cyst (3-70 to 3-75).", "Discs L3-4 to L4-5."),
     Rule("pair", r"{plane}(?P<s>n)[/:]{list}{after}", "Cyst (4/38).", "Disc L4/5, strength 4/5."),
+    Rule("pair ,", r"(?P<s>n),(?P<l>n){end}", "Cyst (4, 38).", "Levels (4, 5), cysts (11, 38 mm)."),
     Rule("pair -", r"{plane}(?P<s>n)-(?P<l>n(?![U*x])(?:[,&]{1,2}n(?!-){end}{close}){0,40})", "Cyst (4-38).", "Ribs 6-9, 4-38 mm."),
 ]
 
@@ -202,7 +214,9 @@ _MEASURES = _set("l t c d th s bwk lwk hwk swk bws lws hws disc discs bandscheib
     "grade grades grad score scale stage stadium strength power kraft kraftgrad motor units unit einheiten range bereich age ages alter hu he years values werte pain schmerz schmerzen nrs vas gcs rankin mrs bp rr hr spo2 pressure blutdruck "
     "ratio verhältnis type typ child titer dilution verdünnung kv dose dosis rads hinchey deauville bosniak gleason apgar nyha ecog asa birads lirads pirads isup pt tnm who ann arbor rotterdam cycle zyklus day tag "
     "ext phone tel telefon fax page pages p pp seite seiten fig figure abb table tabelle ref refs al vol accession acc mrn id stat room raum zimmer bett bed position tischposition since seit dated dob born geb um called time birth bei")
-_COUNTED = _set("nodes node cores core lymphknoten lk segments discs levels patients fälle cases drains uhr h hr pm am strength pain power bilaterally months monate monaten weeks wochen drips tablets titer dilution")
+_COUNTABLE = _MEASURES | _set("lesion nodule target node mass cyst metastasis finding herd läsion rundherd knoten zyste befund metastase nr no number the and und x in of")
+_SHARES = _set("positive involved affected positiv befallen betroffen metastatic malignant maligne")
+_COUNTED = _set("percent prozent lymph specimen specimens sample samples biopsies fields stanzen proben biopsien vessels gefäße involved befallen positive positiv nodes node cores core lymphknoten lk segments discs levels patients fälle cases drains uhr h hr pm am strength pain power bilaterally months monate monaten weeks wochen drips tablets titer dilution")
 _DATED = _set("ct cta mri mrt mr pet us exam examination study scan studies radiograph xray x comparison voruntersuchung voruntersuchungen vor untersuchung kontrolle verlaufskontrolle termin since from dated seit vom colonoscopy "
     "surgery op biopsy prior previous until bis follow sono röntgen dexa mammogram visit admission aufnahme discharge")
 _TIMES = re.compile(r"\b(?:called|paged|discuss\w*|notif\w*|inform\w*|communicat\w*|telephon\w*|phoned?|telefon\w*|anruf\w*|übermitt\w*|mitgeteilt|besprochen|uhr|uhrzeit|a\.?m\.?|p\.?m\.?|o'clock|hours|reported (?:to|at)|time[ds]?|dictated|signed|read-?back|appointment|termin|clinic|call)\b", re.I)
@@ -226,14 +240,19 @@ class Doubt:
     test:object # `Pair` -> bool
     example:str # no reference is in here
 
+def _is_value(t, i): # a number that measures, not one that names: "CRP 44", not "lesion 2"
+    if not t.word(i)[:1].isdigit() or t.kinds[i] not in "nx": return False
+    return "." in t.words[i] or t.kinds[i - 1] == "," and t.touches(i) or not t.touches(i) and t.word(i - 1) not in _COUNTABLE
+
 DOUBTS = [
     Doubt("zero", lambda p: not p.a or not p.b or p.t.words[p.i][0] == "0" or p.t.words[p.i + 2][0] == "0", "Called (4:05). Due (05/18)."),
     Doubt("year", lambda p: p.b >= 1900, "Colonoscopy (7/2020)."),
     Doubt("chain", lambda p: p.before in "/:-.+*_~" and p.t.touches(p.i) and p.t.kinds[p.i - 2:p.i - 1] not in tuple("SIJi#") or p.after == "-" and p.t.touches(p.j) and p.t.kinds[p.j + 1:p.j + 2] in tuple("nwx"), "CT (7/14/22). Accession (21-44-019)."),
     Doubt("sign or unit", lambda p: p.before in "<>=±$#+x*" or p.after in "/:*Ux+", "Ejection fraction (40/60 %). Cores (18/20 G)."),
     Doubt("named", lambda p: p.t.word(p.i - 1) in _MEASURES or p.t.word(p.i - 1).startswith(("bandscheib", "segment")) or p.before in ".:" and not _MEASURES.isdisjoint(p.t.words[max(0, p.i - 3):p.i]), "Strength 4/5, pain: 6/10, pages 4-38."),
-    Doubt("named before the bracket", lambda p: bool(p.box) and p.i == p.box[0] and (p.b <= 12 or p.sep == "-") and p.t.word(p.i - 2) in _MEASURES, "Segments (5/6). Ages (12-38)."),
-    Doubt("counted", lambda p: p.t.word(p.j) in _COUNTED, "Positive (3/12 nodes)."),
+    Doubt("named before the bracket", lambda p: bool(p.box) and p.i == p.box[0] and (p.b <= 12 or p.sep in "-,") and p.t.word(p.i - 2) in _MEASURES, "Segments (5/6). Ages (12-38)."),
+    Doubt("counted", lambda p: p.t.word(p.j) in _COUNTED or bool(p.box) and p.i == p.box[0] and p.t.word(p.i - 2) in _SHARES and p.a <= p.b, "Positive (3/12 nodes). Nodes involved (3/14)."),
+    Doubt("value of a day", lambda p: bool(p.box) and p.box == (p.i, p.j) and p.sep == "/" and p.a <= 31 and p.b <= 31 and _is_value(p.t, p.i - 2), "Creatinine 1.2 (6/11). Kreatinin 1,2 (6/11)."),
     Doubt("ratio", lambda p: p.a == p.b and not p.box or p.a == p.b == 1 or p.a == 1 and p.b % 100 == 0 or p.sep == ":" and 1 in (p.a, p.b) and p.a * p.b in (1, 2, 3, 4, 5, 10, 20, 50), "RV to LV (1:1), titer (1/200)."),
     Doubt("date", lambda p: p.sep == "/" and p.a <= 31 and p.b <= 31 and min(p.a, p.b) <= 12 and (_before_small_words(p.t, p.i) in _DATED or p.t.word(p.i - 1) in ("on", "vom", "since", "dated") and p.t.word(p.i - 2) not in _CARRIERS), "Compared with the CT (3/12)."),
     Doubt("time", lambda p: p.sep == ":" and p.a < 25 and p.b < 60 and p.t.ends[p.i + 2] - p.t.starts[p.i + 2] == 2 and bool(_TIMES.search(_line(p.t, p.i))), "Discussed with the surgeon (14:30)."),
@@ -276,16 +295,18 @@ def _trust(p, follows): # how far to believe a pair of bare numbers; `follows`: 
     if p.box:
         words = {t.words[x] for x in range(*p.box) if t.kinds[x] == "w"}
         alone = words <= _PLACED
-        bounded = (p.i == p.box[0] or p.before in ",;:&oOPV/.-" or front in _PLACED) and (p.j == p.box[1] or p.after in ",;:&.oPO)F(")
+        bounded = (p.i == p.box[0] or p.before in ",;:&oOPV/.-" or front in _PLACED) and (p.j == p.box[1] or p.after in ",;:&.oPO)F(" or t.word(p.j) in _SITES)
+        if sep == ",": return 2 if p.box == (p.i, p.j) and series_like and (a <= 20 or a >= 200) and 12 < b < 1500 and a < b else 0
         if sep == "-": return 2 if alone and bounded and (a <= 12 or a >= 200) and b >= 20 else 0
         if not series_like: return 2 if alone and bounded and 30 < a < b - 5 and sep == "/" else 0 # "118/214", an image of a total
         if bounded and (alone or b > 12 or a >= 200): return 1 if sep == "/" and b <= 5 or a == b < 21 else 2
         return 1 if b > 31 or a >= 200 else 0
-    if sep == "-" or not series_like: return 0
+    closed = p.after in ".,;)¶ "
+    if sep == "-": return 2 if front in _SITES and front not in _MEASURES and a <= 12 and 20 <= b < 1000 and t.words[p.i + 2].isdigit() and closed else 0
+    if not series_like or sep == ",": return 0
     if p.before == "|" or p.before in "PV": return 2
     if p.before == "o" and (t.word(p.i - 2) in _CARRIERS or front in ("see", "siehe")) or front in ("vgl", "siehe", "arrow", "pfeil"): return 2 if b > 12 else 1
     if not (31 < b < 1000 and t.words[p.i + 2].isdigit()): return 0
-    closed = p.after in ".,;)¶ "
     if sep == "/" and (a <= 12 or a >= 200 and a % 100 < 20) and b not in (50, 100) and (p.before in ",-UF" or front in _SITES) and closed: return 2
     return 1 if p.before in "o,w:" and (closed or p.after == "w") else 0
 
@@ -363,6 +384,15 @@ def _interpret(t, m, rule, language, follows, typed): # a match -> [_Found]; `ty
     def found(series, image, end): return _Found(series, image, end, plane, m.start(), m.end(), rule, sep, trust)
     if rule == "series list": return [found(series, numbers[0][0], None), found(at("s2"), t.values[m.end() - 1], None)]
     if rule == "dictated": series = HOMOPHONES[t.words[m.start("s")]]
+    if rule == "dictated list" and not all(x < y for (x, _), (y, _) in zip(numbers, numbers[1:])): return []
+    if rule == "n, image":
+        i, box = m.start("s"), _bracket(t, m.start("s"))
+        first = box and i == box[0] or t.kinds[i - 1:i] == "," and t.kinds[i + 1] != "," # "(4, image 38)", ", 4 image 38"
+        if not first or not (0 < series <= 30 or 200 <= series < 1000) or not _trust_image(t, m, numbers, language): return []
+    if rule == "plane n":
+        plane = PLANE[t.words[m.start()]]
+        if not (follows or "#" in m[0] and _bracket(t, m.start())) or "#" not in m[0] and not t.values.get(m.end() - 1, 0) > 5: return []
+        return [found(None, numbers[0][0], None)]
     if rule.startswith("pair range"):
         if series != at("s2"): return []
         numbers = [(numbers[0][0], at("m"))]
@@ -404,7 +434,7 @@ def _in_row(t, cells, columns): # the reference in a row of a table
     used = sorted(columns[k] for k in (("both",) if both else ("series", "image")) if k in columns)
     if len(used) == 2 and used[1] - used[0] > 1: used = used[1:]
     first, last = bisect_left(t.starts, cells[used[0]][0]), bisect_left(t.starts, cells[used[-1]][1])
-    series = int(series) if re.fullmatch(r"[0-9]{1,4}", series) else None
+    series = int(series) if re.fullmatch(r"[0-9]{1,6}", series) else None
     return _Found(series, int(number[1]), int(number[2]) if number[2] else None, None, first, last, "table") if first < last else None
 
 def _with_tables(t, found): # replace what was found in rows of tables by what their heads say
@@ -444,7 +474,7 @@ def _find(t, language): # all references that the grammar finds and the company 
     found, at, typed, end = [], 0, False, -1
     while m := _FIND.search(t.kinds, at):
         k, start = int(m.lastgroup[1:]), m.start()
-        follows = end >= 0 and start - end < 4 and found[-1].trust == 2 and found[-1].series is not None and _JOINTS.issuperset(t.kinds[end:start])
+        follows = end >= 0 and start - end < 4 and found[-1].trust == 2 and (found[-1].series is not None or t.kinds[start] == "P") and _JOINTS.issuperset(t.kinds[end:start])
         for k in range(k, len(RULES)): # the first rule that reads something in which nothing is doubtful
             m = _READ[k].match(t.kinds, start)
             new = _interpret(t, m, RULES[k].name, language, follows, typed) if m else []
@@ -609,6 +639,7 @@ def _trail(text, a, b, room): # behind a sentence's last reference: where the te
         if start < end:
             size = _count(text[start:end])
             goes_on = size <= max(room, 4) + 4 or _GOES_ON.match(text, start, end) if direct else size <= max(room, 4) and _CONTINUES.match(text, start, end)
+            if direct and _NORMAL.search(text[start:end]) and not _GOES_ON.match(text, start, end) and text[start:end].strip()[:1].isalpha(): break # "... image 51 gallbladder normal"
             if not goes_on or _count(text[a:end]) > max(2 * room, 12): break
             keep = end
         start, direct = after, False
@@ -784,6 +815,9 @@ _TOLD = r"(?!\s+(?:described|seen|noted|known|reported|identified|characteri|dem
 _OTHER = re.compile("|".join([ # words that speak of another examination
     rf"\b(?:prior|previous|earlier|outside|older?|baseline|last|preceding|pre-?existing|initial|comparison|remote|external|recent|pre-?treatment|pre-?operative|pre-?therapy|staging|planning|referring)\s+(?:[\w.-]+[\s/]+){{0,3}}?{_EXAM}\b(?!-?\s?guided)",
     r"\b(?:the|on|from|in|at|of|vs\.?|versus)\s+(?:the\s+)?(?:priors?|baseline|previous|nadir|comparison)\b(?=\s*(?:[(,.;:)\[]|$|was|were|\d|at|it|series|image|se\b|im\b|and|measur))",
+    rf"\b(?:on|in|at|from|of|to)\s+that\s+(?:\w+\s+)?{_EXAM}\b", rf"\b(?:in|auf|bei)\s+(?:jener|jenem|der damaligen|dem damaligen)\s+\w*{_EXAM}\w*",
+    rf"\b{_MONTH}(?:\s+(?:19|20)\d\d)?[\s-]{_EXAM}\b", rf"\b(?:in|im|on)\s+{_MONTH}(?=\s*(?:$|[(,.;:\[]|noch|it\b|the\b|der\b|die\b|\d+(?:[.,]\d+)?\s*(?:mm|cm)))",
+    r"\b(?:at (?:that|the) time|back then|in retrospect|(?:was|were|present|visible|seen|nodule|mass|lesion|node|it)\s+then)\b", r"(?:^\W*|[,;]\s*)then\b(?=\s+(?:\w+\s+)?\d)",
     r"\bpriors?\s*(?=[:(,\[]|$)", r"\bbaseline\s*(?=[:(,]|$|\d)",
     r"\b(?:CT-)?vor(?:untersuchung|aufnahme|bild|bilder|studie|befund|-?(?:CT|MRT|PET|Sono))\w*", r"\bVU\b",
     rf"\b(?:vorherige|vorige|frühere|auswärtige|externe|alte|letzte|vorangegangene|vorangehende|ältere|damalige|initiale|präoperative|prätherapeutische|mitgebrachte)[nmrs]?\s+(?:[\w.-]+\s+){{0,2}}?\w*{_EXAM}\w*",
@@ -796,7 +830,7 @@ _OTHER = re.compile("|".join([ # words that speak of another examination
     rf"\b(?:on|in|at|by|of|auf|in der|im|mit der|per)\s+(?:the\s+|dem\s+|der\s+|a\s+)?{_OTHERS_MODALITY}\b",
     r"\b(?:last|vor|letzte[ns]?)\s+(?:year|month|week|jahr|monat|woche|\d+\s+(?:jahr|monat|woche)\w*)\b", r"\b\d+\s+(?:years?|months?|weeks?)\s+(?:ago|earlier|prior)\b", r"\b(?:yesterday|gestern|vortag\w*)\b",
 ]), re.I)
-_HINTS = _set("pri pre ear out old bas las ini com rem ext rec sta pla ref nad vor vu frü aus alt ält dam mit fre ers sei ehe ein for bef was wer had ori ver vs geg jan feb mar mär apr may mai jun jul aug sep okt oct nov dec dez "
+_HINTS = _set("jen ret pri pre ear out old bas las ini com rem ext rec sta pla ref nad vor vu frü aus alt ält dam mit fre ers sei ehe ein for bef was wer had ori ver vs geg jan feb mar mär apr may mai jun jul aug sep okt oct nov dec dez "
     "mri mrt mr pet fdg ult son mam sci szi ray rad rön yea mon wee jah woc ago yes ges let zuv war urs") # the beginnings of all of them, a quick look before the slow one
 _BEHIND = re.compile(rf"[\s,)\]]*(?:(?:on|of|in|from|at|der|des|vom|von|im|aus|zur|am|in der|auf|dated)\s+)*(?:the\s+|that\s+|her\s+|his\s+|dem\s+|den\s+)?(?:(?:[\w-]+\s+)?(?:prior|previous|outside|comparison|earlier|old|baseline|external|recent|last)\b(?!\s+(?:surg|resec|gran|infl))|"
     rf"vor(?:untersuchung|aufnahme|bild|studie|befund|-?(?:CT|MRT|PET))|VU\b|auswärtig|extern|früher|vorherig|ausgangs|fremd|(?:MRI?|MRT|PET|ultrasound)\b|(?:CT|exam|study|scan|untersuchung|aufnahme)\w*\s+(?:of|from|dated|vom|on|am)|{_DATE})", re.I)
@@ -804,7 +838,7 @@ _BEHIND = re.compile(rf"[\s,)\]]*(?:(?:on|of|in|from|at|der|des|vom|von|im|aus|z
 # %% ../nbs/02_mining.ipynb #98e1824f
 _NOW = re.compile(r"\b(?:now|currently|today|is|are|has|have|unchanged|stable|increased|decreased|new|larger|smaller|grown|measures|jetzt|aktuell\w*|heute|ist|sind|hat|unverändert\w*|stabil|konstant\w*|größenkonstant\w*|neu|zeigt|zeigen|misst|messen|progredient\w*|regredient\w*|derzeit|nun|nunmehr|shows?|current|remains?|persist\w*|correspond\w*|entspricht|entsprechen|represents?|appears?|demonstrates?)\b", re.I)
 _COMPARES = re.compile(r"\b(?:compared (?:to|with)|comparison (?:to|with)|since|than|versus|vs\.?|to|relative to|with|as|im Vergleich (?:zu[rm]?|mit)|gegenüber|seit|zu[rm]?|als|wie)\s*(?:the|a|an|der|dem|den|in)?(?:\s+(?:der|dem))?\s*$|^(?:zum|zur|to|since|from)$", re.I)
-_CHANGED = re.compile(r"\b(?:unchanged|changed?|stable|similar|increas\w+|decreas\w+|grown|enlarg\w+|new|larger|smaller|unverändert\w*|stabil\w*|konstant\w*|größenkonstant\w*|idem|neu|progredient\w*|regredient\w*|zugenommen|abgenommen|zunehmend\w*|abnehmend\w*|größer|kleiner|gleich\w*|progress\w*|regress\w*)\b", re.I)
+_CHANGED = re.compile(r"\b(?:unchanged|changed?|stable|similar|increas\w+|decreas\w+|grown|enlarg\w+|new|larger|smaller|unverändert\w*|stabil\w*|konstant\w*|größenkonstant\w*|idem|neu|(?:größen)?progredient\w*|(?:größen)?regredient\w*|zugenommen|abgenommen|zunehmend\w*|abnehmend\w*|größer|kleiner|gleich\w*|progress\w*|regress\w*)\b", re.I)
 _EVENT = re.compile(r"\b(?:surg\w+|resect\w+|fall|injury|trauma\w*|mvc|biops\w+|operat\w+|ablat\w+|sturz\w*|unfall\w*|op|resektion\w*|implant\w*|anlage|transplant\w*|born|admi\w+|dos\w+|therap\w+|seit|since|follow-?up)\b", re.I)
 _SECTION = re.compile(r"\W{0,4}(?:COMPARISONS?|VERGLEICH\w*|VORAUFNAHMEN?|VORUNTERSUCHUNG(?:EN)?|PRIORS?)\b[^.:]{0,12}:", re.I)
 _DATED_TEXT = re.compile(r"(?:19|20)\d\d|\d[./-]\d")
@@ -818,7 +852,8 @@ def _speaks_of_other(left, header, follows): # does the text between the last re
     if _SECTION.match(left): return True
     left = left[-300:]
     if _LETTERS.search(left, left.rfind(";") + 1): left = left[left.rfind(";") + 1:]
-    if _HINTS.isdisjoint([w[:3] for w in _LETTERS.findall(left.lower())]) and not _DATED_TEXT.search(left): return False
+    words = _LETTERS.findall(left.lower())
+    if _HINTS.isdisjoint([w[:3] for w in words]) and {"that", "then"}.isdisjoint(words) and not _DATED_TEXT.search(left): return False
     m = None
     for m in _OTHER.finditer(left): pass # the last one
     if not m: return False
