@@ -703,7 +703,7 @@ function render({ model, el }) {
   const key = [["here", "this slice"], ["predicted", "predicted"], ["interval", "its interval"], ["cited", "cited by the radiologist"]].map(([k, words]) => make("span", {}, make("i", { className: k }), words));
   const plane = name => panels.find(p => p.name == name).figure, ratio = name => panels.find(p => p.name == name).ratio;
   const level = (words, value) => make("input", { type: "number", "aria-label": words, title: words + ", HU", step: 10, value });
-  const centre = level("window centre", 40), width = level("window width", 400), probed = make("output", { className: "probed", "aria-label": "value under the pointer" });
+  const centre = level("window centre", 40), width = level("window width", 400), probed = make("span", { className: "probed", "aria-hidden": "true" });
   for (const e of [centre, width]) e.addEventListener("change", () => { model.set("windowed", `${centre.value}/${width.value}`); model.save_changes(); });
   const box = make("section", { className: "ctvlm-planes", "aria-label": "Scan", "data-lm-suppress-shortcuts": "true" }, make("div", { className: "planes" }, plane("axial"), make("div", { className: "upright" }, make("div", { className: "pair" }, plane("coronal"), plane("posterior")), plane("sagittal"))),
     make("div", { className: "tools" }, make("label", { className: "range" }, make("span", { textContent: "slice" }), range), make("div", { className: "windows", role: "radiogroup", "aria-label": "window" }, ...windows), make("div", { className: "levels" }, centre, width), probed),
@@ -952,7 +952,7 @@ def ask(self:Explorer, text:str, reference_mm=None):
         self.report.said = self._said()
         k, window = self.volume.slice_at(float(np.clip(self.answer.depth_mm, *self.volume.depths_mm[[0, -1]]))), window_for(text) if self.follow else self.picture.window
         if window == self.picture.window: self.move(k=k)
-        else: self.at[2] = k; self.picture.window = window               # which draws
+        else: self.at, self.picture.window = [*self.at[:2], k], window   # which draws
     finally: self.report.busy = False
 
 @patch

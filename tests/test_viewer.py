@@ -269,9 +269,9 @@ def test_report_with_references(scan):
     pytest.importorskip("ctvlm.mining")
     reader = explore(scan, REPORT, Model(), series=3)
     assert "".join(s["text"] for s in reader.sentences) == REPORT
-    assert all("".join(p for p, _ in s["pieces"]) == s["text"] for s in reader.sentences)
+    assert all("".join(p[0] for p in s["pieces"]) == s["text"] for s in reader.sentences)
     nodule = next(i for i, s in enumerate(reader.sentences) if "nodule" in s["text"])
-    kinds = {k for _, k in reader.sentences[nodule]["pieces"]}
+    kinds = {p[1] for p in reader.sentences[nodule]["pieces"]}
     assert {"reference", "asserted"} <= kinds and "image" not in reader.sentences[nodule]["query"]
     press(reader, nodule)
     depth = float(scan.depths_mm[np.flatnonzero(scan.image_numbers == 15)[0]])

@@ -64,7 +64,7 @@ def alone(tmp_path_factory):
     reader = viewer.explore(CTVolume(array, np.diag([5., 5, 8, 1])), ["Nodule in the lung.", "Lesion of the liver."], None)
     state = lambda widget, names: {n: base64.b64encode(getattr(widget, n)).decode() if n == "png" else getattr(widget, n) for n in names.split()}
     page = ALONE % {"css": viewer._PLANES_CSS + viewer._REPORT_CSS, "wide": reader.picture.layout.max_width, "source": json.dumps({"planes": viewer._PLANES_JS, "report": viewer._REPORT_JS}),
-                    "state": json.dumps({"planes": state(reader.picture, "panels sizes windows window png alt at texts labels drawn steps clicked"), "report": state(reader.report, "sentences said busy chosen asked presses")})}
+                    "state": json.dumps({"planes": state(reader.picture, "panels sizes windows window png alt at texts labels drawn steps clicked pointed windowed probed"), "report": state(reader.report, "sentences said busy chosen reference asked presses")})}
     path = tmp_path_factory.mktemp("alone") / "reader.html"
     path.write_text(page)
     return path.as_uri()
@@ -94,21 +94,56 @@ def test_wheel_keys_and_clicks(open_page, alone):
     name, u, v, _ = page.evaluate("planes.d.clicked")
     assert name == "coronal" and abs(u - 0.25) < 0.02 and abs(v - 0.5) < 0.02
     page.get_by_role("radio", name="lung").check()
-    assert page.evaluate("planes.d.window") == "lung"
+    assert page.evaluate("planes.d.windowed") == "lung"
+    page.get_by_label("window width").fill("350")
+    page.get_by_label("window width").press("Enter")
+    assert page.evaluate("planes.d.windowed") == "40/350"                        # any window
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 4)
+    wait_for(page, "() => planes.d.pointed[0] == 'coronal' && Math.abs(planes.d.pointed[1] - 0.5) < 0.02")
+    page.evaluate("planes.d.probed = '-43 HU at 1, 2, 3 mm'; planes.fire('change:probed')")
+    assert page.locator(".probed").inner_text() == "-43 HU at 1, 2, 3 mm"
+
+
+def test_zoom_keeps_the_point(open_page, alone):
+    page = open_page(alone)
+    drawn(page)
+    box = page.locator("figure.axial canvas").bounding_box()
+    x, y = box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.6
+    page.mouse.move(x, y)
+    page.keyboard.down("Control")
+    for _ in range(4): page.mouse.wheel(0, -100)
+    page.keyboard.up("Control")
+    wait_for(page, "() => document.querySelector('figure.axial canvas').style.transform.startsWith('scale(2.4')")
+    page.mouse.click(x, y)
+    name, u, v, _ = page.evaluate("planes.d.clicked")
+    assert name == "axial" and abs(u - 0.3) < 0.01 and abs(v - 0.6) < 0.01       # what lay under the pointer still does
+    page.mouse.dblclick(x, y)
+    assert page.evaluate("document.querySelector('figure.axial canvas').style.transform") == ""
+
+
+def test_a_reference_of_several_is_asked(open_page, alone):
+    page = open_page(alone)
+    drawn(page)
+    page.evaluate("""report.d.sentences = [{ pieces: [["Cyst ", ""], ["4/38", "reference", 0, "120 mm"], [", ", ""], ["5/12", "unresolved", 1, "in series 5, not open here"]], query: "Cyst" }]; report.fire("change:sentences")""")
+    page.locator(".unresolved", has_text="5/12").click()
+    assert page.evaluate("[report.d.chosen, report.d.reference, report.d.presses]") == [0, 1, 1]
+    assert "not open here" in page.locator(".unresolved", has_text="5/12").get_attribute("title")
+    page.get_by_role("button", name="Cyst").press("Enter")
+    assert page.evaluate("[report.d.chosen, report.d.reference]") == [0, -1]
 
 
 def test_keyboard_reaches_every_control(open_page, alone, tmp_path):
     page = open_page(alone)
     drawn(page)
     reached = []
-    for _ in range(10):
+    for _ in range(12):
         page.keyboard.press("Tab")
         reached.append(focused(page)[1])
         ring = page.evaluate("(() => { const e = document.activeElement, on = e.type == 'radio' ? e.nextSibling : e; return getComputedStyle(on).outlineWidth })()")
         assert ring == "3px", reached[-1]                                        # what has the focus wears a frame
         if reached[-1] == "Nodule in the lung.\n": page.screenshot(path=tmp_path / "focus.png")
-    assert reached[:4] == ["axial plane", "sagittal plane", "coronal plane", page.evaluate("planes.d.alt")] and reached[4:6] == ["axial slice", "soft tissue"]
-    assert reached[6:8] == ["Nodule in the lung.\n", "Lesion of the liver.\n"] and reached[9] == "Find"
+    assert reached[:4] == ["axial plane", "coronal plane", page.evaluate("planes.d.alt"), "sagittal plane"] and reached[4:6] == ["axial slice", "soft tissue"]
+    assert reached[6:10] == ["window centre", "window width", "Nodule in the lung.\n", "Lesion of the liver.\n"] and reached[11] == "Find"
     page.get_by_role("button", name="Lesion of the liver.").press("Enter")
     page.get_by_role("button", name="Nodule in the lung.").press(" ")
     assert page.evaluate("[report.d.chosen, report.d.presses]") == [0, 2]
@@ -135,6 +170,17 @@ def test_nothing_runs_off_the_page(open_page, alone, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     heights = page.evaluate("['coronal', 'posterior'].map(n => document.querySelector(`figure.${n} canvas`).getBoundingClientRect()).map(r => [r.top, r.bottom])")
     assert np.abs(np.subtract(*heights)).max() < 2                               # a depth is one height in both
+    area = page.evaluate("['axial', 'coronal', 'sagittal'].map(n => document.querySelector(`figure.${n} canvas`).getBoundingClientRect()).map(r => r.width * r.height)")
+    assert area[0] > max(area[1:])                                               # the axial plane is the largest
+    assert page.locator(".over .invite").inner_text() == "click a sentence of the report"   # the empty posterior
+
+
+def test_on_a_telephone_the_slice_comes_into_view(open_page, alone):
+    page = open_page(alone, 390, 700)
+    drawn(page)
+    page.get_by_role("button", name="Lesion of the liver.").click()
+    top, bottom = page.evaluate("(r => [r.top, r.bottom])(document.querySelector('figure.axial canvas').getBoundingClientRect())")
+    assert -30 <= top and bottom <= 730
 
 
 # ---------------------------------------------------------------- in JupyterLab
@@ -168,7 +214,7 @@ def test_in_jupyterlab(open_page, tmp_path):
             port = re.search(r"http://127\.0\.0\.1:(\d+)/lab", (tmp_path / "server.log").read_text())
             if port: break
             time.sleep(0.1)
-        page = open_page(f"http://127.0.0.1:{port[1]}/lab/tree/view.ipynb?token=t", ours=False)
+        page = open_page(f"http://127.0.0.1:{port[1]}/lab/tree/view.ipynb?token=t", 1280, 800, ours=False)
         axial = page.get_by_role("slider", name="axial plane")
         for _ in range(5):                                                       # a cell that is run while the kernel still connects may be dropped
             page.locator(".jp-Cell .cm-content").first.click()
@@ -186,6 +232,8 @@ def test_in_jupyterlab(open_page, tmp_path):
         wait_for(page, "() => document.querySelector('figure.axial canvas').getAttribute('aria-valuetext') == 'z = 200 mm'")
         assert focused(page)[1] == "axial plane"
         page.get_by_role("button", name="Nodule in the lung.").click()
+        planes = page.evaluate("['axial', 'coronal', 'posterior', 'sagittal'].map(n => document.querySelector(`figure.${n} canvas`).getBoundingClientRect()).map(r => [r.left, r.right, r.top, r.bottom])")
+        assert all(0 <= l and r <= 1280 for l, r, *_ in planes) and max(p[3] for p in planes) - min(p[2] for p in planes) < 700      # all planes at once
         page.get_by_text("predicted 300 mm").wait_for()
         wait_for(page, "() => document.querySelector('figure.axial canvas').getAttribute('aria-valuenow') == 60")
         page.screenshot(path=tmp_path / "jupyterlab.png")
