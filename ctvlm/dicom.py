@@ -107,7 +107,7 @@ def dicom_images(
     path, damaged = Path(path), f"{Path(path).name} cannot be read"
     with open(path, "rb") as f: start = f.read(132)
     marked, named = start[128:] == b"DICM", path.suffix.lower() in (".dcm", ".ima")
-    if not marked and (named or not path.suffix) and not any(start):
+    if not marked and (named or not path.suffix and any(map(str.isdigit, path.name))) and not any(start):
         raise InputError(f"{damaged}: it {'begins with zeros' if start else 'is empty'}: copy it again")
     if not marked and not named: return []
     if not marked and start[:2] not in _FIRST: raise InputError(f"{damaged}: it does not begin as DICOM files do: copy it again")
@@ -120,7 +120,7 @@ def dicom_images(
             syntax = ds.file_meta.get("TransferSyntaxUID")
     except InputError as e: raise InputError(f"{damaged}: {e}: copy it again") from None
     except Exception as e: raise InputError(f"{damaged}: {_first_line(e)}: copy it again") from None
-    if images and not (syntax and syntax.is_compressed):
+    if images and not (syntax and (syntax.is_compressed or syntax.is_deflated)):
         need = math.prod(images[0].shape) * len(images) * images[0].samples * int(ds.get("BitsAllocated") or 16) // 8
         if rest < need: raise InputError(f"{damaged}: {max(rest, 0)} of {need} bytes of its pixels are there: copy it again")
     return images

@@ -324,7 +324,8 @@ def test_rank(model):
 
 def test_paths_chunks_and_state(model, tmp_path):
     import nibabel
-    v = volume()
+    v, rng = volume(), np.random.default_rng(0)                          # a file must look like CT: air, fat, soft tissue
+    v = CTVolume((rng.choice([-1000.0, -100, 45], v.array.shape) + rng.normal(0, 15, v.array.shape)).astype(np.float32), v.affine)
     nibabel.save(nibabel.Nifti1Image(v.array, v.affine), tmp_path / "scan.nii.gz")
     a, b = model.embed(str(tmp_path / "scan.nii.gz")), model.embed(v, chunk=3)
     assert isinstance(a, VolumeEmbedding) and torch.allclose(a.slices, b.slices, atol=1e-4) and not a.slices.requires_grad

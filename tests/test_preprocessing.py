@@ -422,7 +422,10 @@ def test_files_without_preamble_and_broken_neighbours(tmp_path, hu):
     f.write_bytes(raw[144 + length:])                # the bare data set, as old archives keep it
     (folder / "thumbs.dcm").write_bytes(b"nonsense")
     (folder / "zero.dcm").write_bytes(b"")
-    np.testing.assert_array_equal(load_volume(folder).array, ras(hu))
+    refused(folder, "2 of 32 files cannot be read", "thumbs.dcm, zero.dcm", "further than 100.0 to 172.5 mm", "--allow-partial")
+    volume = load_volume(folder, allow_partial=True)
+    np.testing.assert_array_equal(volume.array, ras(hu))
+    assert len(volume.notes) == 1 and "heights outside of 100.0 to 172.5 mm were not seen" in volume.notes[0]
 
 
 # ---- zip and the other files
