@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from fastcore.basics import patch
 from .core import InputError, progress, write_atomically
+from .tables import TEXTS, Table
 
 # %% ../nbs/03_findings.ipynb #65de01b5
 @dataclass(frozen=True)
@@ -1062,46 +1063,13 @@ def rewrite_reports(
     ask = lambda t: Question(stage, _STAGES[stage] + " Answer with a JSON object with the key 'report' and nothing else.", t, _schema({"report": {"type": "string"}}), functools.partial(_check_rewriting, stage, t))
     return [None if a is ... else a for a in LanguageModel(base_url, model, **options).ask_all(map(ask, texts), kept, len(texts), price)]
 
-# %% ../nbs/03_findings.ipynb #47f8ea63
-_TEXT_COLUMNS = (("findings_en", "impressions_en"), ("findings", "impression"), ("findings", "impressions"), ("befund", "beurteilung"), ("report",), ("report_text",), ("text",), ("findings_en",), ("findings",), ("befund",), ("impressions",), ("impression",))
-
-def _pieces(path, rows):
-    "Data frames of at most `rows` rows of a CSV, Parquet or Excel file."
-    import pandas as pd
-    path = Path(path)
-    if not path.is_file(): raise InputError(f"found no file {path}, expected a table of reports: name a .csv, .parquet or .xlsx file")
-    kind = path.suffix.lower()
-    try:
-        if kind in (".csv", ".tsv"): yield from pd.read_csv(path, chunksize=rows, sep="\t" if kind == ".tsv" else ",", dtype=str, keep_default_na=False)
-        elif kind == ".parquet":
-            import pyarrow.parquet as pq
-            for batch in pq.ParquetFile(path).iter_batches(rows): yield batch.to_pandas()
-        elif kind == ".xlsx":
-            import itertools, openpyxl
-            lines = openpyxl.load_workbook(path, read_only=True).worksheets[0].iter_rows(values_only=True)
-            head = [str(c) for c in next(lines, ())]
-            while block := list(itertools.islice(lines, rows)): yield pd.DataFrame(block, columns=head).astype(object).fillna("").astype(str)
-        else: raise InputError(f"found a file ending in {kind or 'nothing'!r}, expected .csv, .tsv, .parquet or .xlsx: convert {path.name}")
-    except (UnicodeDecodeError, ValueError, OSError) as e:
-        if isinstance(e, InputError): raise
-        raise InputError(f"{path} cannot be read as {kind[1:]} ({type(e).__name__}): save it again as UTF-8 CSV or Parquet") from None
-
-def _text_columns(columns, wanted):
-    "The columns that hold the report."
-    if wanted:
-        if missing := [c for c in wanted if c not in columns]: raise InputError(f"found columns {', '.join(map(str, columns))}, expected {missing[0]!r}: name one that is there")
-        return list(wanted)
-    lower = {str(c).lower(): c for c in columns}
-    for names in _TEXT_COLUMNS:
-        if all(n in lower for n in names): return [lower[n] for n in names]
-    raise InputError(f"found columns {', '.join(map(str, columns))}, expected one called report, text, findings or Findings_EN: name the column that holds the reports")
-
 # %% ../nbs/03_findings.ipynb #3d0f0cfb
 def label_table(
-    path:str|Path,          # .csv, .tsv, .parquet or .xlsx, one report in each row
+    path:str|Path,          # a table as chapter 00a reads it, one report in each row
     output:str|Path,        # .parquet
     engine:str="rules",     # "rules" or "llm"
-    text_columns=None,      # names of the columns with the report; guessed if `None`
+    columns:dict|None=None, # role (report, findings, impression) -> name of the column, where its name does not say it
+    encoding:str|None=None, # of a text file that is neither UTF-8 nor UTF-16
     findings=None,          # names; the whole catalogue if `None`
     workers:int|None=None,  # processes for the rules; as many as there are cores if `None`
     rows:int=2000,          # of one piece
@@ -1115,14 +1083,14 @@ def label_table(
     if llm.get("store") and engine == "llm" and not isinstance(llm["store"], AnswerStore): llm["store"] = AnswerStore(llm["store"])
     asserted, denied, left_open = (dict.fromkeys(findings, 0) for _ in range(3))
     reports, unanswered, writer = 0, 0, None
+    table = Table(path, columns, encoding, need=("text",))
+    others = [c for c in table.names if c not in [table.used.get(role) for role in TEXTS]]
     with write_atomically(output) as temporary:
         try:
-            for piece in _pieces(path, rows):
-                columns = _text_columns(list(piece.columns), text_columns)
-                if not len(piece): continue
-                texts = ["\n".join(str(t) for t in row if t is not None and t == t and str(t).strip()) for row in piece[columns].itertuples(index=False)]
+            for piece in table.pieces(rows):
+                texts = [table.report(row)[0] for _, row in piece]
                 labels = label_reports(texts, engine, findings=findings, workers=workers, quiet=quiet, **llm)
-                out = piece.drop(columns=columns).astype(str).reset_index(drop=True)
+                out = pd.DataFrame([{c: row[c] for c in others} for _, row in piece], columns=others, index=range(len(piece)))
                 out = pd.concat([out, pd.DataFrame({f: pd.array([l.get(f) for l in labels], dtype="Int8") for f in findings}, index=out.index)], axis=1)
                 out["unanswered"] = [[f for f in findings if f not in l] for l in labels]
                 schema = pa.schema([(c, pa.int8() if c in asserted else pa.list_(pa.string()) if c == "unanswered" else pa.string()) for c in out.columns], metadata={"label_version": label_version(engine, llm.get("model"))})

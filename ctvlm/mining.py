@@ -8,7 +8,7 @@ __all__ = ['WORDS', 'NUMBERS', 'HOMOPHONES', 'KIND', 'PLANE', 'PARTS', 'RULES', 
            'Explanation', 'explain', 'Resolution', 'SeriesIndex', 'mine_study', 'mine_table', 'ask', 'second_reader']
 
 # %% ../nbs/02_mining.ipynb #cedfbd62
-import csv, json, os, re
+import json, os, re
 from bisect import bisect_left, bisect_right
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import InputError, write_atomically, progress
+from .tables import Table
 
 # %% ../nbs/02_mining.ipynb #c781b1ac
 @dataclass(frozen=True)
@@ -1200,62 +1201,13 @@ def mine_study(
     return rows
 
 # %% ../nbs/02_mining.ipynb #0b7dccb0
-_NAMES = dict(study=("study", "study_id", "study id", "studyid", "accession", "accession_number", "accessionnumber", "volumename", "noteacc_deid", "studyinstanceuid", "id"),
-              text=("report", "text", "report_text", "report text", "reporttext", "befund"), findings=("findings", "findings_en"), impression=("impression", "impressions", "impressions_en"), language=("language", "lang"))
-
-def _csv_rows(path, batch): # (row number, {column: value} or the reason) from a CSV file, row by row
-    csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
-        head = f.readline()
-        f.seek(0)
-        reader = csv.reader(f, delimiter="\t" if path.suffix == ".tsv" else max(",;\t", key=head.count))
-        columns = next(reader, [])
-        yield columns
-        for k in range(1, 2**62):
-            try: row = next(reader)
-            except StopIteration: return
-            except csv.Error as error: yield k, str(error); continue
-            if not row: continue
-            yield k, dict(zip(columns, row)) if len(row) == len(columns) else f"{len(row)} fields where the head has {len(columns)}"
-
-def _parquet_rows(path, batch):
-    import pyarrow.parquet as pq
-    file, k = pq.ParquetFile(path), 0
-    yield file.schema_arrow.names
-    for part in file.iter_batches(batch):
-        for row in part.to_pylist(): k += 1; yield k, row
-
-def _excel_rows(path, batch):
-    import openpyxl
-    rows = openpyxl.load_workbook(path, read_only=True, data_only=True).active.iter_rows(values_only=True)
-    columns = [str(c) for c in next(rows, ())]
-    yield columns
-    for k, row in enumerate(rows, 1):
-        if any(v is not None for v in row): yield k, dict(zip(columns, row))
-
-def _reports(path, batch=500): # (row number, study, text, language, reason) of every report of a table
-    path = Path(path)
-    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _csv_rows, ".parquet": _parquet_rows, ".xlsx": _excel_rows}
-    if not path.is_file(): raise InputError(f"found no file {path}, expected a table of reports: name a .csv, .parquet or .xlsx file")
-    if path.suffix.lower() not in readers: raise InputError(f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(readers)}: save the reports as one of these")
-    try:
-        rows = readers[path.suffix.lower()](path, batch)
-        columns = next(rows)
-    except Exception as error: raise InputError(f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {str(error).splitlines()[0]}): check the file") from None
-    lower = {str(c).strip().lower(): c for c in columns}
-    name = {k: next((lower[n] for n in names if n in lower), None) for k, names in _NAMES.items()}
-    if not (name["text"] or name["findings"] or name["impression"]) or not name["study"]:
-        raise InputError(f"{path} has the columns {', '.join(map(str, columns))}, expected study and report (or findings and impression): rename them")
-    def reports():
-        for k, row in rows:
-            if isinstance(row, str): yield k, None, None, None, row; continue
-            study = row.get(name["study"])
-            parts = [row.get(name["text"])] if name["text"] else [row.get(name[n]) for n in ("findings", "impression") if name[n]]
-            parts = [p for p in parts if isinstance(p, str) and p.strip()]
-            text, language = "\n".join(parts), row.get(name["language"]) if name["language"] else None
-            reason = "no study" if study is None or study != study or not str(study).strip() else "no report" if not parts else "not UTF-8" if re.search("[\ud800-\udfff]", f"{text}{study}") else None
-            yield k, None if reason == "not UTF-8" else study, text, str(language).strip().lower()[:2] if language in ("en", "de", "EN", "DE", "English", "German", "english", "german") else None, reason
-    return reports()
+def _reports(table): # (line, study, text, language, reason) of every report of a table
+    bad = []                                                   # (line, reason) of rows that do not fit
+    for line, row in table.rows(bad):
+        while bad: k, why = bad.pop(0); yield k, None, None, None, why
+        study, text, language = table.get(row, "study"), table.report(row)[0], table.get(row, "language").lower()[:2]
+        yield line, study or None, text, language if language in ("en", "de") else None, "no study" if not study else None if text.strip() else "no report"
+    for k, why in bad: yield k, None, None, None, why
 
 # %% ../nbs/02_mining.ipynb #1c80c339
 def _schema():
@@ -1264,16 +1216,18 @@ def _schema():
     return pa.schema(dict(study=s, report=i, snippet=s, cleaned=s, verbatim=s, span=span, snippet_span=span, series=i, image=i, image_end=i, depth_mm=f, low_mm=f, high_mm=f, plane=s, prior=pa.bool_(), language=s, rule=s, status=s))
 
 def mine_table(
-    reports:str|Path,          # CSV, TSV, Parquet or Excel with the columns study and report (or findings, impression)
+    reports:str|Path,          # a table as chapter 00a reads it, with the columns study and report (or findings, impression)
     dicom:str|Path|None=None,  # a folder of DICOM files, or a saved `SeriesIndex` (.parquet); depths stay unknown without
     output:str|Path|None=None, # Parquet file of pairs; nothing is written if `None`
     study:str="AccessionNumber", # header that names the study, for a folder of DICOM files
     quiet:bool=False,          # no progress bar
+    columns:dict|None=None,    # role (study, report, findings, impression, language) -> name of the column, where its name does not say it
+    encoding:str|None=None,    # of a text file that is neither UTF-8 nor UTF-16
 )->dict:                       # counts: reports, pairs, kept, prior, refused (by reason), unreadable (by reason)
     "Mine all reports of a table."
     import contextlib, pyarrow as pa, pyarrow.parquet as pq
     if output is not None and Path(output).suffix != ".parquet": raise InputError(f"the pairs go to a file ending in .parquet, not {Path(output).name}: name it so")
-    rows = _reports(reports)
+    rows = _reports(Table(reports, columns, encoding, need=("study", "text")))
     index = None if dicom is None else SeriesIndex.load(dicom) if Path(dicom).suffix == ".parquet" else SeriesIndex.from_dicom(dicom, study, quiet=quiet)
     schema, status, unreadable, n = _schema(), Counter(), Counter(), 0
     with contextlib.ExitStack() as stack:

@@ -344,7 +344,7 @@ def test_tables_by_language_model(server, tmp_path):
 
 def test_bad_tables(tmp_path):
     (tmp_path/"a.csv").write_text("x,y\n1,2\n"); (tmp_path/"b.csv").write_bytes(b"report\n\xff\xfe\n"); (tmp_path/"c.parquet").write_bytes(b"nonsense"); (tmp_path/"d.csv").write_text("report\n"); (tmp_path/"e.pdf").write_text("")
-    for name, message in [("a.csv", "found columns x, y"), ("b.csv", "cannot be read"), ("c.parquet", "cannot be read"), ("d.csv", "found no row"), ("e.pdf", "'.pdf'"), ("f.csv", "found no file")]:
+    for name, message in [("a.csv", "the columns x, y"), ("b.csv", "not UTF-8"), ("c.parquet", "cannot be read"), ("d.csv", "found no row"), ("e.pdf", ".pdf"), ("f.csv", "found no file")]:
         with pytest.raises(InputError, match=message): label_table(tmp_path/name, tmp_path/"out.parquet", workers=1)
     assert not (tmp_path/"out.parquet").exists()
 

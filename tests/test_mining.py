@@ -199,7 +199,7 @@ def test_findings_and_impression_are_joined(tmp_path):
 
 def test_bad_tables(tmp_path):
     (tmp_path/"r.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="expected study and report"): mine_table(tmp_path/"r.csv")
+    with pytest.raises(InputError, match="expected also study"): mine_table(tmp_path/"r.csv")
     with pytest.raises(InputError, match="found no file .*s.csv"): mine_table(tmp_path/"s.csv")
     (tmp_path/"n.csv").write_text("study,report\n")
     with pytest.raises(InputError, match="found no row"): mine_table(tmp_path/"n.csv", output=tmp_path/"n.parquet")
