@@ -116,7 +116,7 @@ def _shorter(w): return {w[:i] + w[i + 1:] for i in range(len(w))}
 def _one_slip(a, b): # one letter lost or doubled, two exchanged, or in a longer word one wrong; the last letters are endings
     a, b = sorted((a, b), key=len)
     i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
-    if i > len(a) - 2: return False
+    if i == len(a): return False
     if len(a) == len(b): return _LONG + 1 < len(a) > i + 3 and a[i + 1:] == b[i + 1:] or a[i:i + 2] == b[i:i + 2][::-1] and a[i + 2:] == b[i + 2:]
     return len(b) - len(a) == 1 and a[i:] == b[i + 1:]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from ctvlm.core import InputError
-from ctvlm.findings import (CT_RATE_CLASSES, CT_RATE_FINDINGS, FINDINGS, MERLIN_FINDINGS, RAD_CHESTCT_FINDINGS, AnswerStore, LanguageModel, colour_report,
+from ctvlm.findings import (CT_RATE_CLASSES, CT_RATE_FINDINGS, FINDINGS, MERLIN_FINDINGS, RAD_CHESTCT_FINDINGS, AnswerStore, LanguageModel, asserts, colour_report,
                             explain_report, fold, label_report, label_reports, label_table, prompts_for, rewrite_reports, sentences)
 
 HERE = Path(__file__).parent
@@ -160,6 +160,23 @@ def test_sentences():
     assert sum(2 * a / max(2 * a + b + c, 1) for a, b, c in counts.values()) / len(counts) > 0.98
 
 
+def test_families():
+    "Dialects, misspelt words, denials that hedge, sides: texts of families that hospitals produce every day."
+    name = {f.id: f.name for f in FINDINGS.values()}
+    rows, wrong = list(csv.DictReader(open(HERE/"findings_families.csv", encoding="utf-8"))), []
+    for r in rows:
+        labels, want = label_report(r["text"]), {name[i]: v for k, v in (("asserted", 1), ("denied", 0), ("open", -1)) for i in r[k].split(";") if i}
+        if any(labels[n] != v for n, v in want.items()) or any(v == 1 and n not in want and FINDINGS[n].ct_rate and not any(FINDINGS[n].ct_rate == FINDINGS[w].ct_rate for w in want) for n, v in labels.items()): wrong.append(r["text"])
+    assert len(rows) > 150 and len(wrong) <= 0.04 * len(rows), wrong
+
+
+@pytest.mark.parametrize("word, meant", [("Hepatostetaosis", "hepatosteatosis"), ("brochiectasis", "bronchiectasis"), ("lympadenopathy", "lymphadenopathy"), ("cardiomegally", "cardiomegaly")])
+def test_slips_of_the_keys(word, meant): assert {n: v for n, v in label_report(f"There is {word}.").items() if v} == {n: v for n, v in label_report(f"There is {meant}.").items() if v} != {}
+
+@pytest.mark.parametrize("text", ["Patient with confusion.", "Koronale Rekonstruktion, Kalk.", "Biliary dilution.", "The relative with effusive praise."])
+def test_words_of_their_own(text): assert not any(v for v in label_report(text).values()), text
+
+
 def test_phantoms():
     phantoms = pytest.importorskip("ctvlm.phantoms")
     cohort, wrong, all_ = phantoms.PhantomCohort(120, seed=11), 0, 0
@@ -205,6 +222,11 @@ def test_explanations_point_at_words():
     assert text[slice(*d["Pleural effusion"].span)] == "Pleuraerguss" and text[slice(*d["Pleural effusion"].cue)] == "Kein"
     assert d["Splenomegaly"].rule == "enlarged of spleen" and d["Splenomegaly"].value == 1
     assert "Pleural effusion" in colour_report(text).plain
+
+
+@pytest.mark.parametrize("snippet, yes", [("5 mm nodule in the lingula", True), ("No change of the cyst", True), ("A thing without a name, without enhancement", True), ("Station 7 node 9 mm", True),
+    ("No nodule", False), ("Nodule, no longer visible", False), ("Liver is normal", False), ("Nodule cannot be excluded", False), ("No thing without a name", False), ("Metastasis?", False), ("", False)])
+def test_what_a_snippet_asserts(snippet, yes): assert asserts(snippet) == yes
 
 
 def test_language_is_checked():
