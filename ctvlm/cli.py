@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STATUS', 'app', 'AsJson', 'Quiet', 'Model', 'Device', 'Scan', 'Scans', 'Window', 'Overwrite', 'AllowMissing', 'Task',
            'EXAMPLES', 'plain', 'say', 'main', 'phantoms', 'mine', 'label', 'studies', 'reads_scans', 'each_scan',
-           'check', 'preprocess', 'load_model', 'reading', 'picture_name', 'write_rows', 'localize', 'catalogue_name',
-           'classify', 'findings', 'scan_vectors', 'search', 'view', 'embed', 'init', 'train', 'evaluate', 'compare',
-           'demo', 'manual']
+           'check', 'preprocess', 'load_model', 'reading', 'picture_name', 'write_rows', 'localize', 'classify',
+           'findings', 'scan_vectors', 'search', 'view', 'embed', 'init', 'train', 'evaluate', 'compare', 'demo',
+           'manual']
 
 # %% ../nbs/15_cli.ipynb #3be5dd87
 import difflib, inspect, json, os, re, sys, warnings
@@ -232,8 +232,8 @@ def label(
     summary = label_table(reports, output, engine, quiet=quiet, **server)
     if as_json: say(summary, True)
     else:
-        rows = [{"finding": f, "asserted": n, "denied": summary["denied"][f]} for f, n in summary["asserted"].items()]
-        say(sorted((r for r in rows if r["asserted"] or r["denied"]), key=lambda r: (-r["asserted"], r["finding"])), False)
+        rows = [{"finding": f, "asserted": n, "denied": summary["denied"][f], "open": summary["open"][f]} for f, n in summary["asserted"].items()]
+        say(sorted((r for r in rows if r["asserted"] or r["denied"] or r["open"]), key=lambda r: (-r["asserted"], r["finding"])), False)
         print(f"{summary['reports']} reports, {summary['unanswered']} questions without an answer: {output}")
     if summary["unanswered"]: raise typer.Exit(1)
 
@@ -247,12 +247,14 @@ def studies(
     duplicates:Annotated[Optional[Literal["all", "first"]], typer.Option(help="CT-RATE: all reconstructions, or the first of each study.")]=None,
     validation:Annotated[float, typer.Option(min=0, max=1, help="Share of the training patients to hold out for calibration.")]=0.,
     test:Annotated[float, typer.Option(min=0, max=1, help="Share of the training patients to hold out for testing.")]=0.,
-    as_json:AsJson=False, quiet:Quiet=False,
+    allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
-    "Read a data set into one table of studies and count it."
+    "Read a data set into one table of studies and count it. Status 1 if a study was refused: OUTPUT.refused.csv says why."
     from ctvlm.data import scan_studies
     options = {k: v for k, v in dict(reports=reports, duplicates=duplicates).items() if v is not None}
-    say(scan_studies(root, kind, output, {"val": validation, "test": test} if validation or test else None, quiet, **options), as_json)
+    summary = scan_studies(root, kind, output, {"val": validation, "test": test} if validation or test else None, quiet, **options)
+    say(summary, as_json)
+    if (summary["refused"] or summary["missing"]) and not allow_missing: raise typer.Exit(1)
 
 # %% ../nbs/15_cli.ipynb #d2fd6279
 _HOW = dict(
@@ -342,9 +344,9 @@ def load_model(
 ):                        # a `CTVLMModel` ready to answer
     "Load a model and say what it was trained on."
     from ctvlm.core import pick_device
-    from ctvlm.model import CTVLMModel
+    from ctvlm.model import load_any
     device = pick_device(device)
-    loaded = CTVLMModel.from_pretrained(str(model)).to(device).eval()
+    loaded = load_any(model).to(device).eval()
     loaded.config.calibration                                       # read by another version? said before anything is computed
     _tell(f"this model was trained on {loaded.config.trained_on}; for research, not for diagnosis")
     return loaded
@@ -374,7 +376,7 @@ def _named(scans, output, pictures):
     tables = [o for o in output or () if o.suffix.lower() in (".csv", ".json")]
     drawn = [o for o in output or () if o not in tables]
     wanted = "a picture (.png, .jpg), a table (.csv, .json), or a folder for pictures" if pictures else "a table (.csv, .json)"
-    files = [o for o in drawn if o.suffix and not o.is_dir()]
+    files = [o for o in drawn if not o.is_dir() and (o.suffix or o.exists())]
     for o in files if pictures else drawn:
         if not pictures or o.suffix.lower() not in (".png", ".jpg", ".jpeg"): raise InputError(f"{o} is no kind of output that this verb writes: name {wanted}")
     if len(drawn) > 1: raise InputError(f"{len(drawn)} pictures were named ({', '.join(map(str, drawn))}), a scan has one: name one, or a folder")
@@ -396,13 +398,11 @@ def write_rows(
 )->None:
     "Write the answers of a verb as tables."
     import pandas as pd
+    from ctvlm.tables import escape_cell
     for path in tables:
         with write_output(path, overwrite=overwrite) as t:
             if path.suffix.lower() == ".json": t.write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
-            else: pd.DataFrame([{c: _safe(r.get(c)) for c in columns} for r in rows], columns=list(columns)).to_csv(t, index=False)
-
-def _safe(value): # text that a spreadsheet would run is quoted, as our tables quote it
-    return "'" + value if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+            else: pd.DataFrame(rows, columns=list(columns)).map(escape_cell).to_csv(t, index=False)
 
 # %% ../nbs/15_cli.ipynb #9b750b24
 @app.command()
@@ -430,7 +430,7 @@ def localize(
             figure = localization_figure(answers, volume, window=window, notes=f"{volume.name}; model {model}, trained on {loaded.config.trained_on}")
             with write_output(picture, scans, overwrite) as t: figure.savefig(t, format="jpg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png")
         for a in answers:
-            low, high = a.interval_mm
+            low, high = a.interval_mm or (None, None)
             rows.append(plain({"path": path, **plain(a), "answer": answer_words(a), "low_mm": low, "high_mm": high, "picture": picture}))
     about = {"calibrated": promise(loaded.config), "model": str(model), "trained_on": loaded.config.trained_on}
     rows = [row | about for row in rows]
@@ -442,17 +442,13 @@ def localize(
     for t in tables: print(f"table: {t}")
 
 # %% ../nbs/15_cli.ipynb #da8c0adc
-def catalogue_name(
-    finding:str, # as somebody typed it
-)->str:          # as the catalogue spells it; what was typed where it has no such name
-    "The name of a finding in the catalogue; a near miss is said."
+def _near_misses(findings): # a name that the catalogue almost has was probably meant
     from ctvlm.findings import FINDINGS
+    from ctvlm.model import catalogue_name
     names = {n.casefold(): n for n in FINDINGS}
-    asked = " ".join(finding.split())
-    if asked.casefold() in names: return names[asked.casefold()]
-    near = difflib.get_close_matches(asked.casefold(), names, 3, 0.8)
-    if near: warnings.warn(Notice(f"{asked!r} is not in the catalogue and is asked in these words; did you mean {' or '.join(names[n] for n in near)}? `ctvlm findings` lists all names"))
-    return asked
+    for f in findings:
+        near = difflib.get_close_matches(f.strip().casefold(), names, 3, 0.8) if catalogue_name(f) is None else ()
+        if near: warnings.warn(Notice(f"{f!r} is not in the catalogue and is asked in these words; did you mean {' or '.join(names[n] for n in near)}? `ctvlm findings` lists all names"))
 
 @app.command()
 @reads_scans
@@ -469,13 +465,14 @@ def classify(
     from ctvlm.findings import CT_RATE_CLASSES
     if finding and any(not f.strip() for f in finding): raise InputError("a finding is empty: name one, for example --finding 'Pleural effusion'")
     _, tables = _outputs(scans, output, overwrite, pictures=False)
-    names = [catalogue_name(f) for f in finding or CT_RATE_CLASSES]
+    names = list(finding or CT_RATE_CLASSES)
+    _near_misses(names)
     loaded, rows = load_model(model, device), []
     for path, volume in each_scan(scans, quiet, **how):
         with reading(loaded, quiet): answers = loaded.classify(volume, names)
         rows += sorted(({"path": str(path), **plain(a)} for a in answers), key=lambda r: -r["probability"])
-    write_rows(tables, rows, ("path", "scan", "finding", "probability", "score"), overwrite)
-    say(rows, as_json, (("path",) if len(scans) > 1 else ()) + ("finding", "probability"))
+    write_rows(tables, rows, ("path", "scan", "finding", "probability", "score", "source"), overwrite)
+    say(rows, as_json, (("path",) if len(scans) > 1 else ()) + ("finding", "probability", "source"))
     if not as_json: print("A probability is a score to rank by: nothing says that 0.5 divides yes from no.")
 
 @app.command()

@@ -695,7 +695,7 @@ function render({ model, el }) {
   const steps = queue(model), panels = model.get("panels").map(p => panel(model, steps, p));
   const range = make("input", { type: "range", min: 0, max: model.get("sizes")[2] - 1, "aria-label": "axial slice" });
   range.addEventListener("input", () => steps.step(2, range.value - model.get("at")[2] - steps.waiting(2)));
-  const group = "window-" + Math.random(), windows = model.get("windows").map(name => {
+  const group = "window-" + Math.random(), windows = model.get("windows").map(([name]) => {
     const dot = make("input", { type: "radio", name: group, value: name });
     dot.addEventListener("change", () => { model.set("windowed", name); model.save_changes(); });
     return make("label", {}, dot, make("span", { textContent: name }));
@@ -716,6 +716,8 @@ function render({ model, el }) {
     if (mine == turn) {
       panels.forEach(p => p.draw(bitmap));
       range.value = model.get("at")[2] + steps.waiting(2); range.setAttribute("aria-valuetext", model.get("texts")[2]);
+      const [, c, w] = model.get("windows").find(([name]) => name == model.get("window")) ?? ["", ...model.get("window").split("/")];
+      centre.value = c; width.value = w;
       windows.forEach(label => label.firstChild.checked = label.firstChild.value == model.get("window"));
       box.dataset.drawn = model.get("drawn");
     }
@@ -837,7 +839,7 @@ class Explorer:
         wide = 42 * ratio["axial"] + 21 * (ratio["coronal"] + ratio["sagittal"] + 0.5)
         panels = [[name, box, LETTERS[name]] for name, box in self.planes.boxes.items()]
         layout = w.Layout(flex="1 1 34rem", min_width="0", max_width=f"max(22rem, calc({wide:.0f}vh + 60px))")
-        self.picture = Picture(panels=panels, sizes=list(volume.array.shape), windows=list(HU_WINDOWS), window=window or "soft tissue", layout=layout)
+        self.picture = Picture(panels=panels, sizes=list(volume.array.shape), windows=[[name, *HU_WINDOWS[name]] for name in HU_WINDOWS], window=window or "soft tissue", layout=layout)
         self.report = Report(sentences=[{"pieces": s["pieces"], "query": s["query"]} for s in self.sentences], layout=w.Layout(flex="1 1 22rem", min_width="0"))
         self.picture.observe(lambda e: self.move(*(n + b - a for n, a, b in zip(self.at, e["old"], e["new"]))), "steps")
         self.picture.observe(lambda e: self.click(*e["new"][:3]), "clicked")
