@@ -1,0 +1,177 @@
+"Scans from a real archive (Orthanc on loopback) and back, with the faults that archives have."
+import json, os, shutil, socket, subprocess, threading, time, urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+
+pytest.importorskip("dicomweb_client", reason="pip install 'ctvlm[dicom]'")
+from ctvlm.core import InputError
+from ctvlm.dicomweb import TOKEN, connect, fetch_series, find_series, parse_address, send
+from ctvlm.phantoms import PhantomCohort
+from ctvlm.preprocessing import load_volume
+
+PLUGINS = [p for p in ("/usr/share/orthanc/plugins/libOrthancDicomWeb.so", "/usr/lib/orthanc/libOrthancDicomWeb.so") if Path(p).exists()]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Archive:
+    def __init__(self, port, study): self.port, self.study = port, study
+    def address(self, series=None, port=None):
+        tail = f"/series/{series}" if series else ""
+        return f"dicomweb://127.0.0.1:{port or self.port}/dicom-web/studies/{self.study}{tail}"
+    def rest(self, path, data=None):
+        return json.loads(urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", data, timeout=30).read())
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    study = PhantomCohort(4, seed=0, spacing=(12., 12., None))[3]
+    folder = tmp_path_factory.mktemp("phantom")
+    study.write_dicom(folder)
+    return study, folder
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory, phantom):
+    "An Orthanc of our own with one study in it, ended with the tests."
+    if not shutil.which("Orthanc") or not PLUGINS: pytest.skip("no Orthanc here: apt-get install orthanc orthanc-dicomweb")
+    here, port = tmp_path_factory.mktemp("orthanc"), free_port()
+    config = {"Name": "test", "StorageDirectory": str(here / "db"), "IndexDirectory": str(here / "db"), "HttpPort": port, "RemoteAccessAllowed": False,
+              "AuthenticationEnabled": False, "DicomServerEnabled": False, "HttpBindAddresses": ["127.0.0.1"], "Plugins": PLUGINS, "DicomWeb": {"Enable": True, "Root": "/dicom-web/"}}
+    (here / "orthanc.json").write_text(json.dumps(config))
+    with open(here / "log", "wb") as log: process = subprocess.Popen(["Orthanc", str(here / "orthanc.json")], stdout=log, stderr=log)
+    try:
+        study, folder = phantom
+        files = sorted(folder.rglob("*.dcm"))
+        archive = Archive(port, str(pydicom.dcmread(files[0], stop_before_pixels=True).StudyInstanceUID))
+        for _ in range(150):
+            try: archive.rest("/system"); break
+            except OSError: time.sleep(.1)
+        for f in files: archive.rest("/instances", f.read_bytes())
+        yield archive
+    finally:
+        process.terminate(); process.wait(20)
+
+
+class Proxy(BaseHTTPRequestHandler):
+    "Passes requests on to the archive, and does what its server's `fault` says on the way."
+    protocol_version = "HTTP/1.0"
+    def do_GET(self): self.pass_on(None)
+    def do_POST(self): self.pass_on(self.rfile.read(int(self.headers["Content-Length"])))
+    def pass_on(self, body):
+        self.server.asked.append((self.command, self.path))
+        status = self.server.fault(self)
+        if status: self.send_response(status); self.end_headers(); return
+        headers = {k: v for k, v in self.headers.items() if k.lower() in ("accept", "content-type")}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.server.archive}{self.path}", body, headers, method=self.command)
+        try: answer = urllib.request.urlopen(request, timeout=30)
+        except urllib.error.HTTPError as e: self.send_response(e.code); self.end_headers(); return
+        content = self.server.change(self, answer.read())
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.headers["Content-Type"])
+        self.send_header("Content-Length", str(len(content) if not self.server.cut(self) else 2 * len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+    def log_message(self, *words): pass
+
+
+@pytest.fixture()
+def proxy(archive):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    server.archive, server.asked = archive.port, []
+    server.fault, server.change, server.cut = (lambda r: None), (lambda r, content: content), (lambda r: False)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown(); server.server_close()
+
+
+def main_series(phantom): return phantom[0].scan.main
+
+
+def fetch(archive, proxy, phantom, folder): return fetch_series(archive.address(main_series(phantom).uid, proxy.server_port), folder, backoff=.01)
+
+
+def test_a_series_comes_as_it_was_stored(archive, phantom, tmp_path):
+    study, folder = phantom
+    came = fetch_series(archive.address(main_series(phantom).uid), tmp_path / "scan")
+    back, first = load_volume(came), load_volume(folder / f"series-{main_series(phantom).number:03d}")
+    assert np.array_equal(back.array, first.array) and np.allclose(back.affine, first.affine) and np.array_equal(back.image_numbers, first.image_numbers)
+    assert all(oct(f.stat().st_mode & 0o777) == "0o600" for f in came.iterdir())
+
+
+def test_a_study_needs_a_series(archive, phantom, tmp_path):
+    "Several fit: the list; by number: the right one."
+    rows = find_series(connect(parse_address(archive.address()).base), parse_address(archive.address()))
+    assert {r["number"] for r in rows} == {s.number for s in phantom[0].scan.series} and all(r["images"] for r in rows)
+    with pytest.raises(InputError, match="4 CT series of study .* fit.*--series"): fetch_series(archive.address(), tmp_path / "a")
+    assert len(list(fetch_series(archive.address(), tmp_path / "b", main_series(phantom).number).iterdir())) == main_series(phantom).count
+    with pytest.raises(InputError, match="0 CT series"): fetch_series(archive.address(), tmp_path / "c", 4711)
+
+
+def test_two_series_of_one_number(archive, phantom, tmp_path):
+    from ctvlm.dicomweb import choose
+    rows = [dict(uid=f"1.{k}", number=2, description="Axial", images=9) for k in (1, 2)]
+    with pytest.raises(InputError, match="2 CT series.*1.1.*1.2"): choose(rows, parse_address(archive.address()), 2)
+
+
+def test_500_twice_then_right(archive, proxy, phantom, tmp_path):
+    proxy.fault = lambda r: 500 if len(proxy.asked) <= 2 else None
+    assert len(list(fetch(archive, proxy, phantom, tmp_path / "a").iterdir())) == main_series(phantom).count
+
+
+@pytest.mark.parametrize("status, remedy", [(401, TOKEN), (404, "check both UIDs"), (500, "try again later")])
+def test_a_refusal_is_one_line(archive, proxy, phantom, tmp_path, status, remedy):
+    proxy.fault = lambda r: status
+    with pytest.raises(InputError, match=f"{status}.*{remedy}") as e: fetch(archive, proxy, phantom, tmp_path / "a")
+    assert "\n" not in str(e.value) and not (tmp_path / "a").exists()
+
+
+def test_gone_in_the_middle(archive, proxy, phantom, tmp_path):
+    "The stream breaks off: what is missing is asked for one by one. Nobody answers any more: one line."
+    proxy.cut = lambda r: r.path.split("?")[0].endswith(main_series(phantom).uid)
+    proxy.change = lambda r, content: content[:len(content) // 2] if proxy.cut(r) else content
+    assert len(list(fetch(archive, proxy, phantom, tmp_path / "a").iterdir())) == main_series(phantom).count
+    with pytest.raises(InputError, match="cannot be reached"): fetch_series(archive.address(main_series(phantom).uid, free_port()), tmp_path / "b", backoff=.01)
+
+
+def test_a_series_that_loses_an_image(archive, proxy, phantom, tmp_path):
+    def one_more(r, content):
+        if not r.path.split("?")[0].endswith("/instances"): return content
+        rows = json.loads(content)
+        rows.append({**rows[0], "00080018": {"vr": "UI", "Value": ["1.2.3.4"]}})
+        return json.dumps(rows).encode()
+    proxy.change = one_more
+    with pytest.raises(InputError, match="404|did not come"): fetch(archive, proxy, phantom, tmp_path / "a")
+
+
+def test_the_token_is_sent_and_not_shown(archive, proxy, phantom, tmp_path, monkeypatch):
+    seen = []
+    proxy.fault = lambda r: seen.append(r.headers.get("Authorization")) or 403
+    monkeypatch.setenv(TOKEN, "geheim")
+    with pytest.raises(InputError, match="403") as e: fetch(archive, proxy, phantom, tmp_path / "a")
+    assert set(seen) == {"Bearer geheim"} and "geheim" not in str(e.value)
+    with pytest.raises(InputError, match="use https"): connect("http://archive.example/dicom-web")
+
+
+def test_what_is_sent_is_there_once(archive, proxy, phantom):
+    study, folder = phantom
+    ds = pydicom.dcmread(sorted((folder / f"series-{main_series(phantom).number:03d}").iterdir())[0])
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.826.0.1.3680043.8.498.1"
+    address = archive.address(port=proxy.server_port)
+    before = len(archive.rest("/instances"))
+    assert send([ds], address) == [dict(uid=str(ds.SOPInstanceUID), stored=True)]
+    assert send([ds], address) == [dict(uid=str(ds.SOPInstanceUID), stored=False)]
+    assert [m for m, _ in proxy.asked].count("POST") == 1 and len(archive.rest("/instances")) == before + 1
+    proxy.fault = lambda r: 503 if r.command == "POST" else None
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.826.0.1.3680043.8.498.2"
+    proxy.asked.clear()
+    with pytest.raises(InputError, match="503"): send([ds], address, backoff=.01)
+    assert [m for m, _ in proxy.asked].count("POST") == 1    # not repeated by itself: nobody knows what arrived
