@@ -5,60 +5,76 @@
 # %% auto #0
 __all__ = ['RAD_CHESTCT', 'READERS', 'read_rows', 'split_report', 'leaves', 'scan_problem', 'short_reason', 'Collection',
            'class_labels', 'read_ct_rate', 'read_merlin', 'read_inspect', 'read_rad_chestct', 'read_csv_folder',
-           'read_phantoms', 'dicom_studies', 'read_dicom_root', 'count_studies', 'scan_studies']
+           'read_phantoms', 'dicom_studies', 'read_dicom_root', 'count_studies', 'scan_studies', 'check_collection',
+           'held_out_twice']
 
-# %% ../nbs/11a_adaptors.ipynb #4567fb81
-import gzip, inspect, io, math, os, re, zipfile, zlib
+# %% ../nbs/11a_adaptors.ipynb #637dc527
+import gzip, inspect, itertools, math, os, re, warnings, zipfile, zlib
 from collections import Counter
 from pathlib import Path
-import numpy as np, pandas as pd, pyarrow as pa
-from .core import InputError, progress, write_atomically
+import numpy as np, pandas as pd
+from .core import InputError, Notice, progress, write_atomically
 from .findings import CT_RATE_CLASSES, FINDINGS
 from .preprocessing import check_forms, check_geometry
-from .studies import STUDY_SCHEMA, _pair, report_text, rule_labels, rules_version, split_patients, write_studies
+from .studies import (
+    STUDY_SCHEMA, _pair, processes, report_text, rule_labels, rules_version, scan_content,
+    split_patients, write_studies)
+from .tables import Table, write_table
 
-# %% ../nbs/11a_adaptors.ipynb #95ce23c2
+# %% ../nbs/11a_adaptors.ipynb #8e0f5ed0
 def read_rows(
-    path:str|Path,   # `.csv`, `.tsv`, `.txt`, `.xlsx` or `.parquet`
+    path:str|Path,   # as `Table` reads it
     columns:tuple=(), # that must be there
 )->pd.DataFrame:     # of strings; an empty cell is ""
-    "Read a table as text."
-    path = Path(path)
-    if not path.exists(): raise InputError(f"{path} does not exist, expected a table with {', '.join(columns) or 'reports'}: check the path, or download it")
-    try:
-        if path.suffix.lower() in (".xlsx", ".xls"): table = pd.read_excel(path, dtype=str, keep_default_na=False)
-        elif path.suffix.lower() == ".parquet": table = pd.read_parquet(path).astype(object).fillna("").astype(str)
-        else:
-            data = path.read_bytes()
-            try: text = data.decode("utf-8-sig")
-            except UnicodeDecodeError: text = data.decode("cp1252", errors="replace")
-            first = text.partition("\n")[0]
-            table = pd.read_csv(io.StringIO(text), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False)
-    except (ValueError, OSError, zipfile.BadZipFile, pa.ArrowInvalid) as e:
-        raise InputError(f"{path} cannot be read as a table ({str(e).splitlines()[0]}): save it again as CSV in UTF-8") from None
-    table.columns = [str(c).strip() for c in table.columns]
-    missing = [c for c in columns if c not in table.columns]
-    if missing: raise InputError(f"{path} has no column {', '.join(map(repr, missing))}, found {', '.join(table.columns[:20])}: name the columns as the data set does")
-    return table
+    "A published table, by the names that its owners gave the columns."
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist, expected a table with {', '.join(columns) or 'reports'}: check the path, or download it")
+    table = Table(path)
+    missing = [c for c in columns if c not in table.names]
+    if missing:
+        raise InputError(f"{path} has no column {', '.join(map(repr, missing))}, found {', '.join(table.names[:20])}: "
+                         "name the columns as the data set does")
+    return pd.DataFrame([list(row.values()) for _, row in table], columns=table.names, dtype=object)
 
-# %% ../nbs/11a_adaptors.ipynb #f04474a0
-_IMPRESSION = re.compile(r"(?im)(?:^|(?<=[.\s]))[ \t]*(?:impressions?|conclusions?|summary|opinion|beurteilung|zusammenfassung)[ \t]*:[ \t]*")
-_FINDINGS = re.compile(r"(?im)^[ \t]*(?:findings?|befunde?)[ \t]*:[ \t]*")
-_NUMBERED = re.compile(r"(?:^|\n|(?<=[.:;])\s)\s*1[.)]\s+\S")
+# %% ../nbs/11a_adaptors.ipynb #2c931832
+_IMPRESSION = (r"(?:(?:clinical|final|radiological|overall|zusammenfassende) )?(?:impressions?|conclusions?|summary|opinion|"
+               r"assessment|interpretation|beurteilung|zusammenfassung|fazit)")
+_FINDINGS = r"(?:(?:ct|radiological) )?(?:findings?|befunde?|description|beschreibung)"
+_BOTH = rf"{_FINDINGS}[ \t]*(?:and|und|u\.|&|/|\+)[ \t]*{_IMPRESSION}"
+
+def _heading(words): # on a line of its own, or with a colon at the beginning of a line or behind a sentence
+    return re.compile(rf"(?im)^[ \t*#]*(?:{words})[ \t*]*(?::|$)[ \t*]*|(?:(?<=[.!?])|(?<=\s))(?:{words})[ \t]*:[ \t]*")
+
+_HEADINGS = {name: _heading(words) for name, words in (("both", _BOTH), ("impression", _IMPRESSION), ("findings", _FINDINGS))}
+_ORDINAL = r"(?:rippe|rib|finger|zehe|[lbhs]wk|\w*wirbel\w*|tag|woche|serie|aufnahme|quartal|januar|jänner|februar|märz|april|mai|juni|juli|august|september|oktober|november|dezember)"
+_FIRST = re.compile(rf"(?i)(?:^|\n|(?<=[.:;])[ \t])[ \t]*1[.)][ \t]+(?!{_ORDINAL}\b)(?=\S)")
+_SECOND = re.compile(r"(?:\n|(?<=[.:;])[ \t])[ \t]*2[.)][ \t]+\S")
+_ADDENDUM = re.compile(r"(?im)^[ \t*]*(?:addendum|nachtrag|ergänzung)[ \t]*:.*(?:\n(?![ \t]*$).*)*")
 
 def split_report(
     text:str, # a whole report
 )->tuple:     # findings, impression
     "Part a report into findings and impression."
     text = text.strip()
-    headings = list(_IMPRESSION.finditer(text))
-    if headings: findings, impression = text[:headings[-1].start()], text[headings[-1].end():]
-    else:
-        lists = list(_NUMBERED.finditer(text))
-        at = lists[-1].start() if lists and text[:lists[-1].start()].strip() else len(text)
-        findings, impression = text[:at], text[at:]
-    heading = _FINDINGS.search(findings)
-    return findings[heading.end() if heading else 0:].strip(), impression.strip()
+    found = {name: [m for m in pattern.finditer(text)] for name, pattern in _HEADINGS.items()}
+    if found["both"]: return text[found["both"][0].end():].strip(), ""
+    impressions, heads = found["impression"], found["findings"]
+    begin = heads[-1].end() if heads else 0
+    behind = [m for m in impressions if m.start() >= begin]
+    if behind: findings, impression = text[:behind[0].start()], text[behind[0].end():]
+    elif impressions:                                                   # the impression comes first
+        return text[begin:].strip(), text[impressions[-1].end():heads[-1].start()].strip()
+    else: findings, impression = _closing_list(text)
+    if heads:
+        added = [m[0].strip() for m in _ADDENDUM.finditer(findings[:heads[0].start()])]
+        findings = "\n".join([findings[heads[0].end():].strip(), *added])
+    return findings.strip(), impression.strip()
+
+def _closing_list(text): # what stands before the numbered list at the end of a report, and the list
+    for m in reversed(list(_FIRST.finditer(text))):
+        on_a_line, more = m[0].startswith("\n"), _SECOND.search(text, m.end())
+        if text[:m.start()].strip() and (more or on_a_line): return text[:m.start()], text[m.start():]
+    return text, ""
 
 # %% ../nbs/11a_adaptors.ipynb #1a0af633
 def leaves(
@@ -92,13 +108,24 @@ def _check_nifti(path):
         except (EOFError, OSError, zlib.error): pass
     if size < wanted: raise InputError(f"{path.name} is cut off: {size} of {wanted} bytes are there: download it again")
 
-# %% ../nbs/11a_adaptors.ipynb #e2dee750
+# %% ../nbs/11a_adaptors.ipynb #770257fd
 def _check_npz(path):
     "Table of contents and array header of a Rad-ChestCT file."
     with zipfile.ZipFile(path) as archive, archive.open("ct.npy") as f:
         version = np.lib.format.read_magic(f)
         shape, _, _ = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(f)
     if len(shape) != 3 or min(shape) < 10: raise InputError(f"{path.name} holds {' x '.join(map(str, shape))} voxels, a scan has 3 axes of at least 10: download it again")
+
+_MAGIC = {".nrrd": rb"NRRD", ".nhdr": rb"NRRD", ".mha": rb"\s*\w+\s*=", ".mhd": rb"\s*\w+\s*=", ".zip": rb"PK\x03\x04"} # how files of a kind begin
+
+def _check_magic(path):
+    "The first bytes of other kinds of scans, and the table of contents of a zip."
+    kind = path.suffix.lower()
+    with open(path, "rb") as f: begins = f.read(128)
+    if kind in _MAGIC and not re.match(_MAGIC[kind], begins):
+        raise InputError(f"{path.name} does not begin as a {kind} file does: download it again")
+    if kind == ".zip":
+        with zipfile.ZipFile(path) as archive: archive.infolist()
 
 def scan_problem(
     path:Path,            # of a scan
@@ -107,11 +134,15 @@ def scan_problem(
     "What is wrong with a scan, as far as its header and its length tell."
     path = Path(path)
     try:
-        if archive is not None and leaves(archive, path): return f"{path.name} is a symbolic link that leaves {archive.name}: put the file itself there"
+        if archive is not None and leaves(archive, path): return f"{path.name} leaves {archive.name}: put the file itself there, or allow what lies outside"
         if not path.exists(): return f"{path.name} is missing: download it"
-        if path.is_dir(): return ""
+        if path.is_dir():
+            full = any(not n.startswith(".") for _, _, names in os.walk(path) for n in names)
+            return "" if full else f"{path.name} is an empty folder: put the scan there"
+        if not path.stat().st_size: return f"{path.name} is empty: download it again"
         if path.name.lower().endswith((".nii", ".nii.gz", ".hdr", ".img")): _check_nifti(path)
         elif path.suffix.lower() == ".npz": _check_npz(path)
+        else: _check_magic(path)
     except InputError as e: return str(e)
     except Exception as e: return f"{path.name} cannot be read ({_reason(e)}): download it again"
     return ""
@@ -125,49 +156,84 @@ def short_reason(
 
 def _reason(e): return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"[:200]
 
-# %% ../nbs/11a_adaptors.ipynb #45dc5e00
+# %% ../nbs/11a_adaptors.ipynb #3ffdbccf
 class Collection:
     "Studies found so far, and scans refused with their reasons."
-    def __init__(self, source, archive=None): self.source, self.archive, self.rows, self.refused = source, archive, [], []
+    def __init__(self,
+        source:str,               # name of the collection; part of the scans' keys
+        root:Path,                # paths are told from here
+        allow_outside:bool=False, # accept scans that lie elsewhere
+        dry:bool=False,           # only find out what fits: no labels, no headers of scans
+    ):
+        self.source, self.root, self.allow_outside, self.dry = source, Path(root), allow_outside, dry
+        self.rows, self.refused = [], []
 
-    def refuse(self, study, scan, reason): self.refused.append(dict(source=self.source, study=str(study), scan=str(scan), reason=reason))
+    def refuse(self, study, scan, reason):
+        self.refused.append(dict(source=self.source, study=str(study), scan=str(scan), reason=reason))
+
+    def below(self, scan): # the path below the root
+        path = os.path.relpath(scan, self.root)
+        return Path(scan).name if path.startswith("..") else Path(path).as_posix()
 
     def add(self, study, patient, scan, findings="", impression="", language="en", labels=None, label_version="", pairs=(), split="train", series=""):
         findings, impression = ("" if t.strip().lower() in ("nan", "none", "not given.") else t.strip() for t in (findings, impression))
+        if not str(patient).strip(): return self.refuse(study, scan, f"study {study} has no patient: name one, so that a patient stays in one split")
         if labels is None:
             text = report_text(findings, impression)
-            labels, label_version = (rule_labels(text, language), rules_version()) if text else ({}, "")
-        self.rows.append(dict(study=str(study), patient=str(patient), scan=str(scan), series=str(series), language=language, findings=findings, impression=impression,
-                              labels=labels, pairs=[_pair(p) for p in pairs], split=split, source=self.source, label_version=label_version))
+            labels, label_version = (rule_labels(text, language), rules_version()) if text and not self.dry else ({}, "")
+        self.rows.append(dict(study=str(study), patient=str(patient).strip(), scan=str(scan), series=str(series), language=language,
+                              findings=findings, impression=impression, labels=labels, pairs=[_pair(p) for p in pairs], split=split,
+                              source=self.source, label_version=label_version, file=self.below(scan)))
 
     def tables(self, duplicates="all", quiet=True):
         "Studies with sound scans, and the refused ones."
         from concurrent.futures import ThreadPoolExecutor
         if duplicates not in ("all", "first"): raise InputError(f"duplicates={duplicates!r} is unknown: use 'all' or 'first'")
-        with ThreadPoolExecutor(8) as pool: problems = list(progress(pool.map(lambda r: scan_problem(r["scan"], self.archive), self.rows), "headers", total=len(self.rows), quiet=quiet))
+        archive = None if self.allow_outside else self.root
+        look = (lambda r: "") if self.dry else (lambda r: scan_problem(r["scan"], archive))
+        with ThreadPoolExecutor(8) as pool:
+            problems = list(progress(pool.map(look, self.rows), "headers", total=len(self.rows), quiet=quiet))
+        kept, seen = [], set()
         for row, problem in zip(self.rows, problems):
+            if not problem and duplicates == "first" and row["study"] in seen:
+                problem = f"{Path(row['scan']).name} is not the first sound reconstruction of its report: ask for all duplicates"
             if problem: self.refuse(row["study"], row["scan"], problem)
-        studies = pd.DataFrame([r for r, problem in zip(self.rows, problems) if not problem], columns=STUDY_SCHEMA.names)
-        if duplicates == "first": studies = studies.drop_duplicates("study").reset_index(drop=True)
+            else: kept.append(row); seen.add(row["study"])
+        studies = pd.DataFrame(kept, columns=STUDY_SCHEMA.names)
         return studies, pd.DataFrame(self.refused, columns=["source", "study", "scan", "reason"])
+
+def _words(name): return str(name).replace("_", " ").casefold()
 
 def class_labels(
     values:dict,   # class -> 0 or 1
     benchmark:str, # column of the catalogue: "ct_rate", "rad_chestct" or "merlin"
 )->dict:           # finding -> 0 or 1
     "What the labels of a benchmark's classes say of findings."
+    members = Counter(getattr(f, benchmark) for f in FINDINGS.values())
     out = {}
     for f in FINDINGS.values():
         c = getattr(f, benchmark)
-        if values.get(c) == 0 or values.get(c) == 1 and (c == f.name or c not in FINDINGS): out[f.name] = values[c]
+        its_own = _words(c) == _words(f.name) or members[c] == 1 or c == "Calcification"   # the merged class of Rad-ChestCT
+        if values.get(c) == 0 or values.get(c) == 1 and its_own: out[f.name] = values[c]
     return out
 
-# %% ../nbs/11a_adaptors.ipynb #e4d06a61
+# %% ../nbs/11a_adaptors.ipynb #2c407ade
 _CT_RATE_NAME = re.compile(r"(train|valid)_(\d+)_([a-z]+)_(\d+)\.nii\.gz")
 
-def _by_name(path, columns, key): # first row for each name
-    table = read_rows(path, (key, *columns))
-    return {r[key].strip(): r for r in reversed(table.to_dict("records"))}
+def _by_name(path, columns, key): # the row of each name; `None` where two rows say different things
+    out = {}
+    for row in read_rows(path, (key, *columns)).to_dict("records"):
+        name = row[key].strip()
+        if name in out and (out[name] is None or any(row[c] != out[name][c] for c in columns)): out[name] = None
+        else: out[name] = row
+    return out
+
+def _files(found, root, pattern, name): # {name: path}; a second file of the same name is refused
+    out = {}
+    for path in sorted(Path(root).glob(pattern)):
+        if name(path) in out: found.refuse(name(path), path, f"{path.name} lies here for the second time: keep one of them")
+        else: out[name(path)] = path
+    return out
 
 def _spacing_differs(path, row):
     "What to say where the header and the published metadata disagree about the voxel size."
@@ -183,13 +249,14 @@ def read_ct_rate(
     root:str|Path,         # holds `dataset/`, or is it
     duplicates:str="all",  # or "first" reconstruction of each report
     quiet:bool=True,       # no progress bar
+    dry:bool=False,        # as in `Collection`
 )->tuple:                  # studies, refused
     "CT-RATE as its owners publish it."
     root = Path(root)
     data = root/"dataset" if (root/"dataset").is_dir() else root
     parts = [p for p in ("train", "valid") if (data/f"{p}_fixed").is_dir()]
     if not parts: raise InputError(f"{root} holds neither dataset/train_fixed nor dataset/valid_fixed: give the folder that holds CT-RATE's 'dataset'")
-    found = Collection("CT-RATE", root)
+    found = Collection("CT-RATE", root, dry=dry)
     no_chest = {Path(line.strip()).name.removesuffix(".nii.gz") for p in [*data.glob("no_chest_*.txt"), *data.glob("*/no_chest_*.txt"), *root.glob("no_chest_*.txt")] for line in p.read_text().splitlines() if line.strip()}
     for part in parts:
         long = {"train": "train", "valid": "validation"}[part]
@@ -197,41 +264,48 @@ def read_ct_rate(
         labels = _by_name(data/"multi_abnormality_labels"/f"{part}_predicted_labels.csv", CT_RATE_CLASSES, "VolumeName")
         metadata = next((p for name in (long, part) if (p := data/"metadata"/f"{name}_metadata.csv").exists()), None)
         metadata = _by_name(metadata, (), "VolumeName") if metadata else {}
-        volumes = {p.name: p for p in (data/f"{part}_fixed").glob("*/*/*.nii.gz")}
-        of_study = {name.rpartition("_")[0]: name for name in reversed(list(reports))}
+        volumes = _files(found, data/f"{part}_fixed", "**/*.nii.gz", lambda p: p.name)
+        of_study = {name.rpartition("_")[0]: name for name, row in reversed(reports.items()) if row}
         for name in sorted({*volumes, *reports}, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)]):
             study, path = name.rpartition("_")[0], volumes.get(name)
             if not (m := _CT_RATE_NAME.fullmatch(name)): found.refuse(study, path or name, f"{name} is not called split_patient_study_reconstruction.nii.gz: give it its published name")
             elif path is None: found.refuse(study, name, f"{name} is missing: download it")
             elif name.removesuffix(".nii.gz") in no_chest: found.refuse(study, path, f"{name} is listed in no_chest_*.txt: its owners exclude it")
+            elif reports.get(name, 0) is None: found.refuse(study, path, f"{name} has two different reports in {long}_reports.csv: keep one of them")
             elif study not in of_study: found.refuse(study, path, f"{name} has no report in {long}_reports.csv: download the reports again")
-            elif not scan_problem(path, root) and (wrong := _spacing_differs(path, metadata.get(name, {}))): found.refuse(study, path, wrong)
+            elif not dry and not scan_problem(path, root) and (wrong := _spacing_differs(path, metadata.get(name, {}))): found.refuse(study, path, wrong)
             else:
                 report, row = reports.get(name) or reports[of_study[study]], labels.get(name) or labels.get(of_study[study], {})
                 known = {c: int(float(row[c])) for c in CT_RATE_CLASSES if row.get(c, "") in ("0", "1", "0.0", "1.0")}
                 found.add(study, f"{m[1]}_{m[2]}", path, report["Findings_EN"], report["Impressions_EN"], labels=class_labels(known, "ct_rate"), label_version="CT-RATE predicted", split="train" if part == "train" else "test")
     return found.tables(duplicates, quiet)
 
-# %% ../nbs/11a_adaptors.ipynb #a7c5b7c9
+# %% ../nbs/11a_adaptors.ipynb #39031c30
 _SPLIT = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
-def _split(name, where):
-    if str(name).strip().lower() not in _SPLIT: raise InputError(f"{where}: split is {name!r}, expected train, val or test: correct the table")
-    return _SPLIT[str(name).strip().lower()]
+def _split(name):
+    if name.strip().lower() not in _SPLIT: raise InputError(f"split is {name!r:.40}, expected train, val or test: correct the table")
+    return _SPLIT[name.strip().lower()]
 
 def read_merlin(
     root:str|Path, # holds `merlin_data/` and `reports_final.xlsx`
     quiet:bool=True, # no progress bar
+    dry:bool=False,  # as in `Collection`
 )->tuple:          # studies, refused
     "The Merlin abdominal CT data set; its patients are not published, so each study counts as one."
     root = Path(root)
-    found, reports = Collection("Merlin", root), _by_name(root/"reports_final.xlsx", ("Findings", "Split"), "study id")
-    volumes = {p.name.removesuffix(".gz").removesuffix(".nii"): p for p in sorted((root/"merlin_data").glob("*.nii*"))}
+    found = Collection("Merlin", root, dry=dry)
+    reports = _by_name(root/"reports_final.xlsx", ("Findings", "Split"), "study id")
+    volumes = _files(found, root/"merlin_data", "**/*.nii*", lambda p: p.name.removesuffix(".gz").removesuffix(".nii"))
     for study in progress(sorted({*volumes, *reports}), "reports", quiet=quiet):
         path = volumes.get(study)
         if path is None: found.refuse(study, f"{study}.nii.gz", f"{study}.nii.gz is missing: download it")
         elif study not in reports: found.refuse(study, path, f"{path.name} has no report in reports_final.xlsx: download the reports again")
-        else: found.add(study, study, path, *split_report(reports[study]["Findings"]), split=_split(reports[study]["Split"], f"reports_final.xlsx, study {study}"))
+        elif reports[study] is None: found.refuse(study, path, f"{path.name} has two different rows in reports_final.xlsx: keep one of them")
+        else:
+            try: split = _split(reports[study]["Split"])
+            except InputError as e: found.refuse(study, path, f"{path.name}: {e}")
+            else: found.add(study, study, path, *split_report(reports[study]["Findings"]), split=split)
     return found.tables(quiet=quiet)
 
 def _newest(folder, pattern): # the file of that name with the latest date in it
@@ -242,26 +316,33 @@ def _newest(folder, pattern): # the file of that name with the latest date in it
 def read_inspect(
     root:str|Path, # holds `full/`, or is it
     quiet:bool=True, # no progress bar
+    dry:bool=False,  # as in `Collection`
 )->tuple:          # studies, refused
     "INSPECT: CT pulmonary angiographies with their impressions."
     root = Path(root)
     full = root/"full" if (root/"full").is_dir() else root
-    found = Collection("INSPECT", root)
+    found = Collection("INSPECT", root, dry=dry)
     images = read_rows(_newest(full, "study_mapping_*.tsv"), ("image_id", "impression_id"))
     texts = _by_name(_newest(full, "impressions_*.tsv"), ("impressions",), "impression_id")
     splits = _by_name(_newest(full, "splits_*.tsv"), ("split",), "impression_id")
-    volumes = {p.name.removesuffix(".nii.gz"): p for p in (full/"CTPA").glob("*.nii.gz")}
+    volumes = _files(found, full/"CTPA", "**/*.nii.gz", lambda p: p.name.removesuffix(".nii.gz"))
     rows = {r["image_id"]: r for r in images.to_dict("records")}
     for image in progress(sorted({*volumes, *rows}), "reports", quiet=quiet):
         path, row = volumes.get(image), rows.get(image, {})
         report = row.get("impression_id", "")
         if path is None: found.refuse(image, f"{image}.nii.gz", f"{image}.nii.gz is missing: download it")
+        elif texts.get(report, 0) is None or splits.get(report, 0) is None:
+            found.refuse(image, path, f"{path.name} has two different impressions or splits: keep one of them")
         elif report not in texts: found.refuse(image, path, f"{path.name} has no impression in impressions_*.tsv: download the tables again")
         elif report not in splits: found.refuse(image, path, f"{path.name} has no split in splits_*.tsv: download the tables again")
-        else: found.add(image, row.get("person_id") or row.get("patient_id") or image, path, impression=texts[report]["impressions"], split=_split(splits[report]["split"], f"splits, impression {report}"))
+        else:
+            patient = row.get("person_id") or row.get("patient_id") or image
+            try: split = _split(splits[report]["split"])
+            except InputError as e: found.refuse(image, path, f"{path.name}: {e}")
+            else: found.add(image, patient, path, impression=texts[report]["impressions"], split=split)
     return found.tables(quiet=quiet)
 
-# %% ../nbs/11a_adaptors.ipynb #71521ee7
+# %% ../nbs/11a_adaptors.ipynb #649d196d
 RAD_CHESTCT = { # class of the benchmark -> abnormalities in the published tables
     "Medical material": "breast_implant catheter_or_port chest_tube clip gi_tube hardware heart_valve_replacement pacemaker_or_defib staple stent suture tracheal_tube",
     "Calcification": "calcification", "Cardiomegaly": "cardiomegaly", "Pericardial effusion": "pericardial_effusion", "Hiatal hernia": "hernia", "Lymphadenopathy": "lymphadenopathy",
@@ -272,11 +353,13 @@ RAD_CHESTCT = { # class of the benchmark -> abnormalities in the published table
 def read_rad_chestct(
     root:str|Path, # holds `npz/` and the three label tables
     quiet:bool=True, # no progress bar
+    dry:bool=False,  # as in `Collection`
 )->tuple:          # studies, refused
     "Rad-ChestCT: chest CT with labels by place, without reports."
     root = Path(root)
-    found, volumes, seen = Collection("Rad-ChestCT", root), {p.stem: p for p in (root/"npz").glob("*.npz")}, set()
-    patients = {r["NoteAcc_DEID"]: r["MRN_DEID"] for p in root.glob("CT_Scan_Metadata_Complete*.csv") for r in read_rows(p, ("NoteAcc_DEID", "MRN_DEID")).to_dict("records")}
+    found, seen = Collection("Rad-ChestCT", root, dry=dry), set()
+    volumes = _files(found, root/"npz", "**/*.npz", lambda p: p.stem)
+    patients = {r["NoteAcc_DEID"].removesuffix(".npz"): r["MRN_DEID"] for p in root.glob("CT_Scan_Metadata_Complete*.csv") for r in read_rows(p, ("NoteAcc_DEID", "MRN_DEID")).to_dict("records")}
     for part, split in (("train", "train"), ("valid", "val"), ("test", "test")):
         table = root/f"img{part}_Abnormality_and_Location_Labels.csv"
         if not table.exists(): continue
@@ -284,63 +367,151 @@ def read_rad_chestct(
         columns = {c: [x for x in labels.columns if x.partition("*")[0] in raw.split()] for c, raw in RAD_CHESTCT.items()}
         if not any(columns.values()): raise InputError(f"{table} has no column abnormality*location, found {', '.join(labels.columns[:5])}: download it again")
         for row in labels.to_dict("records"):
-            study = row["NoteAcc_DEID"].removesuffix(".npz"); seen.add(study)
+            study = row["NoteAcc_DEID"].removesuffix(".npz")
+            if study in seen: found.refuse(study, "", f"{study} has a second row in {table.name}: keep one of them"); continue
+            seen.add(study)
             if study not in volumes: found.refuse(study, f"{study}.npz", f"{study}.npz is missing: download it"); continue
-            values = {c: max(int(float(row[x] or 0)) for x in wanted) for c, wanted in columns.items() if wanted}
-            found.add(study, patients.get(row["NoteAcc_DEID"], study), volumes[study], labels=class_labels(values, "rad_chestct"), label_version="Rad-ChestCT", split=split)
+            try: values = {c: max(int(float(row[x] or 0)) for x in wanted) for c, wanted in columns.items() if wanted}
+            except ValueError: found.refuse(study, volumes[study], f"{study} has labels that are no numbers in {table.name}: download it again"); continue
+            found.add(study, patients.get(study, study), volumes[study], labels=class_labels(values, "rad_chestct"), label_version="Rad-ChestCT", split=split)
     if not seen: raise InputError(f"{root} holds no img*_Abnormality_and_Location_Labels.csv: give the folder that holds Rad-ChestCT's tables and npz/")
     for study in sorted(set(volumes) - seen): found.refuse(study, volumes[study], f"{study}.npz has no labels in img*_Abnormality_and_Location_Labels.csv: download the tables again")
     return found.tables(quiet=quiet)
 
-# %% ../nbs/11a_adaptors.ipynb #5634e29c
+# %% ../nbs/11a_adaptors.ipynb #77e6d26b
 def _mined(text, index, study, language):
     from ctvlm.mining import mine_study
     return mine_study(text, index, study, language or None)
 
-def _language(row, text):
+_LANGUAGES = {"en": "en", "eng": "en", "english": "en", "englisch": "en", "de": "de", "ger": "de", "deu": "de", "german": "de", "deutsch": "de"}
+_SAID = {"1": 1, "1.0": 1, "yes": 1, "true": 1, "ja": 1, "y": 1, "j": 1, "present": 1, "positive": 1,
+         "0": 0, "0.0": 0, "no": 0, "false": 0, "nein": 0, "n": 0, "absent": 0, "negative": 0, "": None, "-1": None, "unknown": None}
+
+def _language(said, text): # "en" or "de", as the table says or as the text tells
     from ctvlm.mining import tell_language
-    return row.get("language") or (tell_language(text) if text.strip() else "")
+    if not said: return tell_language(text) if text.strip() else ""
+    if said.casefold() not in _LANGUAGES: raise InputError(f"language is {said!r:.40}, expected en or de: correct the table")
+    return _LANGUAGES[said.casefold()]
 
-def _report(row): # whole text, findings, impression
-    if "text" in row and "findings" not in row: return row["text"], *split_report(row["text"])
-    findings, impression = row.get("findings", ""), row.get("impression", "")
-    return row.get("text") or report_text(findings, impression), findings, impression
+def _finding_columns(table): # {column: finding}
+    named = {_words(f): f for f in FINDINGS}
+    return {c: named[_words(c)] for c in table.ignored if _words(c) in named}
 
-def _find_scan(folder, study): # `scans/<study>` with any ending, or the folder of that name
-    for name in (study, *(f"{study}{e}" for e in (".nii.gz", ".nii", ".nrrd", ".mha", ".npz", ".zip"))):
-        if (folder/"scans"/name).exists(): return folder/"scans"/name
+def _labels(row, columns, text, language): # what the table says, and where it says nothing of a finding, the rules
+    said = {}
+    for column, finding in columns.items():
+        value = row[column].strip().casefold()
+        if value not in _SAID: raise InputError(f"column {column!r} holds {row[column]!r:.40}, expected 1, 0 or nothing: correct the table")
+        if _SAID[value] is not None: said[finding] = _SAID[value]
+    rest = {f: v for f, v in (rule_labels(text, language) if text else {}).items() if f not in columns.values()}
+    return rest | said
+
+def _join(*parts): # each once
+    out = ""
+    for part in parts:
+        if " ".join(part.split()) not in " ".join(out.split()): out += ("\n" if out else "") + part
+    return out
+
+def _written(table, row, columns, dry): # what a row says of its study: `Collection.add`'s names
+    text, findings, impression = table.report(row)
+    whole = table.get(row, "report")
+    if whole:
+        parts = split_report(whole)
+        findings, impression = _join(parts[0], findings), _join(parts[1], impression)
+    language = _language(table.get(row, "language"), text)
+    labels = _labels(row, columns, report_text(findings, impression), language) if columns and not dry else None
+    split = table.get(row, "split")
+    return dict(findings=findings, impression=impression, language=language, split=_split(split) if split else "train",
+                labels=labels, label_version=f"table, {rules_version()}" if columns else "", series=table.get(row, "series")), text
+
+def _said_nothing(table, found): # reports were to be read, and there were none
+    if found.rows and not any(r["findings"] or r["impression"] or r["labels"] for r in found.rows) and not found.dry:
+        raise InputError(f"{table.path} gave no report: {table.says()}; name the column of the report (columns report=NAME)")
+
+def _series_index(root): # of `series.parquet` or `series.csv` beside the reports
+    from ctvlm.mining import SeriesIndex
+    path = next((p for p in (root/"series.parquet", root/"series.csv") if p.exists()), None)
+    if path is None or path.suffix == ".parquet": return path and SeriesIndex.load(path)
+    table = read_rows(path, ("study", "series", "instance", "depth_mm"))
+    for c in ("series", "instance", "depth_mm"):
+        try: table[c] = pd.to_numeric(table[c].replace("", None))
+        except (ValueError, TypeError): raise InputError(f"{path}: column {c!r} holds something else than numbers: write it with `ctvlm series`") from None
+    if "localizer" in table: table["localizer"] = table.localizer.str.casefold().isin(("true", "1"))
+    return SeriesIndex(table)
+
+# %% ../nbs/11a_adaptors.ipynb #bd25fb18
+_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip", ".hdr")
+
+def _stem(name): return next((name[:-len(e)] for e in _ENDINGS if name.lower().endswith(e)), name)
+
+def _unnamed(root, used): # scans below a folder that no row of the table names
+    used = {os.path.abspath(u) for u in used}
+    holding = {str(p) for u in used for p in Path(u).parents}
+    for here, folders, files in os.walk(root):
+        folders[:] = [f for f in sorted(folders) if not f.startswith(".") and os.path.join(here, f) not in used]
+        for name in sorted(files):
+            path = os.path.join(here, name)
+            if name.lower().endswith(_ENDINGS) and not name.startswith(".") and path not in used: yield Path(path)
+        if Path(here) == root/"scans":                                  # a folder of slices counts once
+            for f in folders.copy():
+                path = os.path.join(here, f)
+                slices = path not in holding and not any(n.lower().endswith(_ENDINGS) for _, _, names in os.walk(path) for n in names)
+                if slices: folders.remove(f); yield Path(path)
 
 def read_csv_folder(
     root:str|Path,               # folder of the scans
     reports:str|Path|None=None,  # table; `root/reports.csv` if `None`
-    source:str="",               # name of the collection; the folder's if empty
+    source:str="",               # name of the collection, where several are put together
     quiet:bool=True,             # no progress bar
+    columns:dict|None=None,      # role -> name of the column, as in `Table`
+    encoding:str|None=None,      # of the table
+    allow_outside:bool=False,    # accept scans that lie outside of the folder
+    dry:bool=False,              # as in `Collection`
 )->tuple:                        # studies, refused
     "A table of reports and a folder of scans."
-    from ctvlm.mining import SeriesIndex
     root = Path(root)
-    table = read_rows(reports or root/"reports.csv", ("study", "patient"))
-    found, index = Collection(source or root.name), None
-    series = next((p for p in (root/"series.parquet", root/"series.csv") if p.exists()), None)
-    if series: index = SeriesIndex.load(series) if series.suffix == ".parquet" else SeriesIndex.from_table(pd.read_csv(series, dtype={"study": str}))
-    findings = [c for c in table.columns if c in FINDINGS]
-    for row in progress(table.to_dict("records"), "reports", total=len(table), quiet=quiet):
-        text, *parts = _report(row)
-        scan, language = root/row["scan"] if row.get("scan") else _find_scan(root, row["study"]), _language(row, text)
-        if scan is None: found.refuse(row["study"], root/"scans"/row["study"], f"{row['study']} has no scan in {root.name}/scans: put it there, or name it in a column 'scan'"); continue
-        labels = {c: int(float(row[c])) for c in findings if row[c] in ("0", "1", "0.0", "1.0")} if findings else None
-        found.add(row["study"], row["patient"], scan, *parts, language, labels, "table" if findings else "", _mined(text, index, row["study"], language) if index is not None else (),
-                  _split(row["split"], f"study {row['study']}") if row.get("split") else "train", row.get("series", ""))
-    return found.tables(quiet=quiet)
+    table = Table(reports or root/"reports.csv", columns, encoding, ("study", "patient"))
+    labels = _finding_columns(table)
+    if not labels: table = Table(table.path, columns, encoding, ("study", "patient", "text"))
+    found, index, bad, used, seen = Collection(source, root, allow_outside, dry), _series_index(root), [], set(), set()
+    places = {}
+    for p in sorted((root/"scans").iterdir()) if (root/"scans").is_dir() else ():
+        if not p.name.startswith("."):
+            places.setdefault(p.name, p)
+            places.setdefault(_stem(p.name), p)
+    for line, row in progress(table.rows(bad), "reports", quiet=quiet):
+        study, where = table.get(row, "study"), f"{table.path.name}, {table.unit} {line}"
+        scan = root/table.get(row, "scan") if table.get(row, "scan") else places.get(study)
+        if not study: found.refuse("", scan or "", f"{where}: no study: name it"); continue
+        if scan is None: found.refuse(study, "", f"{where}: {study} has no scan in {root.name}/scans: put it there, or name it in a column 'scan'"); continue
+        again, name = (str(scan), table.get(row, "series")) in seen, str(scan)
+        used.add(name)
+        seen.add((name, table.get(row, "series")))
+        if again: found.refuse(study, scan, f"{where}: {Path(name).name} belongs to an earlier row: keep one of them"); continue
+        try:
+            words, text = _written(table, row, labels, dry)
+            pairs = _mined(text, index, study, words["language"]) if index is not None and not dry else ()
+        except InputError as e: found.refuse(study, scan, f"{where}: {e}")
+        else: found.add(study, table.get(row, "patient"), scan, pairs=pairs, **words)
+    for line, reason in bad: found.refuse("", "", f"{table.path.name}, {table.unit} {line} {reason}: correct it")
+    for path in _unnamed(root, used): found.refuse("", path, f"{path.name} has no row in {table.path.name}: add it to the table")
+    return _finished(table, found, labels, quiet)
+
+def _finished(table, found, labels, quiet): # the two tables, and which columns they were made of
+    _said_nothing(table, found)
+    studies, refused = found.tables(quiet=quiet)
+    studies.attrs["columns"] = dict(used=table.used, labels=sorted(labels), ignored=[c for c in table.ignored if c not in labels])
+    return studies, refused
 
 def read_phantoms(
     root:str|Path, # as `write_cohort` wrote it
     quiet:bool=True, # no progress bar
+    dry:bool=False,  # as in `Collection`
 )->tuple:          # studies, refused
     "A cohort of phantoms on disk."
-    return read_csv_folder(root, source="phantoms", quiet=quiet)
+    return read_csv_folder(root, source="phantoms", quiet=quiet, dry=dry)
 
-# %% ../nbs/11a_adaptors.ipynb #4bfcfdef
+# %% ../nbs/11a_adaptors.ipynb #be7bd454
 def _dicom_names(path): # study UID, accession number and patient of a DICOM file, `None` if it is none
     import pydicom
     try:
@@ -350,51 +521,96 @@ def _dicom_names(path): # study UID, accession number and patient of a DICOM fil
         return str(ds.StudyInstanceUID), str(ds.get("AccessionNumber") or "").strip(), str(ds.get("PatientID") or "").strip()
     except Exception: return None
 
+def _folder_names(folder): # what the files of one folder say, each answer once
+    paths = [Path(folder)/f for f in sorted(os.listdir(folder)) if not f.startswith(".")]
+    return list(dict.fromkeys(names for p in paths if p.is_file() and (names := _dicom_names(p))))
+
+def _walk(root, allow_outside): # folders below a root, through links, each once
+    seen, todo = set(), [Path(root)]
+    while todo:
+        here = todo.pop()
+        real = here.resolve()
+        if real in seen or not allow_outside and leaves(root, here): continue
+        seen.add(real)
+        yield here
+        todo += sorted((Path(e.path) for e in os.scandir(here) if e.is_dir() and not e.name.startswith(".")), reverse=True)
+
 def dicom_studies(
     root:Path,
-    quiet:bool=True, # no progress bar
-)->dict:             # StudyInstanceUID -> folders, accession number, patient
+    quiet:bool=True,          # no progress bar
+    workers:int=0,            # processes that read headers; 0: threads of this one
+    allow_outside:bool=False, # follow links out of the root
+)->dict:                      # StudyInstanceUID -> folders, accession number, patient
     "Which folders below `root` hold which study."
-    from concurrent.futures import ThreadPoolExecutor
-    out = {}
-    with ThreadPoolExecutor(8) as pool:
-        for here, _, files in progress(os.walk(root, followlinks=True), "folders", quiet=quiet):
-            for names in pool.map(_dicom_names, [Path(here)/f for f in sorted(files)]):
-                if names: out.setdefault(names[0], (set(), *names[1:]))[0].add(Path(here))
+    from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+    out, folders = {}, list(_walk(Path(root), allow_outside))
+    with ProcessPoolExecutor(workers, processes()) if workers else ThreadPoolExecutor(8) as pool:
+        each = pool.map(_folder_names, folders, chunksize=8)
+        for here, found in zip(folders, progress(each, "folders", total=len(folders), quiet=quiet)):
+            for uid, *names in found: out.setdefault(uid, (set(), *names))[0].add(here)
     return out
+
+def _studies_below(studies): # folder -> study UIDs with files in it or below it
+    below = {}
+    for uid, (folders, *_) in studies.items():
+        for folder in folders:
+            for f in (folder, *folder.parents):
+                if uid in below.setdefault(f, set()): break
+                below[f].add(uid)
+    return below
+
+# %% ../nbs/11a_adaptors.ipynb #be420790
+def _unmatched(table, studies, place, rows): # no row belongs to any study: what both sides are called
+    here = [accession or place[uid].name for uid, (_, accession, _) in itertools.islice(studies.items(), 3)]
+    there = [table.get(row, "study") for _, row in rows[:3]]
+    raise InputError(f"none of the {len(rows)} studies of {table.path.name} ({', '.join(there)}, ...) is among the {len(studies)} of the archive "
+                     f"({', '.join(here)}, ...): the study is an accession number, a StudyInstanceUID or the name of a folder")
 
 def read_dicom_root(
     root:str|Path,              # DICOM files, at any depth
     reports:str|Path|None=None, # table; `root/reports.csv` if `None`
-    source:str="",              # name of the collection; the folder's if empty
+    source:str="",              # name of the collection, where several are put together
     quiet:bool=True,            # no progress bar
+    columns:dict|None=None,     # role -> name of the column, as in `Table`
+    encoding:str|None=None,     # of the table
+    allow_outside:bool=False,   # follow links out of the root
+    workers:int=0,              # processes that read headers; 0: threads of this one
+    dry:bool=False,             # as in `Collection`
 )->tuple:                       # studies, refused
     "A DICOM archive and a table of reports."
     from ctvlm.mining import SeriesIndex, mine_report
     root = Path(root)
-    table = read_rows(reports or root/"reports.csv", ("study",))
-    found, studies = Collection(source or root.name), dicom_studies(root, quiet)
+    table = Table(reports or root/"reports.csv", columns, encoding, ("study", "text"))
+    labels, bad = _finding_columns(table), []
+    rows, found = list(table.rows(bad)), Collection(source, root, allow_outside, dry)
+    studies = dicom_studies(root, quiet, workers, allow_outside)
     if not studies: raise InputError(f"{root} holds no DICOM file: give the folder above the DICOM series")
     place = {uid: Path(os.path.commonpath(folders)) for uid, (folders, *_) in studies.items()}
-    names = {}
+    below, names, used = _studies_below(studies), {}, set()
     for uid, (_, accession, _) in studies.items():
         for name in {uid, accession, place[uid].name} - {""}: names.setdefault(name, []).append(uid)
-    used = set()
-    for row in progress(table.to_dict("records"), "reports", total=len(table), quiet=quiet):
-        study, uids = row["study"], names.get(row["study"], [])
-        if len(uids) != 1: found.refuse(study, "", f"study {study} is {'not' if not uids else f'{len(uids)} studies'} below {root.name}: check accession numbers"); continue
-        uid = uids[0]; here = place[uid]; used.add(uid)
-        others = {u for u, (folders, *_) in studies.items() if u != uid and any(f.is_relative_to(here) for f in folders)}
-        if others: found.refuse(study, here, f"{here.name} holds files of {len(others) + 1} studies, expected 1: give each study a folder of its own"); continue
-        text, *parts = _report(row)
-        language, pairs = _language(row, text), ()
-        if mine_report(text, language or None):
-            pairs = _mined(text, SeriesIndex.from_table(SeriesIndex.from_dicom(here, workers=1, quiet=True).table.assign(study=study)), study, language)
-        found.add(study, row.get("patient") or studies[uid][2] or study, here, *parts, language, pairs=pairs, split=_split(row["split"], f"study {study}") if row.get("split") else "train", series=row.get("series", ""))
+    if rows and not any(table.get(row, "study") in names for _, row in rows): _unmatched(table, studies, place, rows)
+    for line, row in progress(rows, "reports", quiet=quiet):
+        study, where = table.get(row, "study"), f"{table.path.name}, {table.unit} {line}"
+        uids = names.get(study, [])
+        if len(uids) != 1: found.refuse(study, "", f"{where}: study {study} is {'not' if not uids else f'{len(uids)} studies'} below {root.name}: check accession numbers"); continue
+        uid, = uids
+        here = place[uid]
+        if uid in used: found.refuse(study, here, f"{where}: {study} belongs to an earlier row: keep one of them"); continue
+        used.add(uid)
+        if len(below[here]) > 1: found.refuse(study, here, f"{here.name} holds files of {len(below[here])} studies, expected 1: give each study a folder of its own"); continue
+        try: words, text = _written(table, row, labels, dry)
+        except InputError as e: found.refuse(study, here, f"{where}: {e}"); continue
+        pairs = ()
+        if not dry and mine_report(text, words["language"] or None):
+            index = SeriesIndex(SeriesIndex.from_dicom(here, workers=1, quiet=True).table.assign(study=study))
+            pairs = _mined(text, index, study, words["language"])
+        found.add(study, table.get(row, "patient") or studies[uid][2] or study, here, pairs=pairs, **words)
+    for line, reason in bad: found.refuse("", "", f"{table.path.name}, {table.unit} {line} {reason}: correct it")
     for uid in studies.keys() - used: found.refuse(studies[uid][1] or uid, place[uid], f"{place[uid].name} has no report: add it to the table")
-    return found.tables(quiet=quiet)
+    return _finished(table, found, labels, quiet)
 
-# %% ../nbs/11a_adaptors.ipynb #f2047fc9
+# %% ../nbs/11a_adaptors.ipynb #fde2b6d6
 READERS = {"ct-rate": read_ct_rate, "merlin": read_merlin, "inspect": read_inspect, "rad-chestct": read_rad_chestct, "csv": read_csv_folder, "dicom": read_dicom_root, "phantoms": read_phantoms}
 
 def count_studies(
@@ -410,6 +626,12 @@ def count_studies(
                 splits=dict(Counter(studies.split)), labels=int(sum(map(len, studies.labels))), pairs=int(sum(sum(p["depth_mm"] is not None for p in row) for row in studies.pairs)),
                 missing=missing, refused=sum(reasons.values()) - missing, reasons=dict(reasons.most_common()))
 
+def _known_layout(root, kind, options):
+    if kind not in READERS: raise InputError(f"{kind!r} is no layout: use {', '.join(READERS)}")
+    if not Path(root).is_dir(): raise InputError(f"{root} is no folder: give the root of the data set")
+    unknown = set(options) - set(inspect.signature(READERS[kind]).parameters)
+    if unknown: raise InputError(f"{kind} takes no {', '.join(sorted(unknown))}: leave it out")
+
 def scan_studies(
     root:str|Path,
     kind:str,             # a name of `READERS`
@@ -419,12 +641,41 @@ def scan_studies(
     **options,            # of the reader: `duplicates` for CT-RATE, `reports` for csv and dicom
 )->dict:                  # counts
     "Read a data set into a table of studies and count."
-    if kind not in READERS: raise InputError(f"{kind!r} is no layout: use {', '.join(READERS)}")
-    if not Path(root).is_dir(): raise InputError(f"{root} is no folder: give the root of the data set")
-    unknown = set(options) - set(inspect.signature(READERS[kind]).parameters)
-    if unknown: raise InputError(f"{kind} takes no {', '.join(sorted(unknown))}: leave it out")
+    _known_layout(root, kind, options)
     studies, refused = READERS[kind](Path(root).absolute(), quiet=quiet, **options)
+    about = studies.attrs.get("columns")
+    write_table(refused, Path(output).with_suffix(".refused.csv"))
+    if not len(studies):
+        common = Counter(map(short_reason, refused.reason)).most_common(3)
+        raise InputError(f"none of {len(refused)} scans and rows can be used ({'; '.join(f'{n} {r}' for r, n in common)}): "
+                         f"see {Path(output).with_suffix('.refused.csv').name}")
     if shares: studies = split_patients(studies, shares)
     write_studies(studies, output)
-    with write_atomically(Path(output).with_suffix(".refused.csv")) as t: refused.to_csv(t, index=False)
-    return count_studies(studies, refused)
+    return count_studies(studies, refused) | ({"columns": about} if about else {}) | held_out_twice(studies)
+
+def check_collection(
+    root:str|Path,
+    kind:str,         # a name of `READERS`
+    quiet:bool=False, # no progress bar
+    **options,        # of the reader
+)->dict:              # `scans` that met a row, `refused`, the `first` refusals, `columns` used and ignored
+    "What `scan_studies` would read, found out without labels and without opening a scan; nothing is written."
+    _known_layout(root, kind, options)
+    studies, refused = READERS[kind](Path(root).absolute(), quiet=quiet, dry=True, **options)
+    reports = int(((studies.findings.str.strip() + studies.impression.str.strip()) != "").sum())
+    return dict(scans=len(studies), reports=reports, refused=len(refused), first=refused.reason.head(5).tolist(),
+                reasons=dict(Counter(map(short_reason, refused.reason)).most_common()), columns=studies.attrs.get("columns", {}))
+
+def held_out_twice(
+    studies:pd.DataFrame,
+)->dict: # counts of `reports` and `scans` of the held-out patients that the training patients have as well
+    "What stands in training and in another split under different names: equal reports, and scans of equal content."
+    held = studies.split != "train"
+    text = (studies.findings + "\n" + studies.impression).map(lambda t: " ".join(t.split()).casefold())
+    size = studies.scan.map(lambda s: Path(s).stat().st_size if Path(s).is_file() else -1)
+    twin = size.map(size.value_counts()) > 1
+    content = pd.Series([scan_content(s) if t and n > 0 else "" for s, t, n in zip(studies.scan, twin, size)], studies.index, dtype=object)
+    both = {name: int((held & (of != "") & of.isin(of[~held])).sum()) for name, of in (("reports", text), ("scans", content))}
+    said = {f"held-out {name} that are in training, too": n for name, n in both.items() if n}
+    for what, n in said.items(): warnings.warn(Notice(f"{n} {what}"))
+    return {"held_out_twice": both}

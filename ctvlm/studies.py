@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'SPLITS', 'PAIR', 'STUDY_SCHEMA', 'scan_name', 'check_studies', 'check_reports', 'patient_name', 'to_table',
-           'write_studies', 'read_studies', 'split_patients', 'this_process', 'alive', 'processes', 'ahead',
-           'open_scan', 'report_text', 'rules_version', 'rule_labels', 'label_matrix', 'phantom_studies']
+           'write_studies', 'read_studies', 'split_patients', 'scan_key', 'scan_content', 'this_process', 'alive',
+           'processes', 'ahead', 'open_scan', 'report_text', 'rules_version', 'rule_labels', 'label_matrix',
+           'phantom_studies']
 
-# %% ../nbs/11_studies.ipynb #89102496
-import ast, functools, hashlib, itertools, json, logging, math, os, re, socket, sys, threading, warnings
+# %% ../nbs/11_studies.ipynb #b70026be
+import ast, contextlib, functools, hashlib, itertools, json, logging, math, os, re, socket, sys, threading, warnings
 from collections import deque
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
@@ -192,6 +193,38 @@ def split_patients(
         if split != "train": published[who] = split                    # a patient that is held out anywhere stays so
     ours = {who: place(who[1]) if split == "train" else split for who, split in published.items()}
     return studies.assign(split=[s if s != "train" else ours[who] for who, s in zip(zip(studies.source, names), studies.split)])
+
+# %% ../nbs/11_studies.ipynb #a4cc2c71
+def scan_key(
+    row, # a study: `source`, `study`, `scan`, `series`, `file`
+)->str:  # 20 hexadecimal digits
+    "The name of a scan in a store; it stays when the data move to another folder."
+    return hashlib.sha256(json.dumps([row.source, row.study, scan_name(row), row.series]).encode()).hexdigest()[:20]
+
+def _sampled(path, digest, pieces): # length, beginning, end, and bytes from places in between
+    with open(path, "rb") as f:
+        size = f.seek(0, 2)
+        digest.update(str(size).encode())
+        for k in range(pieces + 1):
+            f.seek(max(0, size - 4096) * k // pieces)
+            digest.update(f.read(4096))
+
+def scan_content(
+    scan:str, # the `scan` of a study
+)->str:       # 16 hexadecimal digits; "" where there is no file
+    "A name for what a scan holds: of each file its length, its header and some of its bytes, in no order."
+    path, files = Path(scan), []
+    if scan.startswith("phantom:") or not path.exists(): return ""
+    if path.is_file(): files, pieces = [path], 32
+    else:
+        for here, _, names in os.walk(path): files += [Path(here)/n for n in names if not n.startswith(".")]
+        pieces = 2
+    each = []
+    for file in files:
+        digest = hashlib.sha256()
+        with contextlib.suppress(FileNotFoundError): _sampled(file, digest, pieces)
+        each.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(each))).hexdigest()[:16]
 
 # %% ../nbs/11_studies.ipynb #66dfcbcf
 def _watch_parent(*_): # a worker ends with the process that asked for it, however that one ended
