@@ -13,13 +13,14 @@ __all__ = ['prepare_texts', 'BatchReader', 'pack', 'unpack', 'prompt_tokens', 'B
            'embed_with_ray', 'encoded', 'fill', 'fingerprint', 'held_bins', 'keep', 'plot_profile', 'read_windows',
            'scan_content', 'scan_key', 'spent', 'summary', 'window_studies']
 
-# %% ../nbs/11c_data.ipynb #b2e54462
+# %% ../nbs/11c_data.ipynb #b0ac5bda
 import hashlib, itertools, json, logging, math, os, shutil, tempfile, warnings
 from collections import defaultdict
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from .core import InputError, Notice, stable_rng, write_atomically
 from .findings import prompts_for
+from .text import tokenize
 from .studies import (
     SPLITS, PAIR, STUDY_SCHEMA, log, check_studies, to_table, write_studies, read_studies, split_patients, processes,
     ahead, alive, check_reports, open_scan, report_text, rules_version, rule_labels, label_matrix, phantom_studies, this_process, _WORD, _watch_parent)
@@ -40,18 +41,17 @@ _all_ = ["SPLITS", "PAIR", "STUDY_SCHEMA", "log", "check_studies", "to_table", "
          "embed_with_ray", "encoded", "fill", "fingerprint", "held_bins", "keep", "plot_profile", "read_windows",
          "scan_content", "scan_key", "spent", "summary", "window_studies"]
 
-# %% ../nbs/11c_data.ipynb #a421f4f8
+# %% ../nbs/11c_data.ipynb #c54a3db5
 _PREPARED = pa.schema([("study", _WORD), ("patient", _WORD), ("keys", pa.list_(_WORD)), ("reports", pa.list_(pa.list_(pa.int32()))), ("snippets", pa.list_(pa.list_(pa.int32()))),
                        ("snippet_text", pa.list_(_WORD)), ("snippet_depth_mm", pa.list_(pa.float64())), ("labels", pa.list_(pa.int8()))])
 _ROWS = 256 # studies per record batch
 
-def _ids(tokenizer, texts): # token ids of each text
-    return tokenizer(list(texts), truncation=True, max_length=min(1024, tokenizer.model_max_length))["input_ids"] if texts else []
 
-def _prepared(rows, store, tokenizer, findings, augment, variants, seed, left_out):
+def _prepared(rows, store, tokenizer, findings, augment, variants, seed, limit, left_out):
     "One study as `_PREPARED` has it, `None` where it has no features."
     first, keys = rows[0], []
-    pairs = [(p["cleaned"] or p["snippet"], p["depth_mm"]) for p in first.pairs if p["depth_mm"] is not None and not p["prior"] and (p["cleaned"] or p["snippet"])]
+    located = [p for p in first.pairs if p["depth_mm"] is not None and not p["prior"] and (p["cleaned"] or p["snippet"])]
+    pairs = [(p["cleaned"] or p["snippet"], p["depth_mm"]) for p in located if p.get("asserts") is not False]
     words, depths = [w for w, _ in pairs], [d for _, d in pairs]
     for r in rows:
         key = scan_key(r); about = store.header(key)
@@ -59,11 +59,14 @@ def _prepared(rows, store, tokenizer, findings, augment, variants, seed, left_ou
         keys.append(key)
         outside = sum(not about["low_mm"] <= d <= about["high_mm"] for d in depths)
         if outside: left_out["snippets: outside the scan"] += [r.study] * outside
-    if len(first.pairs) > len(pairs): left_out["snippets: no depth"] += [first.study] * (len(first.pairs) - len(pairs))
+    for what, n in (("no depth", len(first.pairs) - len(located)), ("nothing asserted", len(located) - len(pairs))):
+        if n: left_out[f"snippets: {what}"] += [first.study] * n
     if not keys: return None
     texts = [(first.findings, first.impression)] * variants
     if augment: texts = [augment(*t, stable_rng(seed, "report", first.source, first.study, v)) for v, t in enumerate(texts)]
-    return dict(study=first.study, patient=first.patient, keys=keys, reports=_ids(tokenizer, [report_text(*t) for t in texts]), snippets=_ids(tokenizer, words),
+    reports, cut = tokenize(tokenizer, [report_text(*t) for t in texts], limit)
+    if any(cut): left_out["reports: too long, the findings lose their end"].append(first.study)
+    return dict(study=first.study, patient=first.patient, keys=keys, reports=reports, snippets=tokenize(tokenizer, words, limit)[0],
                 snippet_text=words, snippet_depth_mm=depths, labels=[first.labels.get(f, -1) for f in findings])
 
 def prepare_texts(
@@ -75,6 +78,7 @@ def prepare_texts(
     augment=None,     # `(findings, impression, rng) -> (findings, impression)`
     variants:int=1,   # of each report
     seed:int=0,
+    limit:int=1024,   # tokens of a text
 )->tuple:             # scans of each study `(n,)`, studies of which something was left out by reason, the keys of all scans
     "Write everything but the scans as a batch needs it, one row per study."
     check_reports(studies)
@@ -82,7 +86,7 @@ def prepare_texts(
     for r in studies.itertuples(): groups.setdefault((r.source, r.study), []).append(r)
     with write_atomically(path) as temporary, pa.OSFile(str(temporary), "wb") as f, pa.ipc.new_file(f, _PREPARED) as writer:
         for scans in groups.values():
-            row = _prepared(scans, store, tokenizer, findings, augment, variants, seed, left_out)
+            row = _prepared(scans, store, tokenizer, findings, augment, variants, seed, limit, left_out)
             if row: rows.append(row); counts.append(len(row["keys"])); keys += row["keys"]
             if len(rows) == _ROWS: writer.write_batch(pa.RecordBatch.from_pylist(rows, _PREPARED)); rows = []
         if rows: writer.write_batch(pa.RecordBatch.from_pylist(rows, _PREPARED))
@@ -147,7 +151,7 @@ def unpack(
     parts = [part if 4 * len(part) > len(flat) else part.clone() for part in parts]
     return batch | {name: part.view(dtype).reshape(shape) for part, (name, dtype, shape) in zip(parts, tensors)}
 
-# %% ../nbs/11c_data.ipynb #5d11c870
+# %% ../nbs/11c_data.ipynb #4db1e0ce
 def prompt_tokens(
     findings:tuple, # Q names of the catalogue
     tokenizer,
@@ -162,11 +166,11 @@ def prompt_tokens(
     each = [prompts_for(f, "ensemble") for f in findings]
     K = min(len(side) for p in each for side in (p.positive, p.negative))
     texts = [side[k] for p in each for k in range(K) for side in (p.positive, p.negative)]
-    ids, mask = (x.reshape(len(each), K, 2, -1) for x in _padded(_ids(tokenizer, texts), tokenizer.pad_token_id))
+    ids, mask = (x.reshape(len(each), K, 2, -1) for x in _padded(tokenize(tokenizer, texts, tokenizer.model_max_length)[0], tokenizer.pad_token_id))
     weight = None if question_weights is None else torch.tensor([float(question_weights.get(f, 1)) for f in findings])
     return dict(ids=ids, mask=mask, pos_weight=None if labels is None else positive_weights(torch.from_numpy(labels)), question_weight=weight)
 
-# %% ../nbs/11c_data.ipynb #ea85b990
+# %% ../nbs/11c_data.ipynb #3d1bed43
 def _say(left_out): # what a table asked for and does not get
     for what, names in left_out.items():
         warnings.warn(Notice(f"left out: {what}", names, missing=what.startswith("scans")), stacklevel=3)
@@ -207,7 +211,8 @@ class Batches:
         path = Path(self.folder.name)/"texts.arrow"
         if training: studies = studies.iloc[np.argsort([scan_key(r) for r in studies.itertuples()], kind="stable")]
         augment = augment if training else None
-        self.scans, left_out, keys = prepare_texts(studies, store, tokenizer, path, self.findings, augment, variants, seed)
+        limit = min(1024, tokenizer.model_max_length) if model is None else model.config.max_tokens
+        self.scans, left_out, keys = prepare_texts(studies, store, tokenizer, path, self.findings, augment, variants, seed, limit)
         self.left_out = {what: len(names) for what, names in left_out.items()}           # how much, and why
         if not len(self.scans):
             raise InputError(f"none of {len(studies)} scans has features in {store.folder} "

@@ -8,23 +8,23 @@ __all__ = ['log', 'SPLITS', 'PAIR', 'STUDY_SCHEMA', 'scan_name', 'check_studies'
            'processes', 'ahead', 'open_scan', 'report_text', 'rules_version', 'rule_labels', 'label_matrix',
            'phantom_studies']
 
-# %% ../nbs/11_studies.ipynb #b70026be
+# %% ../nbs/11_studies.ipynb #49288f67
 import ast, contextlib, functools, hashlib, itertools, json, logging, math, os, re, socket, sys, threading, warnings
 from collections import deque
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from .core import CTVolume, InputError, Notice, progress, write_atomically
-from .findings import FINDINGS, label_report
+from .findings import FINDINGS, asserts, label_report
 from .preprocessing import load_volume
 
 # %% ../nbs/11_studies.ipynb #80cd2513
 log = logging.getLogger("ctvlm")
 
-# %% ../nbs/11_studies.ipynb #f1dde8b8
+# %% ../nbs/11_studies.ipynb #7a32a950
 SPLITS = ("train", "val", "test")
 _WORD = pa.string()
 PAIR = pa.struct([("snippet", _WORD), ("cleaned", _WORD), ("series", pa.int64()), ("image", pa.int64()), ("image_end", pa.int64()), ("depth_mm", pa.float64()),
-                  ("plane", _WORD), ("prior", pa.bool_()), ("rule", _WORD), ("status", _WORD)])
+                  ("plane", _WORD), ("prior", pa.bool_()), ("rule", _WORD), ("status", _WORD), ("asserts", pa.bool_())])
 STUDY_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in [
     ("study", _WORD), ("patient", _WORD), ("scan", _WORD), ("series", _WORD), ("language", _WORD), ("findings", _WORD), ("impression", _WORD),
     ("labels", pa.map_(_WORD, pa.int8())), ("pairs", pa.list_(PAIR)), ("split", _WORD), ("source", _WORD), ("label_version", _WORD),
@@ -84,9 +84,9 @@ _OF_A_REPORT = ("findings", "impression", "labels", "pairs")
 
 def _check_labels(table, where):
     for i, labels in enumerate(table["labels"].to_pylist()):
-        wrong = next((f"{name!r}: {value}" for name, value in labels if name not in FINDINGS or value not in (-1, 0, 1)), None)
+        wrong = next((f"{name!r}: {value}" for name, value in labels if name not in FINDINGS or value not in (0, 1)), None)
         if wrong:
-            raise InputError(f"{where}: row {i}, column 'labels' holds {wrong:.60}, expected findings of the catalogue with 1, 0 or -1 (left open): "
+            raise InputError(f"{where}: row {i}, column 'labels' holds {wrong:.60}, expected findings of the catalogue with 0 or 1: "
                              "leave out what is unknown")
 
 def check_reports(
@@ -313,7 +313,7 @@ def ahead(
     finally:
         if pool: pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../nbs/11_studies.ipynb #4650b6d4
+# %% ../nbs/11_studies.ipynb #e281d635
 def open_scan(
     scan:str,       # the `scan` of a study: a path, or a phantom's recipe
     series:str="",  # the `series` of a study
@@ -329,6 +329,7 @@ def open_scan(
 def _pair(row): # of the mining chapter, or any dictionary: what the schema knows of it
     row = {f.name: row.get(f.name) for f in PAIR}
     row["cleaned"] = row["cleaned"] or row["snippet"]
+    if row["asserts"] is None: row["asserts"] = asserts(row["cleaned"])   # "no nodule" lies nowhere
     return {k: None if isinstance(v, float) and math.isnan(v) or v is pd.NA else v for k, v in row.items()}
 
 def report_text(
@@ -343,14 +344,15 @@ def rules_version():
     "A name for the rules and the catalogue as they are now."
     import ctvlm.findings
     here = Path(ctvlm.findings.__file__)
-    return "rules " + hashlib.sha256(b"".join(p.read_bytes() for p in [here, *sorted((here.parent/"data").glob("*.csv"))])).hexdigest()[:8]
+    files = [here, *sorted(p for p in (here.parent/"data").glob("*.csv") if p.name != "columns.csv")]
+    return "rules " + hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:8]
 
 def rule_labels(
     text:str,     # a report
     language:str, # "" if unknown
-)->dict:          # finding -> 1, 0 or -1 (left open)
-    "What the rules of chapter 03 read in a report; what it does not mention is left out."
-    return {finding: value for finding, value in label_report(text, language or None).items() if value is not None}
+)->dict:          # finding -> 0 or 1
+    "What the rules of chapter 03 read in a report; what it does not mention or leaves open is left out."
+    return {finding: value for finding, value in label_report(text, language or None).items() if value in (0, 1)}
 
 # %% ../nbs/11_studies.ipynb #39c0e344
 def label_matrix(
@@ -360,12 +362,12 @@ def label_matrix(
     "Labels as the losses want them."
     return np.array([[row.get(f, -1) for f in findings] for row in studies.labels], np.int8).reshape(len(studies), len(findings))
 
-# %% ../nbs/11_studies.ipynb #f40170d1
+# %% ../nbs/11_studies.ipynb #8c626f6a
 def _phantom_row(job):
     cohort, i, truth = job
     s = cohort[i]
     r, sizes = s.report, "x".join("-" if v is None else str(float(v)) for v in s.spacing or (None, None, None))
-    if truth: labels, pairs = dict(s.labels), [dict(vars(p), status="ok" if p.depth_mm is not None else "prior" if p.prior else "other plane") for p in r.references]
+    if truth: labels, pairs = {f: v for f, v in s.labels.items() if v is not None}, [dict(vars(p), status="ok" if p.depth_mm is not None else "prior" if p.prior else "other plane") for p in r.references]
     else:
         from ctvlm.mining import SeriesIndex, mine_study
         labels, pairs = rule_labels(r.text, r.language), mine_study(r.text, SeriesIndex.from_table(s.series_table), s.study, r.language)
