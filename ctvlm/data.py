@@ -6,12 +6,12 @@
 __all__ = ['prepare_texts', 'BatchReader', 'pack', 'unpack', 'prompt_tokens', 'Batches', 'SPLITS', 'PAIR', 'STUDY_SCHEMA', 'log',
            'check_studies', 'to_table', 'write_studies', 'read_studies', 'check_reports', 'split_patients', 'processes',
            'ahead', 'alive', 'this_process', 'open_scan', 'report_text', 'rules_version', 'rule_labels', 'label_matrix',
-           'phantom_studies', 'RAD_CHESTCT', 'READERS', 'Collection', 'class_labels', 'count_studies', 'dicom_studies',
-           'leaves', 'read_csv_folder', 'read_ct_rate', 'read_dicom_root', 'read_inspect', 'read_merlin',
-           'read_phantoms', 'read_rad_chestct', 'read_rows', 'scan_problem', 'scan_studies', 'short_reason',
-           'split_report', 'LOST', 'PREPROCESSING', 'PROFILE', 'FeatureStore', 'RayEncoder', 'embed_studies',
-           'embed_with_ray', 'encoded', 'fill', 'fingerprint', 'held_bins', 'keep', 'plot_profile', 'read_windows',
-           'scan_content', 'scan_key', 'spent', 'summary', 'window_studies']
+           'phantom_studies', 'RAD_CHESTCT', 'READERS', 'Collection', 'check_collection', 'class_labels',
+           'count_studies', 'dicom_studies', 'leaves', 'read_csv_folder', 'read_ct_rate', 'read_dicom_root',
+           'read_inspect', 'read_merlin', 'read_phantoms', 'read_rad_chestct', 'read_rows', 'scan_problem',
+           'scan_studies', 'short_reason', 'split_report', 'LOST', 'PREPROCESSING', 'PROFILE', 'FeatureStore',
+           'RayEncoder', 'embed_studies', 'embed_with_ray', 'encoded', 'fill', 'fingerprint', 'held_bins', 'keep',
+           'plot_profile', 'read_windows', 'scan_content', 'scan_key', 'spent', 'summary', 'window_studies']
 
 # %% ../nbs/11c_data.ipynb #b0ac5bda
 import hashlib, itertools, json, logging, math, os, shutil, tempfile, warnings
@@ -25,7 +25,7 @@ from .studies import (
     SPLITS, PAIR, STUDY_SCHEMA, log, check_studies, to_table, write_studies, read_studies, split_patients, processes,
     ahead, alive, check_reports, open_scan, report_text, rules_version, rule_labels, label_matrix, phantom_studies, this_process, _WORD, _watch_parent)
 from .adaptors import (
-    RAD_CHESTCT, READERS, Collection, class_labels, count_studies, dicom_studies, leaves, read_csv_folder, read_ct_rate,
+    RAD_CHESTCT, READERS, Collection, check_collection, class_labels, count_studies, dicom_studies, leaves, read_csv_folder, read_ct_rate,
     read_dicom_root, read_inspect, read_merlin, read_phantoms, read_rad_chestct, read_rows, scan_problem, scan_studies,
     short_reason, split_report)
 from .features import (
@@ -34,7 +34,7 @@ from .features import (
 
 _all_ = ["SPLITS", "PAIR", "STUDY_SCHEMA", "log", "check_studies", "to_table", "write_studies", "read_studies",
          "check_reports", "split_patients", "processes", "ahead", "alive", "this_process", "open_scan", "report_text", "rules_version", "rule_labels",
-         "label_matrix", "phantom_studies", "RAD_CHESTCT", "READERS", "Collection", "class_labels", "count_studies",
+         "label_matrix", "phantom_studies", "RAD_CHESTCT", "READERS", "Collection", "check_collection", "class_labels", "count_studies",
          "dicom_studies", "leaves", "read_csv_folder", "read_ct_rate", "read_dicom_root", "read_inspect", "read_merlin",
          "read_phantoms", "read_rad_chestct", "read_rows", "scan_problem", "scan_studies", "short_reason",
          "split_report", "LOST", "PREPROCESSING", "PROFILE", "FeatureStore", "RayEncoder", "embed_studies",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nibabel, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 
-import ctvlm.cli, ctvlm.features, ctvlm.data as data, made_up_encoder
+import ctvlm.adaptors, ctvlm.cli, ctvlm.features, ctvlm.data as data, made_up_encoder
 from ctvlm.core import InputError, Notice, write_atomically
 from ctvlm.data import *
 from ctvlm.findings import CT_RATE_CLASSES, FINDINGS
@@ -274,11 +274,187 @@ def test_csv_folder_of_a_clinic(tmp_path):
     (root / "scans").mkdir(); (root / "scans" / "0002.nii.gz").symlink_to(other)
     lines = ["study;patient;scan;text", "0001;P 1;Aufnahmen 2024/Fall ö.nii.gz;\"Befund: Rundherd im linken Oberlappen.\nBeurteilung: Rundherd.\"", "0002;P 2;;Befund: Kein Pleuraerguss.", "0003;P 3;;Nichts."]
     (root / "reports.csv").write_bytes("\n".join(lines).encode("cp1252"))
-    studies, refused = read_csv_folder(root)
+    with pytest.raises(InputError, match="none of 4 scans and rows"): scan_studies(root, "csv", tmp_path / "x.parquet", quiet=True)   # all rows are refused: no text is guessed
+    studies, refused = read_csv_folder(root, encoding="cp1252", allow_outside=True)
     assert studies[["study", "patient", "language", "findings", "impression"]].values.tolist() == [["0001", "P 1", "de", "Rundherd im linken Oberlappen.", "Rundherd."], ["0002", "P 2", "de", "Kein Pleuraerguss.", ""]]
     assert studies.scan[0] == str(scan) and studies.labels[0]["Lung nodule"] == 1 and studies.labels[1]["Pleural effusion"] == 0
-    assert refused.study.tolist() == ["0003"]
-    with pytest.raises(InputError, match="no column 'patient'"): read_csv_folder(root, scan.parent / write(scan.parent / "r.csv", "study,text\n1,x\n"))
+    assert refused.study.tolist() == ["0003"] and (studies.source == "").all() and studies.file[0] == "Aufnahmen 2024/Fall ö.nii.gz"
+    inside, out = read_csv_folder(root, encoding="cp1252")
+    assert inside.study.tolist() == ["0001"] and "leaves Klinik Süd" in dict(zip(out.study, out.reason))["0002"]
+    with pytest.raises(InputError, match="expected also patient"): read_csv_folder(root, scan.parent / write(scan.parent / "r.csv", "study,text\n1,x\n"))
+
+
+def clinic(root, table, scans=("a", "b", "c"), name="reports.csv"):
+    for i, s in enumerate(scans): nifti(root / "scans" / f"{s}.nii.gz", seed=i)
+    (root / name).write_text(table)
+    return root
+
+
+@pytest.mark.parametrize("head", ["study,patient,report", "Accession Number,MRN,Report_Text", "STUDY,PatientID,Findings", "id,person_id,impressions"])
+def test_columns_are_known_by_their_names(tmp_path, head):
+    studies, refused = read_csv_folder(clinic(tmp_path, head + '\na,1,"No pleural effusion."\nb,2,"Emphysema."\nc,3,Normal.\n'))
+    assert len(studies) == 3 and not len(refused) and studies.labels[0]["Pleural effusion"] == 0 and studies.labels[1]["Emphysema"] == 1
+
+
+def test_columns_can_be_named_and_a_table_without_reports_is_refused(tmp_path):
+    root = clinic(tmp_path, "key,who,words\na,1,Emphysema.\nb,2,Emphysema.\nc,3,Normal.\n")
+    with pytest.raises(InputError, match="columns key, who, words, expected also study and patient"): read_csv_folder(root)
+    said = dict(study="key", patient="who")
+    with pytest.raises(InputError, match="expected also report"): read_csv_folder(root, columns=said)
+    studies, _ = read_csv_folder(root, columns=said | dict(report="words"))
+    assert studies.labels[1]["Emphysema"] == 1
+    empty = clinic(tmp_path / "e", "study,patient,report\na,1,\nb,2,\nc,3,\n")
+    with pytest.raises(InputError, match="gave no report.*columns study=study, patient=patient, report=report"): read_csv_folder(empty)
+
+
+def test_labels_in_words_and_the_rules_for_the_rest(tmp_path):
+    studies, refused = read_csv_folder(clinic(tmp_path, "study,patient,report,emphysema,Lung_nodule\na,1,Pleural effusion.,yes,False\nb,2,Emphysema.,,ja\nc,3,x,7,0\n"))
+    assert [studies.labels[0].get(f) for f in ("Emphysema", "Lung nodule", "Pleural effusion")] == [1, 0, 1]
+    assert [studies.labels[1].get(f) for f in ("Emphysema", "Lung nodule")] == [None, 1] and studies.label_version[0].startswith("table, rules")
+    assert "holds '7'" in refused.reason[0] and "line 4" in refused.reason[0]
+
+
+def test_one_bad_cell_costs_one_row(tmp_path):
+    rows = ["a,1,en,train,A nodule.", "b,,en,train,A nodule.", "c,3,DE,train,Ein Rundherd.", "d,4,en,holdout,A nodule.", "e,5,fr,train,Un nodule.", ",6,en,train,A nodule.", "g,7,en,train,A, nodule.",
+            "a,1,en,train,A nodule.", "../out,9,en,train,A nodule.", "h,8,en,VALID,A nodule."]
+    root = clinic(tmp_path / "r", "study,patient,language,split,report\n" + "\n".join(rows) + "\n", "abcdefgh")
+    nifti(tmp_path / "r" / "out.nii.gz"); nifti(tmp_path / "r" / "scans" / ".hidden.nii.gz")
+    studies, refused = read_csv_folder(root)
+    assert studies[["study", "language", "split"]].values.tolist() == [["a", "en", "train"], ["c", "de", "train"], ["h", "en", "val"]]
+    reasons = "\n".join(refused.reason)
+    for says in ("has no patient", "split is 'holdout'", "language is 'fr'", "line 7: no study", "line 8 has 6 fields", "line 9: a.nii.gz belongs to an earlier row", "../out has no scan", "out.nii.gz has no row"): assert says in reasons, says
+    assert len(refused) == 7 + 3                                                             # rows, and the scans out, f and g that no row names
+    to_table(studies)
+
+
+@pytest.mark.parametrize("scan", ["../elsewhere.nii.gz", "{outside}", "link/elsewhere.nii.gz"])
+def test_what_leaves_the_root_is_refused(tmp_path, scan):
+    outside = nifti(tmp_path / "elsewhere.nii.gz"); root = tmp_path / "root"; root.mkdir(); (root / "link").symlink_to(tmp_path)
+    (root / "reports.csv").write_text(f"study,patient,report,scan\na,1,Emphysema.,{scan.format(outside=outside)}\n")
+    studies, refused = read_csv_folder(root)
+    assert not len(studies) and "leaves root" in refused.reason[0]
+    assert len(read_csv_folder(root, allow_outside=True)[0]) == 1
+
+
+def test_two_scans_of_one_name_in_two_folders(tmp_path):
+    for s in ("s1", "s2"): nifti(tmp_path / s / "ct.nii.gz", seed=len(s))
+    (tmp_path / "reports.csv").write_text("study,patient,report,scan\na,1,Emphysema.,s1/ct.nii.gz\na,1,Emphysema.,s2/ct.nii.gz\n")
+    studies, _ = read_csv_folder(tmp_path)
+    assert read_studies(write_studies(studies, tmp_path / "t.parquet")).file.tolist() == ["s1/ct.nii.gz", "s2/ct.nii.gz"]
+
+
+@pytest.mark.parametrize("name, content, says", [("a.nrrd", b"", "is empty"), ("a.mha", b"", "is empty"), ("a.zip", b"", "is empty"), ("a.nii.gz", b"", "is empty"), ("a.nrrd", b"x" * 99, "does not begin"),
+                                                 ("a.mha", b"\0" * 99, "does not begin"), ("a.zip", b"PK\3\4" + b"x" * 99, "cannot be read"), ("a", None, "an empty folder")])
+def test_empty_scans_are_not_sound(tmp_path, name, content, says):
+    (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
+    assert says in scan_problem(tmp_path / name)
+
+
+def test_a_table_where_nothing_fits_keeps_its_reasons(tmp_path):
+    root = clinic(tmp_path, "study,patient,report\nx,1,a\ny,2,b\n", ())
+    with pytest.raises(InputError, match="none of 2 scans and rows can be used .*has no scan.*see t.refused.csv"): scan_studies(root, "csv", tmp_path / "t.parquet", quiet=True)
+    assert len(pd.read_csv(tmp_path / "t.refused.csv")) == 2 and not (tmp_path / "t.parquet").exists()
+
+
+def test_a_dry_run_says_what_would_be_read(tmp_path):
+    root = clinic(tmp_path, "study,patient,report,Age\na,1,Emphysema.,61\nx,2,b,47\n", ("a", "b"))
+    before = sorted(tmp_path.rglob("*"))
+    found = check_collection(root, "csv")
+    assert (found["scans"], found["reports"], found["refused"]) == (1, 1, 2) and found["columns"] == dict(used=dict(study="study", patient="patient", report="report"), labels=[], ignored=["Age"])
+    assert "x has no scan" in found["first"][0] and sorted(tmp_path.rglob("*")) == before
+    counts = scan_studies(root, "csv", tmp_path / "t.parquet", quiet=True)
+    assert counts["columns"] == found["columns"] and counts["volumes"] == found["scans"]
+
+
+def test_series_with_semicolons(tmp_path):
+    root = clinic(tmp_path, "study,patient,report\na,1,\"A nodule (series 2, image 5).\"\n", ("a",))
+    (root / "series.csv").write_text("study;series;instance;depth_mm;localizer\na;2;5;-116.5;False\n")
+    assert read_csv_folder(root)[0].pairs[0][0]["depth_mm"] == -116.5
+    (root / "series.csv").write_text("study;series;instance;depth_mm\na;2;5;low\n")
+    with pytest.raises(InputError, match="'depth_mm' holds something else"): read_csv_folder(root)
+
+
+def test_what_is_held_out_twice_is_reported(tmp_path):
+    root = clinic(tmp_path, 'study,patient,report,split\na,1,Emphysema of both lungs.,train\nb,2,Emphysema  of both lungs.,test\nc,3,Normal.,test\n')
+    shutil.copy(root / "scans" / "a.nii.gz", root / "scans" / "c.nii.gz")
+    with pytest.warns(Notice, match="1 held-out reports"), pytest.warns(Notice, match="1 held-out scans"): counts = scan_studies(root, "csv", tmp_path / "t.parquet", quiet=True)
+    assert counts["held_out_twice"] == dict(reports=1, scans=1)
+
+
+LAYOUTS = [ # report, findings, impression
+    ("FINDINGS: a.\nIMPRESSION: b.", "a.", "b."), ("Findings: a. Impression: b.", "a.", "b."), ("FINDINGS\na.\nIMPRESSION\nb.", "a.", "b."), ("**Findings:** a.\n**Impression:** b.", "a.", "b."),
+    ("Indication: x.\nFindings: a.\nConclusion: b.", "a.", "b."), ("Findings: a.\nConclusions: b.", "a.", "b."), ("Findings: a.\nSummary: b.", "a.", "b."), ("Findings: a.\nOpinion: b.", "a.", "b."),
+    ("Findings: a.\nClinical opinion: b.", "a.", "b."), ("Findings: a.\nAssessment: b.", "a.", "b."), ("CT findings: a.\nFinal impression: b.", "a.", "b."), ("a.\nIMPRESSION: b.", "a.", "b."),
+    ("Impression: b.\nFindings: a.", "a.", "b."), ("Findings and impression: a. b.", "a. b.", ""), ("Befund: a.\nBeurteilung: b.", "a.", "b."), ("Klinik: x. Befund: a. Beurteilung: b.", "a.", "b."),
+    ("BEFUND\na.\n\nBEURTEILUNG\nb.", "a.", "b."), ("Befund und Beurteilung: a. b.", "a. b.", ""), ("Befund/Beurteilung:\na. b.", "a. b.", ""), ("Befunde: a.\nZusammenfassung: b.", "a.", "b."),
+    ("Befund: a.\nZusammenfassende Beurteilung: b.", "a.", "b."), ("Befund: a.\nFazit: b.", "a.", "b."), ("a.\n1. b.\n2. c.", "a.", "1. b.\n2. c."), ("a. 1. b. 2. c.", "a.", "1. b. 2. c."),
+    ("a.\n1. b.", "a.", "1. b."), ("Fraktur links. 1. Rippe intakt.", "Fraktur links. 1. Rippe intakt.", ""), ("Kontrolle am\n1. Mai empfohlen.", "Kontrolle am\n1. Mai empfohlen.", ""),
+    ("a.", "a.", ""), ("Findings: a.\nImpression: b.\nAddendum: c.", "a.", "b.\nAddendum: c."), ("Addendum: c.\nFindings: a.\nImpression: b.", "a.\nAddendum: c.", "b."),
+    ("Findings: a.\nImpression: b.\nAddendum: c. Impression: d.", "a.", "b.\nAddendum: c. Impression: d."), ("Findings: no summary of a.\nImpression: b.", "no summary of a.", "b."), ("", "", ""),
+]
+
+
+@pytest.mark.parametrize("text, findings, impression", LAYOUTS)
+def test_layouts_of_reports(text, findings, impression): assert split_report(text) == (findings, impression)
+
+
+def grow(kind, root, rng):
+    "A random tree of a layout: files that are there, missing, doubled, cut and without a row, and rows likewise; how many files, and how many rows without a file."
+    names = [f"{k:02}" for k in range(12)]
+    there, listed = [[n for n in names if rng.random() < 0.7] for _ in range(2)]
+    there, listed = there or names[:1], listed or names[:1]
+    place = {"csv": "scans/{}.nii.gz", "merlin": "merlin_data/{}.nii.gz", "inspect": "full/CTPA/{}.nii.gz", "rad-chestct": "npz/{}.npz", "ct-rate": "dataset/valid_fixed/valid_1/valid_1_a/valid_1_a_{}.nii.gz"}[kind]
+    files = [root / place.format(n) for n in there]
+    files += [f.parent / "again" / f.name for f in files if rng.random() < 0.2]
+    for f in files:
+        f.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "rad-chestct": np.savez_compressed(f, ct=body((12, 12, 12)))
+        else: nifti(f)
+        if rng.random() < 0.2: cut(f)
+    d = root / "dataset"
+    id = {"ct-rate": [f"valid_1_a_{n}.nii.gz" for n in listed]}.get(kind, listed)
+    write = lambda path, sep=",", **columns: (path.parent.mkdir(parents=True, exist_ok=True), pd.DataFrame(columns).to_csv(path, index=False, sep=sep))
+    if kind == "csv": write(root / "reports.csv", study=id, patient=id, report="Emphysema.")
+    elif kind == "merlin": pd.DataFrame({"study id": id, "Findings": "x", "Split": "train"}).to_excel(root / "reports_final.xlsx", index=False)
+    elif kind == "inspect":
+        write(root / "full/study_mapping_1.tsv", "\t", image_id=id, impression_id=id); write(root / "full/impressions_1.tsv", "\t", impression_id=id, impressions="x"); write(root / "full/splits_1.tsv", "\t", impression_id=id, split="train")
+    elif kind == "rad-chestct": write(root / "imgtrain_Abnormality_and_Location_Labels.csv", NoteAcc_DEID=id, **{"nodule*lung": 0})
+    else:
+        write(d / "radiology_text_reports/validation_reports.csv", VolumeName=id, Findings_EN="x", Impressions_EN="y")
+        write(d / "multi_abnormality_labels/valid_predicted_labels.csv", VolumeName=id, **{c: 0 for c in CT_RATE_CLASSES})
+    return {str(f) for f in files}, sum(n not in there for n in listed)
+
+
+@pytest.mark.parametrize("kind", ["csv", "merlin", "inspect", "rad-chestct", "ct-rate"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_two_tables_are_everything_that_was_there(tmp_path, kind, seed):
+    "Every file is in one of the two tables, once; and so is every row whose file is not there."
+    files, absent = grow(kind, tmp_path, np.random.default_rng(seed))
+    for options in [{}] + [{"duplicates": "first"}] * (kind == "ct-rate"):
+        studies, refused = data.READERS[kind](tmp_path, **options)
+        named = [*studies.scan, *(s for s in refused.scan if s in files)]
+        assert sorted(named) == sorted(files) and len(studies) + len(refused) == len(files) + absent
+
+
+def test_every_dicom_study_is_accounted_for(tmp_path):
+    rng = np.random.default_rng(0)
+    there = [f"A{k}" for k in range(8) if rng.random() < 0.7]
+    for k, a in enumerate(there): dicom(tmp_path / f"{k % 2}" / a, a, a, count=12)
+    (tmp_path / "loop").symlink_to(tmp_path / "0")                                            # once is enough
+    pd.DataFrame(dict(study=[f"A{k}" for k in range(2, 9)], report="Emphysema.")).to_csv(tmp_path / "reports.csv", index=False)
+    studies, refused = read_dicom_root(tmp_path, workers=2)
+    absent = {f"A{k}" for k in range(2, 9)} - set(there)
+    assert len(studies) + len(refused) == len(there) + len(absent) and set(studies.study) == set(there) - {"A0", "A1"} and (studies.findings == "Emphysema.").all()
+    pd.DataFrame(dict(study=["B1", "B2"], report="x")).to_csv(tmp_path / "other.csv", index=False)
+    with pytest.raises(InputError, match=r"none of the 2 studies of other.csv \(B1, B2, ...\) is among the [0-9] of the archive \(A"): read_dicom_root(tmp_path, tmp_path / "other.csv")
+
+
+def test_a_root_of_many_studies_is_read_in_linear_time():
+    "Each folder and each of its parents is touched once: the count of steps, not a clock."
+    for n in (200, 400):
+        studies = {f"1.{k}": ({Path(f"/r/{k // 10}/{k}")}, f"A{k}", "p") for k in range(n)}
+        below = ctvlm.adaptors._studies_below(studies)
+        assert sum(map(len, below.values())) <= 5 * n and below[Path("/r/3")] == {f"1.{k}" for k in range(30, 40)}
 
 
 def write(path, text): path.write_text(text); return path.name
@@ -586,7 +762,7 @@ def test_a_device_that_is_not_there(hospital, tmp_path, devices, says):
     done = CliRunner().invoke(ctvlm.cli.app, ["embed", str(table), "-m", "nowhere", "-o", str(tmp_path / "f"), "--devices", devices])
     assert isinstance(done.exception, InputError) and says in str(done.exception) and not (tmp_path / "f").exists()
     done = CliRunner().invoke(ctvlm.cli.app, ["embed", hospital.scan[0], "-m", "nowhere", "--devices", devices])
-    assert isinstance(done.exception, InputError) and "shares out a table" in str(done.exception)
+    assert isinstance(done.exception, InputError) and "a table of studies" in str(done.exception)
 
 
 LARGE = """
