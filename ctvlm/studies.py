@@ -84,9 +84,9 @@ _OF_A_REPORT = ("findings", "impression", "labels", "pairs")
 
 def _check_labels(table, where):
     for i, labels in enumerate(table["labels"].to_pylist()):
-        wrong = next((f"{name!r}: {value}" for name, value in labels if name not in FINDINGS or value not in (0, 1)), None)
+        wrong = next((f"{name!r}: {value}" for name, value in labels if name not in FINDINGS or value not in (-1, 0, 1)), None)
         if wrong:
-            raise InputError(f"{where}: row {i}, column 'labels' holds {wrong:.60}, expected findings of the catalogue with 0 or 1: "
+            raise InputError(f"{where}: row {i}, column 'labels' holds {wrong:.60}, expected findings of the catalogue with 1, 0 or -1 (left open): "
                              "leave out what is unknown")
 
 def check_reports(
@@ -350,9 +350,9 @@ def rules_version():
 def rule_labels(
     text:str,     # a report
     language:str, # "" if unknown
-)->dict:          # finding -> 0 or 1
-    "What the rules of chapter 03 read in a report; what it does not mention or leaves open is left out."
-    return {finding: value for finding, value in label_report(text, language or None).items() if value in (0, 1)}
+)->dict:          # finding -> 1, 0 or -1 (left open)
+    "What the rules of chapter 03 read in a report; what it does not mention is left out."
+    return {finding: value for finding, value in label_report(text, language or None).items() if value is not None}
 
 # %% ../nbs/11_studies.ipynb #39c0e344
 def label_matrix(
