@@ -63,8 +63,8 @@ class CTVLMProcessor(ProcessorMixin):
         return_tensors:str="pt", # the only kind there is
         **options,              # to `tokens`
     )->BatchFeature:
-        """`windows (N, 1, x, y, z)`, `grid (B, 3)`, `patch_mask`, `bin_depths_mm (B, D)` of volumes;
-        `input_ids` and `attention_mask (B, L)` of text."""
+        """Of volumes `windows (N, 1, x, y, z)`, `grid (B, 3)`, `patch_mask`, `bin_depths_mm (B, D)`,
+        of text `input_ids` and `attention_mask (B, L)`."""
         if return_tensors != "pt":
             raise InputError(f"return_tensors is {return_tensors!r}: use 'pt', torch tensors")
         if images is not None and volumes is not None:
@@ -88,7 +88,8 @@ class CTVLMProcessor(ProcessorMixin):
 
     def windows(self, volume): # `Windows` of one volume
         if isinstance(volume, (str, Path)): volume = load_volume(volume)
-        if isinstance(volume, CTVolume): return make_windows(volume, _axes(self.fit), self.window_spec)
+        if isinstance(volume, CTVolume):
+            return make_windows(volume, _axes(self.fit), self.window_spec)
         if not isinstance(volume, Windows): raise InputError(
             f"found a {type(volume).__name__} where a scan should be: give a path or a CTVolume")
         if volume.spec != self.window_spec: raise InputError(
@@ -424,7 +425,7 @@ def rank(self:CTVLMModel,
                                    " embeddings")
     vectors, cut = self._vectors(reports, "report")
     images = F.normalize(torch.stack([e.scan for e in scans]), dim=-1)
-    similarity = vectors @ images.T                                                     # (reports, scans)
+    similarity = vectors @ images.T                                 # (reports, scans)
     order = similarity.argsort(dim=1, descending=True, stable=True).tolist()
     return [RankAnswer(r, tuple(scans[i].name for i in o), tuple(o), tuple(s[o].tolist()), n)
             for r, s, o, n in zip(reports, similarity, order, cut)]

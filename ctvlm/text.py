@@ -100,9 +100,9 @@ def local_or_hub(
         try: return snapshot_download(name, local_files_only=True, **options)
         except OSError:
             raise InputError(
-                f"{name} is not in the cache and the hub cannot be reached: fetch it where there is a"
-                f" network (hf download {name} --local-dir {Path(name).name}), bring that folder here"
-                " and give its path instead of the name") from None
+                f"{name} is not in the cache and the hub cannot be reached: fetch it where there is"
+                f" a network (hf download {name} --local-dir {Path(name).name}), bring that folder"
+                " here and give its path instead of the name") from None
     return str(name)
 
 PICKLED = """python -c "import torch, safetensors.torch as s; w = torch.load('pytorch_model.bin', \
@@ -194,7 +194,7 @@ class TextEncoder(nn.Module):
     def __init__(self,
         config:dict,                     # a transformers configuration with its `model_type`
         adapters:AdapterSizes|None=None, # `None`: the whole encoder is trained
-        attention:str|None=None,         # transformers' `attn_implementation`; its own choice if `None`
+        attention:str|None=None,         # transformers' `attn_implementation`
     ):
         super().__init__()
         from transformers import AutoConfig, AutoModel
@@ -214,8 +214,9 @@ def positions(
     config:dict, # of a text encoder
 )->int:          # how many tokens it can read
     "The encoder's own limit; RoBERTa and its kin count from behind the padding token."
-    n = config.get("max_position_embeddings") or 10**9
-    return n - (config.get("pad_token_id", 1) + 1 if "roberta" in config["model_type"] else 0)
+    n, pad = config.get("max_position_embeddings") or 10**9, config.get("pad_token_id")
+    behind = 1 + (1 if pad is None else pad) if "roberta" in config.get("model_type", "") else 0
+    return n - behind
 
 def text_config(
     name:str, # a hub name or a folder

@@ -77,14 +77,14 @@ class CTVLMConfig(PretrainedConfig):
     window:list|tuple = (128, 128, 32)      # voxels per window
     patch:list|tuple = (16, 16, 4)          # voxels per patch
     fit:str|list|tuple = "pad"              # how scans are cut into windows, see `make_windows`
-    hu_levels:list|tuple = ()               # HU windows of the window encoder, see `hu_ramps`; or none
+    hu_levels:list|tuple = ()               # of the window encoder's HU windows, see `hu_ramps`
     window_encoder:dict|None = None         # `EncoderSizes`
     scan_encoder:dict|None = None           # `EncoderSizes`
     text:dict|None = None                   # a transformers configuration with its `model_type`
     text_name:str|None = "Qwen/Qwen3-Embedding-0.6B" # hub name of text encoder and tokenizer
-    tokenizer:str|None = None               # `tokenizer_fingerprint` of the one that the weights know
-    max_tokens:int|None = None              # of a text; 1,024, or what the text encoder reads, if fewer
-    adapters:dict|None = None               # `AdapterSizes`; {}: none, the whole text encoder learns
+    tokenizer:str|None = None               # `tokenizer_fingerprint` of the weights' own
+    max_tokens:int|None = None              # of a text; 1,024 or what the text encoder can read
+    adapters:dict|None = None               # `AdapterSizes`; {}: the whole text encoder learns
     head_widths:list|tuple = (2048, 2048, 256) # of the three layers before the last
     projection_dim:int = 512
     trained_on:str = UNTRAINED              # what a reader of its answers must know
@@ -95,7 +95,8 @@ class CTVLMConfig(PretrainedConfig):
         if self.scan_encoder is None: self.scan_encoder = dict(depth=4, rope_base=100.)
         if self.adapters is None: self.adapters = asdict(AdapterSizes())
         self.text = copy.deepcopy(self.text or QWEN3)
-        if self.max_tokens is None: self.max_tokens = min(1024, positions(self.text))
+        if self.max_tokens is None and isinstance(self.text, dict):
+            self.max_tokens = min(1024, positions(self.text))
         unknown = kwargs.keys() - PretrainedConfig().__dict__.keys() - {
             "model_type", "transformers_version", "architectures", "dtype", "torch_dtype",
             "attn_implementation", "_attn_implementation", "name_or_path", "_name_or_path"}
@@ -119,7 +120,7 @@ class CTVLMConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def window_spec(self): return WindowSpec(tuple(self.spacing), tuple(self.window), tuple(self.patch))
+    def window_spec(self): return WindowSpec(self.spacing, self.window, self.patch)
     @property
     def adapter_sizes(self):
         if not self.adapters: return None
@@ -159,9 +160,9 @@ def tiny(cls:CTVLMConfig, vocab_size:int=2048, **changes):
                 head_widths=(96, 96, 64), projection_dim=64)
     return cls(**{**tiny, **changes})
 
-# %% ../nbs/06a_towers.ipynb #89c68c00
+# %% ../nbs/06a_towers.ipynb #dd841b74
 class Head(nn.Module):
-    "Three linear layers with GELUs between, then a weight-normalised one whose gain is not trained."
+    "Three linear layers with GELUs between, and a weight-normalised one without trained gain."
     def __init__(self,
         features:int, # what comes in
         widths:tuple, # of the three layers
@@ -210,8 +211,10 @@ class CTVLMModel(PreTrainedModel):
         self.text_encoder = TextEncoder(config.text, config.adapter_sizes,
                                         config._attn_implementation)
         image, text = 2 * config.scan_encoder["width"], self.text_encoder.width
-        self.scan_head, self.slice_head = (Head(image, config.head_widths, out) for _ in range(2))
-        self.report_head, self.snippet_head = (Head(text, config.head_widths, out) for _ in range(2))
+        self.scan_head = Head(image, config.head_widths, out)
+        self.slice_head = Head(image, config.head_widths, out)
+        self.report_head = Head(text, config.head_widths, out)
+        self.snippet_head = Head(text, config.head_widths, out)
         self.t = nn.Parameter(torch.tensor(math.log(10.)))          # log scale of SigLIP
         self.b = nn.Parameter(torch.tensor(-10.))                   # and its bias
         self._own_processor = self._fingerprint = None
@@ -222,7 +225,8 @@ class CTVLMModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None: init.zeros_(module.bias)
-        elif isinstance(module, Head): init.normal_(module.direction, std=module.direction.shape[1] ** -0.5)
+        elif isinstance(module, Head):
+            init.normal_(module.direction, std=module.direction.shape[1] ** -0.5)
         elif isinstance(module, Encoder): init.normal_(module.cls_token, std=0.02)
 
     def _start(self): # what starts as a copy of something else; patches of water as zero
@@ -257,18 +261,20 @@ def agree(
     config:CTVLMConfig,
     processor, # `CTVLMProcessor`
 )->None:
-    "Refuse a processor that shows a model other things than it knows; note a new model's tokenizer."
+    "Refuse a processor that shows a model what it does not know; note a new model's tokenizer."
     for name in ("window_spec", "fit", "max_tokens"):
         ours, theirs = getattr(config, name), getattr(processor, name)
-        if ours != theirs: raise InputError(f"the processor's {name} is {theirs}, the model's is {ours}:"
+        if ours != theirs: raise InputError(
+            f"the processor's {name} is {theirs}, the model's is {ours}:"
             " make it with CTVLMProcessor.of(model.config, tokenizer)")
     many, vocabulary = len(processor.tokenizer), config.text["vocab_size"]
-    if many > vocabulary: raise InputError(f"the tokenizer has {many} tokens, the model's vocabulary"
-        f" {vocabulary}: give the tokenizer that the model was trained with")
+    if many > vocabulary: raise InputError(
+        f"the tokenizer has {many} tokens, the model's vocabulary {vocabulary}:"
+        " give the tokenizer that the model was trained with")
     name = tokenizer_fingerprint(processor.tokenizer)
     if config.tokenizer not in (None, name): raise InputError(
-        f"this tokenizer ({name}) is not the model's ({config.tokenizer}): its answers would be noise;"
-        " use model.processor.tokenizer, or train the model anew")
+        f"this tokenizer ({name}) is not the model's ({config.tokenizer}): its answers would be"
+        " noise; use model.processor.tokenizer, or train the model anew")
     config.tokenizer = name
 
 # %% ../nbs/06a_towers.ipynb #f1d66513
@@ -282,11 +288,12 @@ def encode_windows(self:CTVLMModel,
              for w in windows.split(chunk or max(1, len(windows)))]
     return tuple(torch.cat(p) for p in zip(*parts))
 
-def _held(patch_mask, depth_tokens, grids): # depths that hold anything, `(N, bins)`; `None` if all do
+def _held(patch_mask, depth_tokens, grids): # depths that hold anything, `(N, bins)`; `None`: all
     held = window_bins(patch_mask)
     if held.shape != depth_tokens.shape[:2]:
-        raise InputError(f"patch_mask tells of (windows, depths) {tuple(held.shape)}, the features of"
-            f" {tuple(depth_tokens.shape[:2])}: give the mask that `make_windows` made with these windows")
+        raise InputError(
+            f"patch_mask tells of (windows, depths) {tuple(held.shape)}, the features of"
+            f" {tuple(depth_tokens.shape[:2])}: give the mask that `make_windows` made with them")
     if bool(held.all()): return None
     if not bool(torch.stack([h.any() for h in held.split([math.prod(g) for g in grids])]).all()):
         raise InputError("patch_mask leaves nothing of a scan: leave that scan out")
@@ -303,16 +310,17 @@ def encode_features(self:CTVLMModel,
     "Scan and slice embeddings from the features of windows."
     grids = [tuple(int(n) for n in g) for g in torch.as_tensor(grid).reshape(-1, 3).tolist()]
     if sum(map(math.prod, grids)) != len(cls):
-        raise InputError(f"found {len(cls)} windows, the grids {grids} hold {sum(map(math.prod, grids))}:"
-                         " give the windows of all scans in a row, and the grid of each")
+        raise InputError(
+            f"found {len(cls)} windows, the grids {grids} hold {sum(map(math.prod, grids))}:"
+            " give the windows of all scans in a row, and the grid of each")
     weight = self.scan_encoder.patch_proj.weight
     cls, depth_tokens = (x.to(weight.device, weight.dtype) for x in (cls, depth_tokens))
-    held = None
-    if patch_mask is not None: held = _held(patch_mask.to(weight.device), depth_tokens, grids) # (N, bins)
+    mask = None if patch_mask is None else patch_mask.to(weight.device)
+    held = None if mask is None else _held(mask, depth_tokens, grids)                   # (N, bins)
     scan = self.scan_encoder.scan(cls, depth_tokens, grids, held)                       # (B, 2 E)
-    both = self.scan_head(scan), self.slice_head(scan)                                  # (B, P) each
+    both = self.scan_head(scan), self.slice_head(scan)                                  # (B, P)
     if not slices: return ScanEmbeddings(*both)
-    each, valid = self.scan_encoder.slices(depth_tokens, grids, held)                   # (B, D, 2 E), (B, D)
+    each, valid = self.scan_encoder.slices(depth_tokens, grids, held)                   # (B, D, 2 E)
     return ScanEmbeddings(*both, self.slice_head(each), valid)                          # (B, D, P)
 
 @patch
@@ -336,8 +344,9 @@ def encode_text(self:CTVLMModel,
     if head not in ("report", "snippet"):
         raise InputError(f"text head {head!r}: use 'report' (reports and prompts) or 'snippet'")
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise InputError(f"input_ids are {_kind(input_ids)}, expected whole numbers (B, L): make them"
-                         " with model.processor(text=...), or ask model.embed_text(...)")
+        raise InputError(
+            f"input_ids are {_kind(input_ids)}, expected whole numbers (B, L): make them with"
+            " model.processor(text=...), or ask model.embed_text(...)")
     if input_ids.device.type == "cpu" and input_ids.numel():
         low, high = input_ids.min().item(), input_ids.max().item()
         if low < 0 or high >= self.config.text["vocab_size"]:
@@ -347,12 +356,13 @@ def encode_text(self:CTVLMModel,
     x = self.text_encoder(input_ids.to(self.device), attention_mask.to(self.device))    # (B, E)
     return (self.report_head if head == "report" else self.snippet_head)(x)             # (B, P)
 
-def _kind(x): return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+def _kind(x): # for a message
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
-# %% ../nbs/06a_towers.ipynb #6204352e
+# %% ../nbs/06a_towers.ipynb #e23d872b
 @patch
 def forward(self:CTVLMModel,
-    windows:Tensor|None=None,     # `(N, 1, X, Y, Z)`; these and the rest as the processor gives them
+    windows:Tensor|None=None,     # `(N, 1, X, Y, Z)`; all as the processor gives it
     grid:Tensor|None=None,        # `(B, 3)`
     patch_mask:Tensor|None=None,
     input_ids:Tensor|None=None,   # `(B, L)` reports
@@ -391,6 +401,8 @@ def fingerprint(self:CTVLMModel)->str: # 16 hexadecimal digits
         about = {k: v for k, v in self.config.to_dict().items() if k in (
             "spacing", "window", "patch", "fit", "hu_levels", "window_encoder", "scan_encoder")}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-        for x in tensors: digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for x in tensors:
+            numbers = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(numbers.numpy())
         self._fingerprint = now, digest.hexdigest()[:16]
     return self._fingerprint[1]

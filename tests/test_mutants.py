@@ -1,0 +1,27 @@
+"The list of planted faults stays as long as it is, and in step with the code."
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+SPEC = importlib.util.spec_from_file_location("mutants", Path(__file__).parent.parent / "tools" / "mutants.py")
+mutants = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(mutants)
+
+
+def test_sixty_faults_or_more_can_be_planted():
+    fresh = Counter(f["module"] for f in mutants.FAULTS if not mutants.stale(f))
+    assert fresh.total() >= 60, [f["what"] for f in mutants.FAULTS if mutants.stale(f)]
+    assert fresh["training"] + fresh["effective_batch"] >= 10 and fresh["data"] + fresh["features"] >= 10
+    for tests in mutants.TESTS.values(): assert all((mutants.ROOT / t).exists() for t in tests), tests
+
+
+def test_a_fault_is_planted_and_taken_away(tmp_path, monkeypatch):
+    (tmp_path / "ctvlm").mkdir()
+    sound = tmp_path / "ctvlm" / "model.py"
+    sound.write_text("answer = 42\n")
+    fault = dict(module="model", what="another answer", old="42", new="43")
+    seen = []
+    def tests(here, names, seconds): seen.append(sound.read_text()); return "43" not in seen[-1]
+    monkeypatch.setattr(mutants, "passes", tests)
+    assert mutants.plant(tmp_path, fault, 1) and seen == ["answer = 43\n"] and sound.read_text() == "answer = 42\n"
+    assert "| model | 1 | 0 | another answer |" in mutants.table([(fault, False)])

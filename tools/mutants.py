@@ -1,0 +1,99 @@
+"""Plant the faults of tools/mutants.toml, one at a time, in a throw-away copy, and say which ones the tests miss.
+
+    python tools/mutants.py                     every fault
+    python tools/mutants.py --modules model text
+    python tools/mutants.py --check             only whether each fault can still be planted
+    python tools/mutants.py --write             also put the table into CONTRIBUTING.md
+
+A fault is a module of ctvlm, what it is in words, a text that occurs exactly once in the exported module, and what
+stands in its place. The tests of a module are those of `TESTS`; a fault may name further ones. Status 1 if any fault
+survives, or cannot be planted any more: mend the test, or the fault."""
+import argparse, os, shutil, subprocess, sys, tempfile, tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FAULTS = tomllib.loads((ROOT / "tools" / "mutants.toml").read_text())
+TESTS, FAULTS = FAULTS["tests"], FAULTS["fault"]
+BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
+
+
+def stale(fault):
+    "Why a fault cannot be planted; an empty string if it can."
+    path = ROOT / "ctvlm" / f"{fault['module']}.py"
+    if not path.exists(): return "there is no such module"
+    times = path.read_text().count(fault["old"])
+    return "" if times == 1 else f"its text occurs {times} times"
+
+
+def copy_of(folder):
+    "What tests need, without what is large or built; `shared` stays a link."
+    here = folder / "repository"
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "_docs", "_proc", "__pycache__", ".*cache")
+    shutil.copytree(ROOT, here, ignore=ignored, symlinks=True)
+    if (ROOT.parent / "shared").is_dir(): (folder / "shared").symlink_to(ROOT.parent / "shared")
+    return here
+
+
+def passes(here, tests, seconds):
+    "Whether `tests` pass in the copy at `here`; too long is no pass."
+    environment = {**os.environ, "PYTHONPATH": str(here), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try: done = subprocess.run(command, cwd=here, env=environment, capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired: return False
+    return done.returncode == 0
+
+
+def plant(here, fault, seconds):
+    "Whether the fault is noticed."
+    path = here / "ctvlm" / f"{fault['module']}.py"
+    sound = path.read_text()
+    path.write_text(sound.replace(fault["old"], fault["new"]))
+    try: return not passes(here, fault.get("tests", TESTS[fault["module"]]), seconds)
+    finally: path.write_text(sound)
+
+
+def table(found):
+    "Markdown: a row per module, and the survivors by name."
+    modules = sorted({f["module"] for f, _ in found})
+    rows = ["| module | planted | noticed | missed |", "| --- | --- | --- | --- |"]
+    for m in modules:
+        noticed = [n for f, n in found if f["module"] == m]
+        missed = "; ".join(f["what"] for f, n in found if f["module"] == m and not n)
+        rows.append(f"| {m} | {len(noticed)} | {sum(noticed)} | {missed} |")
+    rows.append(f"| all | {len(found)} | {sum(n for _, n in found)} | |")
+    return "\n".join(rows)
+
+
+def write_table(text):
+    "Replace what stands between the marks in CONTRIBUTING.md."
+    path = ROOT / "CONTRIBUTING.md"
+    before, _, rest = path.read_text().partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--modules", nargs="*", help="only faults of these")
+    ap.add_argument("--check", action="store_true", help="plant nothing")
+    ap.add_argument("--write", action="store_true", help="put the table into CONTRIBUTING.md")
+    ap.add_argument("--timeout", type=int, default=900, help="seconds for the tests of one fault")
+    args = ap.parse_args()
+    faults = [f for f in FAULTS if not args.modules or f["module"] in args.modules]
+    old = [f"{f['module']}: {f['what']}: {why}" for f in faults if (why := stale(f))]
+    if args.check: sys.exit("\n".join(old) or 0)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        here = copy_of(Path(folder))
+        now = [f for f in faults if not stale(f)]
+        sets = sorted({tuple(f.get("tests", TESTS[f["module"]])) for f in now})
+        if broken := [" ".join(t) for t in sets if not passes(here, t, args.timeout)]:
+            sys.exit(f"these fail without any fault, so they can show nothing: {'; '.join(broken)}")
+        for fault in now:
+            found.append((fault, plant(here, fault, args.timeout)))
+            print(f"{'noticed' if found[-1][1] else 'MISSED '} {fault['module']}: {fault['what']}", flush=True)
+    print(table(found))
+    if args.write: write_table(table(found))
+    if old or not all(n for _, n in found): sys.exit("\n".join(["not planted:", *old]) if old else 1)
+
+
+if __name__ == "__main__": main()
