@@ -338,8 +338,12 @@ def classification_metrics(
         out = out | interval | {"per_class": out["per_class"] | interval["per_class"], "n_patients": G}
     return out | {"left_out": left_out, "n": len(scores), "n_classes": len(kept)}
 
+def _mean_known(x): # mean over the first axis of what is a number; NaN where nothing is
+    known = np.isfinite(x)
+    return np.where(known, x, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+
 def _class_table(names, rows, summary, suffix): # per class and mean over classes, of numbers or of resamples
-    means = {k: summary(np.nanmean([r[k] for r in rows], axis=0)) for k in rows[0]}
+    means = {k: summary(_mean_known(np.array([r[k] for r in rows]))) for k in rows[0]}
     return {f"mean_{'auroc' if k == 'auc' else k}{suffix}": v for k, v in means.items()} | {
         "per_class": {f"{c}_{k}{suffix}": summary(v) for c, r in zip(names, rows) for k, v in r.items()}}
 
@@ -444,7 +448,7 @@ def paired_auc(
     a, b, labels = a[:, kept], b[:, kept], labels[:, kept]
     columns = [(np.isin(y, (0, 1)), y) for y in labels.T]
     def means(scores, weights): # `(n, r)` weights -> (r,)
-        return np.nanmean([weighted_auc(s[known], y[known], weights[known]) for s, (known, y) in zip(scores.T, columns)], axis=0)
+        return _mean_known(np.array([weighted_auc(s[known], y[known], weights[known]) for s, (known, y) in zip(scores.T, columns)]))
     once, samples = np.ones((len(a), 1)), []
     observed = [float(means(x, once)[0]) for x in (a, b)]
     for c in resample_counts(G, resamples, seed): samples.append(means(b, c.T[group]) - means(a, c.T[group]))

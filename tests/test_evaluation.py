@@ -305,6 +305,260 @@ def test_paired_auc_finds_the_better_model():
 
 def test_results_of_other_studies_are_refused():
     items = lambda s: {"study": [s], "patient": [s], "snippet": ["x"], "depth_mm": [1.], "pred_mm": [1.], "error_mm": [0.]}
-    make = lambda s: {"format": "ctvlm-result-1", "localization": {"mae_mm": 1., "median_mm": 1., "random_mm": 1., "middle_mm": 1., "n_snippets": 1, "n_patients": 1, "items": items(s), "protocol": {"decode": ""}}}
+    make = lambda s: {"format": "ctvlm-result-2", "localization": {"mae_mm": 1., "median_mm": 1., "random_mm": 1., "middle_mm": 1., "n_snippets": 1, "n_patients": 1, "items": items(s), "protocol": {"decode": ""}}}
     with pytest.raises(InputError, match="share none"): compare_results(make("a"), make("b"))
-    with pytest.raises(InputError, match="no task in common"): compare_results(make("a"), {"format": "ctvlm-result-1"})
+    with pytest.raises(InputError, match="no task in common"): compare_results(make("a"), {"format": "ctvlm-result-2"})
+
+
+# ---------------------------------------------------------------- what counts: patients, not scans
+
+def test_reconstructions_of_one_patient_are_one_patient():
+    rng = np.random.default_rng(0)
+    patients = np.r_[np.zeros(5), np.arange(1, 41)].astype(int)                  # five reconstructions of one sick patient
+    scores, labels = rng.normal(size=(45, 2)), np.zeros((45, 2), int)
+    labels[:5, 0], scores[:5, 0], labels[::2, 1] = 1, 3, 1
+    m = classification_metrics(scores, labels, ["rare", "common"], patients, min_positives=2, resamples=50)
+    assert m["left_out"] == {"rare": "1 patients with it, 40 without"}
+
+
+def test_items_without_a_patient_are_refused():
+    for missing in ("", None, float("nan"), " "):
+        with pytest.raises(InputError, match="2 of 4 items have no patient"): bootstrap_ci(np.arange(4), ["a", missing, missing, "b"])
+
+
+def test_own_scans_are_not_in_the_gallery():
+    rng = np.random.default_rng(0)
+    vectors, labels = np.repeat(rng.normal(size=(30, 16)), 6, axis=0), np.repeat(np.eye(6, dtype=int)[np.arange(30) % 6], 6, axis=0)
+    m = volume_retrieval_metrics(vectors, labels, ks=(5,), patients=np.arange(180) // 6, resamples=20)
+    assert volume_retrieval_metrics(vectors, labels, ks=(5,))["map@5"] == 1     # where they count, anything is perfect
+    assert abs(m["map@5"] - m["chance_map@5"]) < 0.15
+
+
+def test_collapsed_model_gets_chance_whatever_the_order_of_the_file():
+    labels, order = np.repeat(np.eye(3, dtype=int), 8, axis=0), np.random.default_rng(0).permutation(24)
+    found = [volume_retrieval_metrics(np.ones((24, 4)), y, ks=(5, 20)) for y in (labels, labels[order])]
+    for k in ("map@5", "map@20"): assert found[0][k] == pytest.approx(found[1][k]) == pytest.approx(found[0][f"chance_{k}"])
+
+
+def embedded(n=36, per_study=1, seed=0, Q=2): # a perfect model: image i and text i are the same
+    import pandas as pd
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(n // per_study, 8))
+    x = np.repeat(base, per_study, axis=0)
+    study = [f"s{i // per_study}" for i in range(n)]
+    snippets = pd.DataFrame({"scan": range(n), "study": study, "patient": study, "snippet": "Cyst of the kidney", "depth_mm": 60., "low_mm": 0., "high_mm": 240.})
+    bins = np.tile(6 + 12. * np.arange(20), (n, 1))
+    similarity = np.exp(-0.5 * ((bins - 60 - rng.normal(0, 15, (n, 1))) / 20) ** 2)
+    return Embedded(study, list(study), x, x, x, rng.integers(2, size=(n, Q)), snippets, similarity, bins, np.full(n, 240.))
+
+
+def test_the_unit_rules_every_protocol():
+    e = embedded(72, per_study=2)
+    every, first = ({t: evaluate_model(None, e, tasks=(t,), unit=unit, resamples=20)[t] for t in ("retrieval", "pools", "volumes", "localization")} for unit in ("scan", "study"))
+    assert every["retrieval"]["text_to_image"]["r1"] == 0.5 and every["pools"]["both"]["pool32_r1"] < 1     # own copies tie
+    assert first["retrieval"]["text_to_image"]["r1"] == first["pools"]["both"]["pool32_r1"] == 1
+    assert [first[t]["protocol"]["unit"] for t in first] == ["study"] * 4 and [every[t]["protocol"]["unit"] for t in every] == ["scan"] * 4
+    assert (every["localization"]["n_snippets"], first["localization"]["n_snippets"]) == (72, 36)
+    assert first["volumes"]["n_abnormal"] < every["volumes"]["n_abnormal"]
+    with pytest.raises(InputError, match="unit='both'"): evaluate_model(None, e, unit="both")
+
+
+# ---------------------------------------------------------------- intervals that are not too sure
+
+def test_all_or_none_is_not_certain():
+    assert bootstrap_ci(np.ones(40))[1:] == pytest.approx((40 / (40 + 1.959964**2), 1))
+    assert bootstrap_ci(np.zeros(40))[2] == pytest.approx(1 - 40 / (40 + 1.959964**2))
+    assert ratio_ci([3, 2, 4], [3, 2, 4])[1] < 0.5 and ratio_ci([3., 2.5], [3., 2.5])[1] == 1  # counts; a ratio of errors is no proportion
+    labels = np.arange(30) % 2
+    m = classification_metrics(labels[:, None].astype(float), labels[:, None], ["a"], np.arange(30), resamples=50)
+    low, high = m["per_class"]["a_auc_ci95"]
+    assert m["per_class"]["a_auc"] == 1 and 0.7 < low < 0.9 and high == 1 and m["per_class"]["a_sens_ci95"][0] < 0.9
+
+
+def test_median_of_each_column():
+    x = np.random.default_rng(0).normal(size=(50, 2)) + [0, 100]
+    together = np.array(bootstrap_ci(x, statistic=np.median, resamples=100))
+    for k in range(2): np.testing.assert_allclose(together[:, k], bootstrap_ci(x[:, k], statistic=np.median, resamples=100))
+
+
+def test_resamples_without_positives_count_for_no_number():
+    scores, labels = np.array([[.9], [.8], *[[.1]] * 8]), np.array([[1], [1], *[[0]] * 8])
+    m = classification_metrics(scores, labels, ["a"], [0, 0, *range(1, 9)], resamples=300)["per_class"]   # one sick patient
+    assert m["a_sens_ci95"][0] > 0 and m["a_f1_ci95"][0] > 0.5                  # before: 0, where nobody sick was drawn
+
+
+def test_roc_curve_leaves_unknown_out():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(2, size=60), rng.normal(size=60)
+    more = np.r_[labels, np.full(40, -1)], np.r_[scores, np.full(40, 9.)]
+    np.testing.assert_array_equal(roc_curve(more[1], more[0], resamples=20)[1], roc_curve(scores, labels, resamples=20)[1])
+
+
+# ---------------------------------------------------------------- without looking
+
+def test_organs_of_sentences_never_seen():
+    lines = [line.split("\t") for line in (Path(__file__).parent / "places.tsv").read_text(encoding="utf-8").splitlines()]
+    wrong = [(t, organ, organ_of(t)) for t, organ in lines if (organ_of(t) or "") != organ]
+    assert len(lines) > 70 and len(wrong) <= 0.02 * len(lines), wrong             # pieces of words, as before, miss 22
+
+
+def test_organs_of_phantom_snippets():
+    from ctvlm.phantoms import PLANTERS, PhantomCohort
+    lung = {"lung", "upper lobe", "middle lobe", "lower lobe"}
+    places = {"lungs": lung, "lung bases": lung, "upper lobes": lung, "central lungs": lung, "kidneys": {"kidney"}, "adrenals": {"adrenal"},
+              "abdominal aorta": {"aorta"}, "umbilicus": {"abdominal wall"}, "small bowel": {"bowel"}, "pelvis": {"bowel"},
+              "upper abdomen": {"peritoneum"}, "lower mediastinum": {"oesophagus"}}
+    own, seen, right = {"Pleural effusion": {"pleura"}, "Biliary dilatation": {"bile duct"}}, 0, 0
+    for s in PhantomCohort(120, seed=11):
+        for r in s.report.references:
+            organ = PLANTERS[r.finding][1]
+            if organ == "any" or r.depth_mm is None: continue
+            seen, right = seen + 1, right + (organ_of(r.snippet) in own.get(r.finding, places.get(organ, {organ})))
+    assert seen > 400 and right >= 0.98 * seen
+
+
+def test_text_prior_reads_the_region_and_the_length():
+    import pandas as pd
+    from ctvlm.baselines import SCALES, NearestSnippets, localization_baselines
+    from ctvlm.phantoms import PhantomCohort
+    rows = [(s.patient, r.snippet, r.depth_mm, s.scan.low, s.scan.high, s.report.findings) for s in PhantomCohort(170, seed=5, languages=("en",))
+            for r in s.report.references if r.depth_mm is not None]
+    t = pd.DataFrame(rows, columns=["patient", "snippet", "depth_mm", "low_mm", "high_mm", "report"])
+    number = t.patient.str.extract(r"(\d+)$")[0].astype(int)
+    training, validation, test = t[number < 100], t[(100 <= number) & (number < 130)], t[number >= 130]
+    weak = NearestSnippets(training, SCALES["fraction of the scan"][0](training.low_mm, training.high_mm, training.depth_mm))
+    weak = np.abs(test.low_mm + weak.predict(test) * (test.high_mm - test.low_mm) - test.depth_mm).mean()
+    strong = localization_baselines(test, training, validation)
+    assert strong.text_prior.mean() < 0.8 * weak and strong.text_prior.mean() < strong.organ.mean()
+    assert "learned on" in strong.attrs["text_prior"] and f"{len(validation)} snippets of other patients" in strong.attrs["text_prior"]
+    pd.testing.assert_frame_equal(*(localization_baselines(test, training.head(60), validation) for _ in range(2)))
+
+
+@pytest.mark.parametrize("scale", ["fraction of the scan", "mm above the lower end", "mm below the upper end"])
+def test_text_prior_measures_from_the_right_end(scale):
+    import pandas as pd
+    from ctvlm.baselines import SCALES, TextPrior
+    rng = np.random.default_rng(0)
+    low = rng.uniform(-500, 500, 200)
+    t = pd.DataFrame({"patient": np.arange(200), "snippet": "Bladder stone", "low_mm": low, "high_mm": low + rng.uniform(250, 700, 200)})
+    t["depth_mm"] = SCALES[scale][1](t.low_mm, t.high_mm, 0.4 if scale.startswith("fraction") else 60.)
+    prior = TextPrior(t)
+    assert prior.scale == scale and np.abs(prior.predict(t) - t.depth_mm).max() < 1e-6
+
+
+def test_extent_prior_knows_only_who_was_scanned():
+    from ctvlm.baselines import ExtentPrior
+    rng = np.random.default_rng(0)
+    belly = rng.random(600) < 0.5
+    sick = belly & (rng.random(600) < 0.3)
+    for labels, chance in ((sick.astype(int), False), (np.where(belly, sick, -1), True)):
+        labels = np.column_stack([labels, rng.integers(2, size=600)])
+        share = ExtentPrior(300 + 200 * belly[:300], labels[:300]).predict(300 + 200 * belly[300:], labels[300:])
+        auc = classification_metrics(share, labels[300:], ["a", "b"])["per_class"]["a_auc"]
+        assert abs(auc - 0.5) < 0.1 if chance else auc > 0.7
+
+
+# ---------------------------------------------------------------- what an evaluation does with what it is given
+
+def test_what_the_data_do_not_allow_is_skipped_with_its_reason():
+    e = embedded(20, Q=0)
+    e.snippets = e.snippets[:0]
+    so_far = []
+    result = evaluate_model(None, e, resamples=20, each=lambda r: so_far.append(set(r)))
+    assert set(result["skipped"]) == {"pools", "volumes", "classification", "localization"} and "0 snippets" in result["skipped"]["localization"]
+    assert "retrieval" in so_far[0] and len(so_far) == 5 and check_result(result) is result
+    with pytest.raises(InputError, match="0 snippets"): evaluate_model(None, e, tasks=("localization",), resamples=20)
+
+
+def test_coverage_of_patients_beside_that_of_snippets():
+    import pandas as pd
+    from ctvlm.depth import DepthCalibration
+    n = 10 + 10 * 20                                                             # half with one easy snippet, half with twenty hard ones
+    patient = [*range(10), *np.repeat(np.arange(10, 20), 20)]
+    truth = np.where(np.arange(n) < 10, 120., np.where(np.arange(n) % 5 == 0, 230., 120.))
+    bins = np.tile(6 + 12. * np.arange(20), (n, 1))
+    similarity = np.exp(-0.5 * ((bins - 120) / 20) ** 2)
+    snippets = pd.DataFrame({"scan": patient, "study": [f"s{p}" for p in patient], "patient": [f"p{p}" for p in patient], "snippet": "x", "depth_mm": truth, "low_mm": 0., "high_mm": 240.})
+    e = Embedded([f"s{i}" for i in range(20)], [f"p{i}" for i in range(20)], None, None, None, None, snippets, similarity, bins)
+    calibration = DepthCalibration(stretch=3., n_patients=50, population="others")
+    m = evaluate_localization(e, calibration=calibration, resamples=50)
+    assert m["interval_coverage"] == pytest.approx((10 + 160) / 210) and m["interval_coverage_by_patient"] == pytest.approx((10 + 10 * 0.8) / 20)
+    m = evaluate_localization(e, calibration=calibration, withhold="calibrated on them", resamples=50)
+    assert "interval_coverage" not in m and m["protocol"]["interval"] == "withheld: calibrated on them"
+
+
+def test_extended_findings_are_judged_by_their_extent_too():
+    from ctvlm.phantoms import PhantomCohort
+    cohort = PhantomCohort(60, seed=2, languages=("en",))
+    extents = phantom_extents(cohort)
+    assert (extents.extent_low_mm <= extents.depth_mm + 10).all() and (extents.depth_mm - 10 <= extents.extent_high_mm).all()
+    fluid = extents[extents.snippet.str.contains("scites")]
+    assert (fluid.extent_high_mm - fluid.extent_low_mm).max() > 60
+    e = embedded(36)
+    known = e.snippets[["study", "snippet", "depth_mm"]].head(20).assign(extent_low_mm=0., extent_high_mm=240.)
+    m = evaluate_localization(e, extents=known, resamples=20)
+    assert m["beyond_mm"] == 0 and m["n_extents"] == 20 and m["cited_mm"] > 0 and np.isnan(m["items"]["beyond_mm"][-1])
+    assert "extent of the finding" in set(error_analysis(m, resamples=20).by)
+
+
+def test_extent_of_a_tilted_mask(tmp_path):
+    import nibabel
+    mask, angle = np.zeros((40, 40, 40), np.uint8), np.deg2rad(20)
+    mask[18:22, 2:38, 18:22] = 5                                                 # a bar along y, which the tilt lifts at one end
+    affine = np.eye(4)
+    affine[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    nibabel.save(nibabel.Nifti1Image(mask, affine), tmp_path / "mask.nii")
+    low, high = organ_extents(tmp_path / "mask.nii")["liver"]
+    corners = [affine[2] @ (0, j, k, 1) for j in (1.5, 37.5) for k in (17.5, 21.5)]
+    assert (low, high) == pytest.approx((min(corners), max(corners)), abs=1e-4)   # the tilt ignored: 4 mm instead of 16
+
+
+# ---------------------------------------------------------------- comparing what can be compared
+
+def result_of(e, tasks=("retrieval", "localization"), **options): return evaluate_model(None, e, tasks=tasks, resamples=20, **options)
+
+
+def test_another_gallery_is_not_compared():
+    whole, part = embedded(60), of_unit(embedded(60), "scan")
+    part = Embedded(part.study[:40], part.patient[:40], part.image[:40], part.disease[:40], part.text[:40], part.labels[:40], part.snippets[:40], part.similarity[:40], part.bin_depths_mm[:40])
+    rows = {r["measure"]: r for r in compare_results(result_of(whole), result_of(part), resamples=100)}
+    assert rows["retrieval"]["better"] == "not compared" and "60 and 40 scans" in rows["retrieval"]["note"]
+    assert rows["localization.mae_mm"]["better"] == "neither" and rows["localization.mae_mm"]["note"] == "on 40 items that both hold, of 60 and 40"
+    with pytest.raises(InputError, match="cannot be compared .retrieval: galleries"): compare_results(result_of(whole, tasks=("retrieval",)), result_of(part, tasks=("retrieval",)))
+
+
+def test_labels_prompts_and_units_must_be_the_same():
+    e = embedded(60)
+    scores = e.labels + np.random.default_rng(0).normal(size=e.labels.shape)
+    make = lambda e, **o: {"format": "ctvlm-result-2", "classification": evaluate_classification(e, scores, ["a", "b"], resamples=20, **o)}
+    other = embedded(60)
+    other.labels[:5] = 1 - other.labels[:5]
+    for b, why in ((make(e, prompts="templates"), "prompts 'single' against 'templates'"), (make(e, label_version="2"), "label_version"), (make(other), "labels of 5 of 60 scans differ")):
+        with pytest.raises(InputError, match=why): compare_results(make(e), b)
+    with pytest.raises(InputError, match="unit 'scan' against 'study'"): compare_results(result_of(e), result_of(e, unit="study"))
+
+
+def test_every_scan_of_a_study_is_compared():
+    a, b = (embedded(72, per_study=2, seed=s) for s in (0, 1))
+    rows = compare_results(result_of(a, tasks=("localization",)), result_of(b, tasks=("localization",)), resamples=100)
+    assert {r["n"] for r in rows} == {72} and {r["n_patients"] for r in rows} == {36}
+
+
+def test_few_patients_cannot_tell_and_luck_is_no_winner():
+    a = embedded(5)
+    rows = compare_results(result_of(a), result_of(a), resamples=100)
+    assert {r["better"] for r in rows} == {"cannot tell (needs >= 6 patients)"}
+    rng, winners = np.random.default_rng(0), 0
+    for seed in range(60):                                                       # equal models, six patients: intervals alone name a winner in one of three
+        e, f = (embedded(6, seed=1000 + 2 * seed + k) for k in range(2))
+        winners += any(r["better"] in ("a", "b") for r in compare_results(result_of(e, tasks=("localization",)), result_of(f, tasks=("localization",)), resamples=300))
+    assert winners <= 4
+
+
+def test_a_class_without_positives_decides_nothing():
+    rng = np.random.default_rng(0)
+    labels = np.column_stack([rng.integers(2, size=80), np.zeros(80, int)])
+    a, b = rng.normal(size=(2, 80, 2))
+    with_empty, without = (paired_auc(a[:, :k], b[:, :k], labels[:, :k], resamples=300) for k in (2, 1))
+    assert with_empty["p"] == pytest.approx(without["p"]) and with_empty["p"] > 0.02     # before: 1 / 301
+    assert p_words(0.) == "< 0.001" and p_words(0.0312) == "0.031"

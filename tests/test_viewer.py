@@ -53,7 +53,7 @@ def result():
                              "study": [study[i] for i in who], "patient": [study[i] for i in who]})
     text = rng.normal(size=(n, 8))
     e = Embedded(study, study, text + rng.normal(size=(n, 8)), text, text, rng.integers(2, size=(n, 2)), snippets, np.exp(-0.5 * ((bins - truth[:, None] - rng.normal(0, 15, (S, 1))) / 30) ** 2), bins)
-    return {"format": "ctvlm-result-1", "protocol": {"split": "test"}, "retrieval": evaluate_retrieval(e, resamples=100), "localization": evaluate_localization(e, training=snippets, resamples=100),
+    return {"format": "ctvlm-result-2", "protocol": {"split": "test"}, "retrieval": evaluate_retrieval(e, resamples=100), "localization": evaluate_localization(e, training=snippets, resamples=100),
             "classification": evaluate_classification(e, rng.normal(size=(n, 2)) + e.labels, ["Nodule", "Effusion & more"], resamples=100)}
 
 
