@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'NUMBERS', 'HOMOPHONES', 'KIND', 'PLANE', 'PARTS', 'RULES', 'Pair', 'DOUBTS', 'COLUMNS', 'REFUSALS',
            'SliceReference', 'Tokens', 'Rule', 'Doubt', 'sentences', 'tell_language', 'without_history', 'mine_report',
-           'Explanation', 'explain', 'Resolution', 'SeriesIndex', 'mine_study', 'mine_table', 'ask', 'second_reader']
+           'doubted', 'Explanation', 'explain', 'Resolution', 'SeriesIndex', 'mine_study', 'reports_of', 'mine_table',
+           'ask', 'second_reader']
 
 # %% ../nbs/02_mining.ipynb #cedfbd62
 import json, os, re
@@ -972,6 +973,30 @@ def mine_report(
         out += [SliceReference(f.series, f.image, f.image_end, f.plane, f.prior, snippet, (t.starts[f.first], t.ends[f.last - 1]), cleaned, where, f.rule, language, f.carried) for f in group]
     return out
 
+# %% ../nbs/02_mining.ipynb #d0ab7e02
+def doubted(
+    text:str,        # a report
+    references:list, # what `mine_report` found in it
+    language:str|None=None,
+)->list:             # pairs (`SliceReference`, name of the doubt)
+    "What is written like a reference and was refused."
+    t, at, k, out = Tokens(text or ""), 0, 0, []
+    taken = sorted(r.span for r in references)
+    while m := _FIND.search(t.kinds, at):
+        rule, start = RULES[int(m.lastgroup[1:])], m.start()
+        m = _READ[int(m.lastgroup[1:])].match(t.kinds, start)
+        a, b, at = t.starts[start], t.ends[m.end() - 1], m.end()
+        while k < len(taken) and taken[k][1] <= a: k += 1
+        if k < len(taken) and taken[k][0] < b: at = start + 1; continue
+        g, i = m.groupdict(), m.start("s") if m.groupdict().get("s") else -1
+        name = next(x for x in "ijl" if g.get(x))
+        image, series = t.values[next(x for x in range(*m.span(name)) if x in t.values)], t.values.get(i)
+        bare = rule.name.startswith("pair") and Pair(t, i, m.end(), series, image, t.kinds[i + 1], t.kinds[i - 1:i] or " ", t.kinds[m.end():m.end() + 1] or " ", _bracket(t, i))
+        doubt = next((d.name for d in DOUBTS if bare and d.test(bare)), "no evidence")
+        low, high = _trim(text, max(text.rfind(". ", max(0, a - 120), a) + 1, a - 120, 0), min(b + 60, len(text)))
+        out.append((SliceReference(series, image, snippet=text[low:high], span=(a, b), snippet_span=(low, high), rule=rule.name, language=language or _language(t.words)), doubt))
+    return out
+
 # %% ../nbs/02_mining.ipynb #abebf52d
 class Explanation:
     "A report with its references coloured: `str()` for a terminal, HTML in a notebook."
@@ -1201,7 +1226,10 @@ def mine_study(
     return rows
 
 # %% ../nbs/02_mining.ipynb #0b7dccb0
-def _reports(table): # (line, study, text, language, reason) of every report of a table
+def reports_of(
+    table:Table, # with the roles study and report, or findings and impression
+):               # yields (line, study, text, language, reason) of every report
+    "The reports of a table, and why a row has none."
     bad = []                                                   # (line, reason) of rows that do not fit
     for line, row in table.rows(bad):
         while bad: k, why = bad.pop(0); yield k, None, None, None, why
@@ -1223,13 +1251,13 @@ def mine_table(
     quiet:bool=False,          # no progress bar
     columns:dict|None=None,    # role (study, report, findings, impression, language) -> name of the column, where its name does not say it
     encoding:str|None=None,    # of a text file that is neither UTF-8 nor UTF-16
-)->dict:                       # counts: reports, pairs, kept, prior, refused (by reason), unreadable (by reason)
+)->dict:                       # counts: reports, pairs, kept, prior, refused (by reason), doubted (by doubt, beside the pairs), unreadable (by reason)
     "Mine all reports of a table."
     import contextlib, pyarrow as pa, pyarrow.parquet as pq
     if output is not None and Path(output).suffix != ".parquet": raise InputError(f"the pairs go to a file ending in .parquet, not {Path(output).name}: name it so")
-    rows = _reports(Table(reports, columns, encoding, need=("study", "text")))
+    rows = reports_of(Table(reports, columns, encoding, need=("study", "text")))
     index = None if dicom is None else SeriesIndex.load(dicom) if Path(dicom).suffix == ".parquet" else SeriesIndex.from_dicom(dicom, study, quiet=quiet)
-    schema, status, unreadable, n = _schema(), Counter(), Counter(), 0
+    schema, status, refused, unreadable, n = _schema(), Counter(), Counter(), Counter(), 0
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(pq.ParquetWriter(stack.enter_context(write_atomically(output)), schema)) if output is not None else None
         rows = progress(rows, "reports", quiet=quiet)
@@ -1241,10 +1269,13 @@ def mine_table(
                 new = mine_study(text, index, str(name), language)
                 status.update(row["status"] for row in new)
                 pairs += [row | dict(report=k) for row in new]
+                for r, why in doubted(text, [SliceReference(None, 0, span=row["span"]) for row in new], language):
+                    refused[why] += 1
+                    pairs.append(dict(study=name, report=k, snippet=r.snippet, verbatim=r.snippet, span=r.span, snippet_span=r.snippet_span, series=r.series, image=r.image, language=r.language, rule=r.rule, status=f"doubted: {why}"))
             if writer: writer.write_table(pa.Table.from_pylist(pairs, schema))
         if not n: raise InputError(f"found no row in {reports}, expected reports: see that the file is not empty")
     kept = status["ok"] + status["no index"]
-    return dict(reports=n, pairs=sum(status.values()), kept=kept, prior=status["prior"], refused={k: v for k, v in status.most_common() if k not in ("ok", "no index", "prior")}, unreadable=dict(unreadable), unread_files=len(index.unread) if index else 0)
+    return dict(reports=n, pairs=sum(status.values()), kept=kept, prior=status["prior"], refused={k: v for k, v in status.most_common() if k not in ("ok", "no index", "prior")}, doubted=dict(refused), unreadable=dict(unreadable), unread_files=len(index.unread) if index else 0)
 
 # %% ../nbs/02_mining.ipynb #772d0742
 _ASK = """List every image reference of this CT report as JSON {"pairs": [{"reference", "series", "image", "image_end", "plane", "prior", "snippet"}]}.
