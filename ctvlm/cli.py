@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STATUS', 'app', 'AsJson', 'Quiet', 'Model', 'Device', 'Scan', 'Scans', 'Window', 'Overwrite', 'AllowMissing', 'Task',
            'EXAMPLES', 'plain', 'say', 'main', 'phantoms', 'mine', 'label', 'studies', 'reads_scans', 'each_scan',
-           'check', 'preprocess', 'load_model', 'reading', 'picture_name', 'write_rows', 'localize', 'classify',
-           'findings', 'scan_vectors', 'search', 'view', 'embed', 'init', 'train', 'evaluate', 'compare', 'demo',
-           'manual']
+           'check', 'series', 'preprocess', 'load_model', 'reading', 'picture_name', 'write_rows', 'localize',
+           'classify', 'findings', 'scan_vectors', 'search', 'view', 'embed', 'init', 'train', 'evaluate', 'compare',
+           'demo', 'manual']
 
 # %% ../nbs/15_cli.ipynb #3be5dd87
 import difflib, inspect, json, os, re, sys, warnings
@@ -258,7 +258,10 @@ def studies(
 
 # %% ../nbs/15_cli.ipynb #d2fd6279
 _HOW = dict(
-    series=(Annotated[Optional[int], typer.Option(help="Series number, where a folder holds several.")], None),
+    series=(Annotated[Optional[str], typer.Option(help="Series number or SeriesInstanceUID, where a folder holds several; `ctvlm series FOLDER` lists them.")], None),
+    acquisition=(Annotated[Optional[int], typer.Option(help="AcquisitionNumber, where a series holds several.")], None),
+    fill_gaps=(Annotated[bool, typer.Option("--fill-gaps", help="Read a series with missing slices; they are interpolated and counted.")], False),
+    allow_partial=(Annotated[bool, typer.Option("--allow-partial", help="Read a series whose first or last files cannot be read; the heights that were not seen are said.")], False),
 )
 
 def reads_scans(
@@ -315,6 +318,16 @@ def check(
     table = check_paths(paths, output, workers, quiet)
     say(table.to_dict("records"), as_json, ("path", "status", "reason"))
     if (table.status != "ok").any(): raise typer.Exit(1)
+
+@app.command()
+def series(
+    folder:Annotated[Path, typer.Argument(help="Folder of DICOM files.")],
+    as_json:AsJson=False,
+):
+    "List the series of a DICOM folder; `--series` takes one."
+    from ctvlm.dicom import series_table
+    _check_there(folder)
+    say(series_table(folder).to_dict("records"), as_json)
 
 @app.command()
 @reads_scans

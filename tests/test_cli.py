@@ -142,7 +142,7 @@ def test_bad_input_is_one_line_and_status_2(cohort, tmp_path, capsys, words):
 
 def test_bad_input_in_a_shell():
     status, out, err = shell("mine", "nowhere.csv", "-o", "pairs.parquet")
-    assert (status, out) == (2, "") and err == "ctvlm: found no file nowhere.csv, expected a table of reports: name a .csv, .parquet or .xlsx file\n"
+    assert (status, out) == (2, "") and err.startswith("ctvlm: ") and "nowhere.csv" in err and err.count("\n") == 1
 
 
 def test_debug_shows_the_traceback():
@@ -182,7 +182,7 @@ def test_training_keeps_standard_output_for_the_answer(cohort, store, monkeypatc
     assert any(line.startswith("training: ") for line in screen)
     again, screen = seen(monkeypatch, capsys, *words, "-q")                         # the run is complete: it goes on after its last step
     assert again == answer == {"model": str(cohort / "told" / "model")}
-    assert [line[:22] for line in screen] == ["ctvlm: this model was ", "continuing after step ", ""]
+    assert [line[:22] for line in screen if "left out" not in line] == ["ctvlm: this model was ", "continuing after step ", ""]
 
 
 def test_statuses(monkeypatch, capsys, tmp_path):
@@ -209,7 +209,7 @@ def test_verbs_share_their_options():
     verbs = get_command(app).commands
     of = {name: {o for p in command.params for o in p.opts} for name, command in verbs.items()}
     assert all("--json" in o for o in of.values())
-    assert {v for v, o in of.items() if "--quiet" not in o} == {"compare", "findings"}          # which have nothing to say but their answer
+    assert {v for v, o in of.items() if "--quiet" not in o} == {"compare", "findings", "series"}          # which have nothing to say but their answer
     assert all("--device" in of[v] for v in ("localize", "classify", "search", "view", "embed", "evaluate"))
     for name, command in verbs.items():
         assert command.help and all(p.help for p in command.params if p.name != "help"), name
