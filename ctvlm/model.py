@@ -554,6 +554,7 @@ def from_pretrained(cls:CTVLMModel,
         with _no_bars():
             model, info = PreTrainedModel.from_pretrained.__func__(cls, place, *args, **options)
     except (OSError, SafetensorError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "mismatch" not in str(e): raise
         raise InputError(f"{folder} holds no saved ctvlm model ({str(e).strip().splitlines()[0]}):"
                          " give the folder that `save_pretrained` wrote") from None
     lost = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])

@@ -105,9 +105,10 @@ def local_or_hub(
                 " here and give its path instead of the name") from None
     return str(name)
 
-PICKLED = """python -c "import torch, safetensors.torch as s; w = torch.load('pytorch_model.bin', \
-weights_only=True); s.save_file({k: v.clone() for k, v in w.items()}, 'model.safetensors', \
-{'format': 'pt'})\""""
+PICKLED = ("python -c \"import torch, safetensors.torch as s;"
+           " w = torch.load('pytorch_model.bin', weights_only=True);"
+           " s.save_file({k: v.clone() for k, v in w.items()},"
+           " 'model.safetensors', {'format': 'pt'})\"")
 
 def refuse_code(
     place:str, # a folder, or the name of something on the hub

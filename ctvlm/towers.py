@@ -41,6 +41,7 @@ _FIELDS = dict( # what a field holds, in words and as a check
     spacing=("three lengths in mm", lambda x: _three(x, _length)),
     window=("three numbers of voxels", lambda x: _three(x, _count)),
     patch=("three numbers of voxels", lambda x: _three(x, _count)),
+    antialias=("true or false", lambda x: isinstance(x, bool)),
     fit=("'crop' or 'pad', or one of them for each axis", _fit),
     hu_levels=("ascending numbers", _levels),
     window_encoder=("the fields of EncoderSizes", lambda x: isinstance(x, dict)),
@@ -76,6 +77,7 @@ class CTVLMConfig(PretrainedConfig):
     spacing:list|tuple = (0.75, 0.75, 3.0)  # mm per voxel
     window:list|tuple = (128, 128, 32)      # voxels per window
     patch:list|tuple = (16, 16, 4)          # voxels per patch
+    antialias:bool = False                  # average over slices that voxels skip, see `WindowSpec`
     fit:str|list|tuple = "pad"              # how scans are cut into windows, see `make_windows`
     hu_levels:list|tuple = ()               # of the window encoder's HU windows, see `hu_ramps`
     window_encoder:dict|None = None         # `EncoderSizes`
@@ -120,7 +122,7 @@ class CTVLMConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def window_spec(self): return WindowSpec(self.spacing, self.window, self.patch)
+    def window_spec(self): return WindowSpec(self.spacing, self.window, self.patch, self.antialias)
     @property
     def adapter_sizes(self):
         if not self.adapters: return None
@@ -227,6 +229,7 @@ class CTVLMModel(PreTrainedModel):
             if module.bias is not None: init.zeros_(module.bias)
         elif isinstance(module, Head):
             init.normal_(module.direction, std=module.direction.shape[1] ** -0.5)
+            init.ones_(module.gain)
         elif isinstance(module, Encoder): init.normal_(module.cls_token, std=0.02)
 
     def _start(self): # what starts as a copy of something else; patches of water as zero
@@ -399,7 +402,8 @@ def fingerprint(self:CTVLMModel)->str: # 16 hexadecimal digits
     now = [(x.data_ptr(), None if x.is_inference() else x._version) for x in tensors]
     if self._fingerprint is None or self._fingerprint[0] != now:
         about = {k: v for k, v in self.config.to_dict().items() if k in (
-            "spacing", "window", "patch", "fit", "hu_levels", "window_encoder", "scan_encoder")}
+            "spacing", "window", "patch", "antialias", "fit", "hu_levels", "window_encoder",
+            "scan_encoder")}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for x in tensors:
             numbers = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
