@@ -33,9 +33,10 @@ def cohort(sizes, seed, folder):
     studies["split"] = [name for name, n in sizes.items() for _ in range(n)]
     model = demo_model(studies, seed)
     demo_text(model, seed, quiet=True)
-    store = demo_features(model, studies, folder, quiet=True)
-    found = [f for f in FINDINGS if any(s.labels.get(f) == 1 for s in patients)]
-    truth = [[-1 if s.labels.get(f) is None else s.labels[f] for f in found] for s in patients]
+    store = demo_features(model, studies, folder, workers=0, quiet=True)
+    planted = [s.labels for s in patients]
+    found = [f for f in FINDINGS if any(p.get(f) == 1 for p in planted)]
+    truth = [[-1 if p.get(f) is None else p[f] for f in found] for p in planted]
     rows = [store.load(scan_key(r)) for r in studies.itertuples()]
     tokens = [torch.cat([r["cls"].float()[:, None], r["depth_tokens"].float()], 1).flatten(0, 1) for r in rows]
     scans = torch.stack([torch.cat([x.mean(0), x.amax(0), x.amin(0)]) for x in tokens])
