@@ -180,8 +180,8 @@ class Head(nn.Module):
     def forward(self, x): # `(..., features)` -> `(..., out)`, not normalised
         return F.linear(self.layers(x), self.gain * F.normalize(self.direction, dim=1))
 
-# %% ../nbs/06a_towers.ipynb #6cca9857
-@dataclass
+# %% ../nbs/06a_towers.ipynb #b2598524
+@dataclass(repr=False)
 class ScanEmbeddings(ModelOutput):
     "What `encode_scan` gives; the vectors are not normalised."
     scan:Tensor|None=None    # `(B, P)` for retrieval
@@ -189,7 +189,11 @@ class ScanEmbeddings(ModelOutput):
     slices:Tensor|None=None  # `(B, D, P)` one per depth bin
     valid:Tensor|None=None   # `(B, D)` which of them lie in the scan
 
-@dataclass
+    def __repr__(self): # shapes only
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in self.items())
+        return f"{type(self).__name__}({shapes})"
+
+@dataclass(repr=False)
 class CTVLMOutput(ScanEmbeddings):
     "What a call of the model gives: embeddings of scans, of reports, or of both."
     report:Tensor|None=None  # `(B, P)`
@@ -323,7 +327,7 @@ def encode_features(self:CTVLMModel,
     scan = self.scan_encoder.scan(cls, depth_tokens, grids, held)                       # (B, 2 E)
     both = self.scan_head(scan), self.slice_head(scan)                                  # (B, P)
     if not slices: return ScanEmbeddings(*both)
-    each, valid = self.scan_encoder.slices(depth_tokens, grids, held)                   # (B, D, 2 E)
+    each, valid = self.scan_encoder.slices(depth_tokens, grids, held)   # (B, D, 2 E), (B, D)
     return ScanEmbeddings(*both, self.slice_head(each), valid)                          # (B, D, P)
 
 @patch
@@ -360,7 +364,8 @@ def encode_text(self:CTVLMModel,
     return (self.report_head if head == "report" else self.snippet_head)(x)             # (B, P)
 
 def _kind(x): # for a message
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    if not isinstance(x, Tensor): return f"a {type(x).__name__}"
+    return f"{x.dtype} of shape {tuple(x.shape)}"
 
 # %% ../nbs/06a_towers.ipynb #e23d872b
 @patch

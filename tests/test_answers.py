@@ -266,6 +266,7 @@ def test_answers_go_to_json_compare_and_hash(model):
         assert json.loads(json.dumps(a.to_dict())) == a.to_dict()
     assert model.localize(v, "cyst")[0] != model.localize(v, "effusion")[0]
     assert localize(model, v, "cyst") == model.localize(v, "cyst")
+    for thing in (model.processor, model(**model.processor(v)), model.embed(v)): assert len(repr(thing)) < 200
 
 
 def test_learning_adds_to_what_was_learned_and_drops_the_calibration():
