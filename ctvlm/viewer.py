@@ -86,6 +86,9 @@ def plot_auc(
     names = sorted(auc, key=auc.get, reverse=True)
     ax = _dots(_axes(ax, (6, 1.2 + 0.26 * len(names))), [f"{picture_text(c)} ({classification['detail'][f'{c}_n_positive']})" for c in names], [auc[c] for c in names], [ci[c] for c in names], BLUE)
     ax.axvline(0.5, color="gray", ls=":")
+    if alone := (classification.get("extent") or {}).get("per_class"):
+        ax.plot([alone.get(c, np.nan) for c in names], range(len(names)), "x", color="gray", label="what the extent of the scan says alone")
+        ax.legend(fontsize="x-small")
     ax.axvline(classification["mean_auroc"], color=BLUE, ls="--", lw=1)
     ax.set(xlabel="AUC (95 % interval)", title=f"Zero-shot AUC, mean {classification['mean_auroc']:.2f} (positives in brackets)")
     return ax
@@ -356,6 +359,8 @@ _STYLE = """:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; 
 body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.25 }
 h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
+.made { font-size: .85rem; opacity: .8; margin-top: -.6rem }
+nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem } a { color: inherit }
 .note { background: var(--soft); padding: .6rem .9rem; border-radius: 6px }
 figure { margin: 1rem 0 }
 figcaption { font-size: .9rem }
@@ -410,6 +415,7 @@ def _retrieval_part(m):
 def _classification_part(m):
     auc, detail = m["per_class"], m.get("detail", {})
     rows = [["mean", *_with_interval(m, "mean_auroc"), ""]]
+    if m.get("extent"): rows.append(["what the extent of the scan says alone", *_with_interval(m["extent"], "mean_auroc"), ""])
     for c in sorted(auc, key=auc.get, reverse=True):
         ci = m.get("per_class_ci95", {}).get(c)
         rows.append([c, _number(auc[c]), " to ".join(map(_number, ci)) if ci else "", detail.get(f"{c}_n_positive", "")])
@@ -422,8 +428,8 @@ def _other_part(m): # any section: its numbers
     def rows(section, path=""):
         for k, v in section.items():
             if k in ("items", "protocol") or k.endswith("_ci95"): continue
-            if isinstance(v, dict): yield from rows(v, f"{path}{k.replace('_', ' ')} ")
-            elif isinstance(v, (int, float, str)): yield [path + k.replace("_", " "), *_with_interval(section, k)]
+            if isinstance(v, dict): yield from rows(v, f"{path}{_said(k)} ")
+            elif isinstance(v, (int, float, str)): yield [path + _said(k), *_with_interval(section, k)]
     return _table(["measure", "value", "95 % interval"], list(rows(m)))
 
 # %% ../nbs/14_viewer.ipynb #da98bddd
@@ -436,33 +442,61 @@ def write_report(
     examples=(),      # dicts or tuples `answer`, `volume`, `reference_mm`: scans to show
     title:str="ctvlm: results",
     notes=(),         # sentences to stand first
+    made:str="",      # when and by what: a line below the title
 )->None:
     "Write one self-contained HTML page: tables, curves, example scans with predicted and true depth."
     import matplotlib.pyplot as plt
     with plt.rc_context():
         use_theme()
-        page = _page(metrics, history, examples, title, notes)
+        page = _page(metrics, history, examples, title, notes, made)
     with write_atomically(path) as t: t.write_text(page, encoding="utf-8")
 
-def _page(metrics, history, examples, title, notes): # the HTML
+def _page(metrics, history, examples, title, notes, made): # the HTML
     parts = [f'<p class="note">{html.escape(n)}</p>' for n in notes]
     for name, (heading, part) in _PARTS.items():
         if name in metrics: parts.append(f"<h2>{heading}</h2>" + part(metrics[name]))
+    if metrics.get("skipped"): parts.append("<h2>Left out</h2>" + _table(["protocol", "why"], metrics["skipped"].items()))
     shown = []
     for example in examples:
         answer, volume, reference = (example[k] for k in ("answer", "volume", "reference_mm")) if isinstance(example, dict) else example
         off = "" if reference is None else f", the radiologist cited {reference:.0f} mm, {abs(reference - answer.depth_mm):.0f} mm away"
-        said = f"“{legible(answer.text)}”: predicted {answer.depth_mm:.0f} mm{off}"
+        said = f"“{legible(answer.text)}”: predicted {answer_words(answer)}{off}"
         shown.append(_image(localization_figure(answer, volume, reference), f"Axial slice at the predicted depth, coronal slice and posterior. {said}.", said + "."))
     if shown: parts.append("<h2>Examples</h2>" + "".join(shown))
     if history is not None and len(history): parts.append("<h2>Training</h2>" + _image(plot_training(history), "Loss curves over the optimiser steps."))
-    rest = {k: v for k, v in metrics.items() if k not in (*_PARTS, "format", "protocol")}
-    for k in [k for k, v in rest.items() if isinstance(v, dict)]: parts.append(f"<h2>{html.escape(k.replace('_', ' ').capitalize())}</h2>" + _other_part(rest.pop(k)))
+    rest = {k: v for k, v in metrics.items() if k not in (*_PARTS, "format", "protocol", "skipped")}
+    for k in [k for k, v in rest.items() if isinstance(v, dict)]: parts.append(f"<h2>{html.escape(_HEADINGS.get(k) or _said(k).capitalize())}</h2>" + _other_part(rest.pop(k)))
     if rest: parts.append("<h2>Further numbers</h2>" + _other_part(rest))
-    protocol = [[f"{name} {k}".strip().replace("_", " "), v] for name, m in (("", metrics), *((k, metrics.get(k, {})) for k in _PARTS)) for k, v in m.get("protocol", {}).items() if v not in ("", None)]
+    protocol = [[f"{name} {_said(k)}".strip(), _listed(v)] for name, m in (("", metrics), *((k, v) for k, v in metrics.items() if isinstance(v, dict) and k != "protocol")) for k, v in m.get("protocol", {}).items() if v not in ("", None)]
     if protocol: parts.append("<h2>Protocol</h2>" + _table(["what", "how"], protocol))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>\n<style>\n{_STYLE}\n</style>'
+    parts, contents = _numbered(parts)
+    parts = [f'<p class="made">{html.escape(made)}</p>' if made else "", _summary(metrics), contents, *parts]
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main><h1>{html.escape(title)}</h1>\n' + "\n".join(parts) + "\n</main></body></html>\n"
+
+def _numbered(parts): # headings with anchors; a list of them
+    names = [re.sub(r"<[^>]+>", "", n) for n in re.findall(r"<h2>(.*?)</h2>", "".join(parts))]
+    count = iter(range(len(names)))
+    parts = [re.sub(r"<h2>", lambda m: f'<h2 id="part-{next(count)}">', p) for p in parts]
+    return parts, '<nav aria-label="Contents"><ul>' + "".join(f'<li><a href="#part-{n}">{name}</a></li>' for n, name in enumerate(names)) + "</ul></nav>" if len(names) > 1 else ""
+
+def _summary(metrics): # the few numbers to be read first
+    l, r, c = (metrics.get(k, {}) for k in ("localization", "retrieval", "classification"))
+    rows = []
+    if "mae_mm" in l: rows.append(["depth of a snippet: mean error, mm", *_with_interval(l, "mae_mm"), "; ".join(f"{name} {_number(l[k])}" for k, name in (("text_prior_mm", "text only"), ("middle_mm", "middle slice")) if k in l)])
+    if "interval_coverage" in l: rows.append(["intervals that hold the depth", *_with_interval(l, "interval_coverage"), l.get("protocol", {}).get("interval", "")])
+    if "text_to_image" in r: rows.append(["report to scan: recall at 10", *_with_interval(r["text_to_image"], "r10"), f"chance {min(1, 10 / r['text_to_image']['n']):.3f}"])
+    if "mean_auroc" in c: rows.append(["findings: mean AUC", *_with_interval(c, "mean_auroc"), f"what the extent of the scan says alone {_number(c['extent']['mean_auroc'])}" if c.get("extent") else "guessing 0.500"])
+    return _table(["in short", "value", "95 % interval", "beside"], rows) if rows else ""
+
+_HEADINGS = {"pools": "Retrieval in small pools", "volumes": "Scans with the same findings", "mining": "Reading references"}
+_NAMES = {"n": "number", "n_studies": "studies", "n_patients": "patients", "n_snippets": "snippets", "n_extents": "snippets with a known extent", "peak_memory_mb": "peak memory, MB", "seconds": "duration, s", "r1": "R@1", "r5": "R@5", "r10": "R@10",
+          "medr": "median rank", "meanr": "mean rank", "mae_mm": "mean error, mm", "auroc": "AUC", "n_references": "references", "n_reports": "reports", "n_abnormal": "scans with a finding", "n_positive": "positives"}
+
+def _said(key): # a key of a result in words
+    return _NAMES.get(key) or re.sub(r"_mm$", ", mm", re.sub(r"^n_", "number of ", key)).replace("_", " ")
+
+def _listed(value): return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else "yes" if value is True else "no" if value is False else value
 
 # %% ../nbs/14_viewer.ipynb #b4a09ee5
 _COLOURS = {"here": "#56b4e9", "predicted": GREEN, "cited": ORANGE, "bars": "#5fd7b0", "band": "#0b4636", "dim": "#6f7780"} # palette entries after 250 grays

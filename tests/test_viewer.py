@@ -148,7 +148,7 @@ class Page(HTMLParser):
 def test_report_is_one_whole_file(result, scan, tmp_path):
     history = pd.DataFrame({"step": range(30), "siglip": np.linspace(3, 1, 30), "localization": 2., "disease": 1.})
     write_report(tmp_path / "report.html", result | {"mining": {"precision": 0.99, "recall": 0.97}, "seconds": 12.5, "peak_memory_mb": 900}, history,
-                 [{"answer": answer_at(1200, scan, 'Nodule <script>alert("x")</script>'), "volume": scan, "reference_mm": 1190.}, (answer_at(1100, scan), scan, None)], title="Demo", notes=["Phantoms only."])
+                 [{"answer": answer_at(1200, scan, 'Nodule <script>alert("x")</script>'), "volume": scan, "reference_mm": 1190.}, (answer_at(1100, scan), scan, None)], title="Demo", notes=["Phantoms only."], made="2026-01-02, ctvlm 0")
     text = (tmp_path / "report.html").read_text()
     page = Page(); page.feed(text)
     assert not page.open and [t for t, _ in page.tags].count("html") == 1
@@ -156,14 +156,14 @@ def test_report_is_one_whole_file(result, scan, tmp_path):
     assert len(images) >= 10 and all(a["src"].startswith("data:image/png;base64,") and len(a["alt"]) > 20 for a in images)
     assert not any(t in ("script", "link", "iframe") for t, _ in page.tags) and "http" not in text and "url(" not in text
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "max-width: 100%" in text and "overflow-x: auto" in text
-    for word in ("Demo", "Phantoms only.", "text-only prior", "Effusion &amp; more", "precision", "seconds", "predicted 1200 mm, the radiologist cited 1190 mm, 10 mm away"): assert word in text
+    for word in ("Demo", "Phantoms only.", "text-only prior", "Effusion &amp; more", "precision", "duration, s", "peak memory, MB", "2026-01-02, ctvlm", 'href="#part-3"', 'id="part-3"', "predicted 1200 mm, image 15, the radiologist cited 1190 mm, 10 mm away"): assert word in text
     assert len(text) < 4 * 2**20
 
 
 def test_report_of_little(tmp_path):
     write_report(tmp_path / "a.html", {"seconds": 3.0, "retrieval": {d: {"r1": 0.5, "r5": 0.6, "r10": 0.7, "n": 10} for d in ("text_to_image", "image_to_text")},
                                        "classification": {"mean_auroc": 0.8, "per_class": {"Nodule": 0.8}}, "localization": {"mae_mm": 30., "middle_mm": 90., "n_snippets": 4, "n_patients": 2}})
-    assert (tmp_path / "a.html").read_text().count("<table>") == 4
+    assert (tmp_path / "a.html").read_text().count("<table>") == 5                              # the summary, a part each, further numbers
 
 
 # ---------------------------------------------------------------- the reader, without a browser
@@ -284,3 +284,74 @@ def test_report_with_references(scan):
 def test_marked_pieces():
     assert viewer._marked("a nodule (4/38).", [(2, 8, "asserted"), (10, 14, "reference"), (0, 16, "denied")]) == [
         ["a ", "denied"], ["nodule", "asserted"], [" (", "denied"], ["4/38", "reference"], [").", "denied"]]
+
+
+def test_citations_of_other_series_lie_where_their_own_series_says(tmp_path):
+    "An image number of series 5 was looked up in whatever series was open."
+    from ctvlm.phantoms import PhantomCohort
+    from ctvlm.preprocessing import load_volume
+    patient = PhantomCohort(8, seed=0, spacing=(6., 6., None), languages=("en",))[6]
+    folder = patient.write_dicom(tmp_path / "scan")
+    true = {(r.series, r.image): r.depth_mm for r in patient.report.references if r.depth_mm is not None and r.image_end is None}
+    (series, image), depth = next(iter(true.items()))
+    other = next(s.number for s in patient.series if s.number != series and s.plane == "axial" and not s.localizer) if hasattr(patient, "series") else 7
+    report = f"Nodule in the right lung (series {series}, image {image}). Cyst (series 99, image 3)."
+    for opened in (series, other):
+        [nodule, cyst] = explore(folder, report, Model(), series=opened).sentences
+        assert abs(nodule["reference_mm"] - depth) < 0.1, opened
+        assert cyst["reference_mm"] is None and "series 99" in cyst["references"][0]["said"] and any(p[1] == "unresolved" for p in cyst["pieces"])
+    [nodule, _] = report_sentences(report, load_volume(folder, other))                     # no folder to look in
+    assert nodule["reference_mm"] is None and "not open here" in nodule["references"][0]["said"]
+
+
+def test_every_reference_of_a_sentence_can_be_asked(scan):
+    reader = explore(scan, "Nodules in the lung (series 3, image 15) and the liver (series 3, images 30 to 34).", Model(), series=3)
+    [sentence] = reader.sentences
+    assert len(sentence["references"]) == 2
+    reader.report.reference = 1
+    press(reader, 0)
+    middle = np.mean([scan.depths_mm[list(scan.image_numbers).index(n)] for n in (30, 34)])  # of a range
+    assert reader.reference_mm == pytest.approx(middle) and "middle of the range" in sentence["references"][1]["said"]
+
+
+def test_the_window_follows_the_question_until_somebody_chooses(reader):
+    press(reader, 0)
+    assert reader.picture.window == "lung"
+    press(reader, 1)
+    assert reader.picture.window == "soft tissue"
+    reader.picture.windowed = "-500/1200"
+    press(reader, 0)
+    assert reader.picture.window == "-500/1200" and "-500/1200 window" in reader.picture.alt
+    reader.picture.windowed = "wide"
+    assert "no window is called 'wide'" in said(reader) and reader.picture.window == "-500/1200"
+    assert window_for("Fracture of the 5th rib") == "bone" and window_for("emphysema") == "lung" and window_for("cyst of the liver") == "soft tissue"
+
+
+def test_the_value_under_the_pointer(reader, scan):
+    reader.picture.pointed = ["axial", 0.5, 0.5, 0.]
+    i, j, k = reader.place("axial", 0.5, 0.5)
+    assert reader.picture.probed.startswith(f"{scan.array[i, j, k]:.0f} HU at ")
+    reader.picture.pointed = ["", 0, 0, 1.]
+    assert reader.picture.probed == ""
+
+
+def test_doubt_is_shown_in_reader_and_picture(scan):
+    model = Model()
+    model.localize = lambda volume, texts: [SimpleNamespace(**vars(answer_at(1200, scan, t)), abstains=True) for t in texts]
+    reader = explore(scan, ["Banana."], model)
+    assert reader.picture.labels == [[0.5, "invite", "click a sentence of the report"]]      # an empty posterior invites
+    press(reader, 0)
+    assert "not in this scan, best guess 1200 mm" in said(reader) and "not in this scan" in reader.picture.alt and reader.picture.labels[0][2].startswith("not here?")
+    figure = localization_figure(model.localize(scan, ["costs $a^$ and \\frac{"]) * 2, scan, notes="a $ and \\sum_")
+    figure.savefig(io.BytesIO())
+    assert len(figure.subfigs) == 2 and all("not in this scan" in f.get_suptitle() for f in figure.subfigs)
+    assert {t.get_text() for t in figure.subfigs[0].axes[0].texts} == set("RLAP")
+
+
+def test_organs_have_colours_of_their_own(result):
+    from matplotlib.colors import to_hex
+    ax = plot_depths(result["localization"])
+    colours = [to_hex(c.get_facecolor()[0], keep_alpha=False) for c in ax.collections]
+    assert len(set(colours)) == len(colours)
+    other = [c for c in ax.collections if c.get_label().startswith("other")]
+    assert all(c.get_zorder() < 2 for c in other)
