@@ -145,7 +145,7 @@ def run_demo(
     from dataclasses import replace
     import pandas as pd
     from ctvlm.data import Batches, write_studies
-    from ctvlm.evaluation import calibrate_depth, embed_batches, evaluate_studies, write_result
+    from ctvlm.evaluation import calibrate_depth, embed_batches, evaluate_studies, phantom_extents, population_of, write_result
     from ctvlm.findings import FINDINGS
     from ctvlm.training import TrainingConfig, peak_memory_mib, train
     from ctvlm.viewer import pick_examples, write_report
@@ -169,8 +169,9 @@ def run_demo(
     later = dict(step=history[1].step + len(history[0]), epoch=history[1].epoch + first["epochs"])
     history = pd.concat([history[0].assign(**without), history[1].assign(**later)], ignore_index=True)
     tell("calibrating intervals, evaluating on patients that were never trained on")
-    model.config.interval_calibration = calibrate_depth(embed_batches(model, batches("val", training=False), quiet), population="drawn patients").to_dict()
-    metrics = evaluate_studies(model, studies, store, findings, tasks=("retrieval", "classification", "localization"), quiet=quiet)
+    model.config.interval_calibration = calibrate_depth(embed_batches(model, batches("val", training=False), quiet), population=population_of(split["val"])).to_dict()
+    extents = phantom_extents(cohort[i] for i in np.flatnonzero(studies.split == "test"))
+    metrics = evaluate_studies(model, studies, store, findings, tasks=("retrieval", "classification", "localization"), extents=extents, quiet=quiet)
     metrics["mining"] = mining_score(cohort, studies)
     model.save_pretrained(output/"model")
     metrics |= {"seconds": time.perf_counter() - began, "peak_memory_mb": peak_memory_mib(model.device)}
@@ -196,5 +197,6 @@ def demo_table(
         d = metrics["retrieval"][direction]
         rows += [row(f"{name} R@{k}, %", d, f"r{k}", f"chance {100 * k / d['n']:.0f}", 100) for k in (1, 5, 10)]
     rows += [row("zero-shot mean AUC", c, "mean_auroc", f"{len(c['per_class'])} findings, chance 0.50", form="{:.3f}")]
+    if "extent" in c: rows += [row("  extent of the scan alone", c["extent"], "mean_auroc", "no image", form="{:.3f}")]
     rows += [row(f"  {name}", {"a": auc, "a_ci95": c["per_class_ci95"][name]}, "a", f"{c['detail'][f'{name}_n_positive']} of {c['protocol']['n']} scans", form="{:.2f}") for name, auc in c["per_class"].items()]
     return rows + [row(f"mining {k}, %", m, k, f"{m['n_references']} references in {m['n_reports']} reports", 100) for k in ("precision", "recall")]
