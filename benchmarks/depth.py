@@ -16,7 +16,7 @@ from ctvlm.demo import demo_cohort
 from ctvlm.core import stable_rng, write_atomically
 from ctvlm.data import Batches, FeatureStore, embed_studies, read_studies
 from ctvlm.evaluation import (ORGANS, TOTALSEGMENTATOR, bootstrap_ci, calibrate_depth, embed_batches, error_analysis, evaluate_localization, organ_check, organ_extents,
-                              organ_of, read_depths, snippet_table, weighted_auc, worst_cases)
+                              organ_of, phantom_extents, read_depths, snippet_table, weighted_auc, worst_cases)
 from ctvlm.depth import flatness
 from ctvlm.model import CTVLMModel
 from ctvlm.preprocessing import load_volume
@@ -34,10 +34,13 @@ def with_interval(values, patients): # mean, low, high
 
 
 def coverage(e, calibration):
-    "Share of snippets inside their interval, and its length in mm."
+    "Share of snippets inside their interval, by snippet and by patient, and its length in mm."
     found, _ = read_depths(e, calibration)
     held, length = (found.interval_low_mm <= found.depth_mm) & (found.depth_mm <= found.interval_high_mm), found.interval_high_mm - found.interval_low_mm
-    return {"patients": calibration.n_patients, "promised": calibration.coverage, "covered": with_interval(held, found.patient), "length_mm": with_interval(length, found.patient), "median_length_mm": float(length.median())}
+    by_patient = held.groupby(found.patient).mean()
+    return {"patients": calibration.n_patients, "promised": calibration.coverage, "covered": with_interval(held, found.patient),
+            "covered_by_patient": with_interval(by_patient, by_patient.index), "length_mm": with_interval(length, found.patient),
+            "median_length_mm": float(length.median())}
 
 
 def place(study, organ): # lower and upper end of an organ, scanned or not, by its name in `ORGANS`
@@ -111,11 +114,13 @@ def main():
     out["absence_auc"] = {k: float(weighted_auc(np.concatenate([s[k] for s in signs]), absent, np.ones((len(absent), 1)))[0]) for k in signs[0]}
     say("AUC of absent against present", **out["absence_auc"])
 
-    training = snippet_table(table[table.split == "train"], kept)
-    localization = evaluate_localization(e, training, many[0.9])
+    training, validation = (snippet_table(table[table.split == name], kept) for name in ("train", "val"))
+    reports = fresh.set_index("study").pipe(lambda t: t.findings + "\n" + t.impression)
+    e.snippets = e.snippets.assign(report=e.snippets.study.map(reports))
+    localization = evaluate_localization(e, training, many[0.9], validation, phantom_extents(tested))
     out["localization"] = {k: v for k, v in localization.items() if k != "items"}
     out["errors"], out["worst"] = error_analysis(localization).round(2).to_dict("records"), worst_cases(localization)[["snippet", "depth_mm", "pred_mm", "error_mm", "abstains"]].to_dict("records")
-    say("error", mae_mm=localization["mae_mm"], **{k: localization[k] for k in ("random_mm", "middle_mm", "organ_mm", "text_prior_mm")})
+    say("error", **{k: localization[k] for k in ("mae_mm", "random_mm", "middle_mm", "organ_mm", "text_prior_mm", "beyond_mm", "middle_beyond_mm", "cited_mm")})
 
     if args.real:
         extents = organ_extents(args.real/"example_seg.nii.gz")
