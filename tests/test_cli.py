@@ -245,3 +245,17 @@ def test_completion_in_bash(tmp_path):
 def test_the_command_line_explains_itself():
     for verb in ("demo", "phantoms", "mine", "label", "check", "preprocess", "studies", "embed", "train", "evaluate", "compare", "localize", "classify", "search", "view"):
         assert "Usage" in run(verb, "--help")
+
+
+def test_your_own_scan_needs_a_folder_and_a_report(cohort, tmp_path):
+    "The tutorial's cells on somebody else's folder, report and model."
+    import matplotlib
+    matplotlib.use("agg")
+    cells = json.loads((Path(__file__).parents[1] / "nbs" / "tutorials" / "your_own_scan.ipynb").read_text())["cells"]
+    folder = PhantomCohort(3, spacing=(6., 6., None), languages=("de",))[1].write_dicom(tmp_path / "theirs")
+    given = f"folder, report, model = {str(folder)!r}, 'Zyste in der linken Niere. Kein Pleuraerguss.', {str(cohort / 'model')!r}"
+    names = {}
+    for source in ("".join(c["source"]) for c in cells if c["cell_type"] == "code"):
+        exec(source, names)
+        if "folder = None" in source: exec(given, names)
+    assert names["volume"].name.startswith("theirs") and names["model"].config.trained_on != "nothing: its weights are random" and names["asked"].empty and names["answers"]
