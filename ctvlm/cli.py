@@ -651,7 +651,8 @@ def train(
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Train on a table of studies with its window features; start several processes with `accelerate launch -m ctvlm.cli train ...`."
-    from ctvlm.data import Batches, FeatureStore, read_studies
+    from ctvlm.data import Batches, FeatureStore, label_matrix, read_studies
+    from ctvlm.disease import census_text
     from ctvlm.findings import FINDINGS
     from ctvlm.rewriting import augment_report
     from ctvlm.training import TrainingConfig, train as run
@@ -662,6 +663,8 @@ def train(
     table, loaded = read_studies(studies, "train"), load_model(model)
     findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in table.labels)]
     data = Batches(table, FeatureStore(features), loaded.processor.tokenizer, batch_size, findings, augment=augment_report, variants=settings.epochs, workers=workers, seed=settings.seed)
+    if not quiet and findings and os.environ.get("RANK", "0") == "0":                          # the first process speaks for all
+        print(census_text(label_matrix(table, findings), findings), file=sys.stderr)
     with redirect_stdout(sys.stderr): log = run(loaded, data, settings, output, quiet=quiet)   # standard output is for the answer
     if log is None: return                                          # a process of several; the first one speaks for all
     say({"model": output/"model"}, True) if as_json else print(f"{output}/model")

@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from ctvlm.core import InputError
-from ctvlm.disease import disease_prompt_loss, draw_phrasings, mean_phrasings, positive_weights
+from ctvlm.disease import (disease_prompt_loss, draw_phrasings, label_census, mean_phrasings,
+                           positive_weights)
 from ctvlm.depth import (DepthCalibration, conformal_quantile, expected_error_mm, fit_temperature, flatness,
                          posterior_set)
 from ctvlm.localization import (decode_depth, depth_posterior, depth_target, localization_loss,
@@ -402,3 +403,14 @@ def test_positive_weights():
     labels = torch.tensor([[1, 0, 1, -1], [0, 0, 1, -1], [0, 0, 1, -1], [0, -1, 1, -1]])
     assert positive_weights(labels).tolist() == [3, 20, 0, 1]
     assert draw_phrasings(torch.arange(12).view(4, 3)).shape == (4,)
+
+
+def test_what_is_never_denied_dilutes_nothing(): # 23 of the 57 questions of 200 phantoms weighed 0 and counted in the divisor
+    g = torch.Generator().manual_seed(0)
+    image, prompts = F.normalize(torch.randn(6, 4, generator=g), dim=-1), F.normalize(torch.randn(3, 2, 4, generator=g), dim=-1)
+    labels = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, -1], [1, -1, 1], [-1, 0, -1], [0, 1, 1]])
+    loss = lambda q: float(disease_prompt_loss(image, prompts[q], labels[:, q], T, positive_weights(labels[:, q])))
+    assert positive_weights(labels)[2] == 0 and loss([0, 1, 2]) == pytest.approx(loss([0, 1]), rel=1e-6)
+    rows, dumb = label_census(labels, ("a", "b", "c"))
+    assert dumb == ("c",) and rows[0] == dict(finding="c", positive=4, negative=0, unknown=2)
+    with pytest.raises(InputError, match="2 findings"): label_census(labels, ("a", "b"))
