@@ -4,21 +4,26 @@ One JSON line each.
     python benchmarks/data.py                        1,000 and 10,000 scans of 2 windows at full width (about 0.4 GB in a temporary folder)
     python benchmarks/data.py --scans 500 --windows 36
     python benchmarks/data.py --profile              12 phantoms read from NIfTI and encoded; the chapter draws benchmarks/results/embed_profile.json
+    python benchmarks/data.py --costs                what checksum and content cost, as ratios; kept in benchmarks/results/data_costs.json
+    python benchmarks/data.py --archive              a DICOM archive of 5,000 to 50,000 studies whose headers are made up; kept there, too
 """
-import argparse, gc, json, subprocess, sys, tempfile, time
+import argparse, gc, json, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, psutil, torch
-from safetensors.torch import save
+from safetensors import safe_open
 
+import ctvlm.adaptors
 from ctvlm.core import write_atomically
-from ctvlm.data import Batches, FeatureStore, embed_studies, read_phantoms, read_studies, scan_key, spent, write_studies
+from ctvlm.data import (
+    Batches, FeatureStore, embed_studies, read_dicom_root, read_phantoms, read_studies, scan_content, scan_key, spent, write_studies)
 from ctvlm.model import CTVLMConfig, CTVLMModel
 from ctvlm.phantoms import PhantomCohort, write_cohort
 from ctvlm.text import train_tokenizer
 
 WIDTH = 1080
 RESULT = Path(__file__).parent / "results" / "embed_profile.json"
+COSTS = RESULT.with_name("data_costs.json")
 
 
 def synthetic(folder, scans, windows):
@@ -33,7 +38,8 @@ def synthetic(folder, scans, windows):
     store = FeatureStore.create(folder / "features", "0" * 16, kind="features")
     tensors = dict(cls=torch.randn(windows, WIDTH).half(), depth_tokens=torch.randn(windows, 8, WIDTH).half(), grid=torch.tensor([1, 1, windows]), patch_mask=torch.ones(windows, 8, dtype=torch.bool),
                    bin_depths_mm=torch.arange(8. * windows) * 12 + 6)
-    data = save(tensors, {"ctvlm": json.dumps(dict(scan="", size=0, windows=windows, low_mm=0., high_mm=96. * windows))})
+    store.save("first", tensors, dict(scan="", content="", windows=windows, low_mm=0., high_mm=96. * windows))
+    data = store.path("first").read_bytes()
     for r in studies.itertuples():
         path = store.path(scan_key(r)); path.parent.mkdir(exist_ok=True); path.write_bytes(data)
     train_tokenizer(words, 400).save_pretrained(folder / "tokenizer")
@@ -78,6 +84,68 @@ def profile(workers=(0, 1, 2), scans=12):
     with write_atomically(RESULT) as t: t.write_text(json.dumps(runs) + "\n")
 
 
+def cpu(function, repeats):
+    "Seconds of this process for one call, the least of three rounds."
+    rounds = []
+    for _ in range(3):
+        began = time.process_time()
+        for _ in range(repeats): function()
+        rounds.append((time.process_time() - began) / repeats)
+    return min(rounds)
+
+
+def kept(**numbers):
+    "Print numbers and put them beside those of earlier runs."
+    known = json.loads(COSTS.read_text()) if COSTS.exists() else {}
+    with write_atomically(COSTS) as t: t.write_text(json.dumps(known | numbers, indent=1) + "\n")
+    print(json.dumps({"benchmark": "data", **numbers}), flush=True)
+
+
+def costs():
+    "Ratios of processor time: loading with and without the checksum, the content of a scan to reading and encoding it."
+    torch.set_num_threads(1); torch.manual_seed(0)
+    model = CTVLMModel(CTVLMConfig.tiny(300))
+    def plain(path): # what `load` did before there was a checksum
+        with safe_open(path, "pt") as f: return {name: f.get_tensor(name).sum() for name in f.keys()}
+    def checked(store, key): return [x.sum() for x in store.load(key).values()]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        large = {}
+        for windows in (36, 108):
+            store = FeatureStore.create(folder / "large", str(windows) * 8, kind="features")
+            store.save("ab", dict(cls=torch.randn(windows, WIDTH).half(), depth_tokens=torch.randn(windows, 8, WIDTH).half()), dict(content=""))
+            large[windows] = round(cpu(lambda: checked(store, "ab"), 50) / cpu(lambda: plain(store.path("ab")), 50) - 1, 2)
+        patient = PhantomCohort(1, seed=5)[0]
+        scans = {"NIfTI": patient.write_nifti(folder / "scan.nii.gz")}
+        real = Path(__file__).parents[2] / "shared" / "data" / "chest_dicom"
+        if real.is_dir(): scans["148 DICOM slices"] = real
+        shares = {}
+        for name, scan in scans.items():
+            row = dict(study=name, patient="p", scan=str(scan), series="", language="en", findings="", impression="", labels={}, pairs=[], split="train", source="", label_version="", file="")
+            def embed():
+                embed_studies(pd.DataFrame([row]), model, folder / "f", workers=0, quiet=True)
+                shutil.rmtree(folder / "f")
+            shares[name] = round(cpu(lambda: scan_content(str(scan)), 5) / cpu(embed, 1), 4)
+    kept(checksum_to_load=large, content_to_embed=shares)
+
+
+def archive(sizes=(5_000, 10_000, 25_000, 50_000)):
+    "Processor time per study of `read_dicom_root`, as a multiple of that in the smallest archive."
+    seconds = {}
+    sound = ctvlm.adaptors.scan_problem, ctvlm.adaptors.dicom_studies
+    with tempfile.TemporaryDirectory() as folder:
+        for n in sizes:
+            studies = {f"1.2.{k}": ({Path(folder) / f"{k // 500}" / f"{k}" / series for series in ("2", "3")}, f"A{k}", f"p{k // 2}") for k in range(n)}
+            ctvlm.adaptors.scan_problem, ctvlm.adaptors.dicom_studies = (lambda *a: ""), (lambda *a: studies)
+            pd.DataFrame(dict(study=[f"A{k}" for k in range(n)], report="Normal.", language="en")).to_csv(Path(folder) / "reports.csv", index=False)
+            began = time.process_time()
+            table, refused = read_dicom_root(folder)
+            seconds[n] = (time.process_time() - began) / n
+            assert len(table) == n and not len(refused)
+    ctvlm.adaptors.scan_problem, ctvlm.adaptors.dicom_studies = sound
+    kept(archive={n: round(s / seconds[sizes[0]], 2) for n, s in seconds.items()})
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--scans", type=int, nargs="+", default=[1000, 10_000])
@@ -85,9 +153,11 @@ def main():
     ap.add_argument("--batch-size", type=int, default=16)
     ap.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     ap.add_argument("--folder", help="measure here (used by the script itself)")
-    ap.add_argument("--profile", action="store_true")
+    for name in ("--profile", "--costs", "--archive"): ap.add_argument(name, action="store_true")
     args = ap.parse_args()
     if args.profile: return profile()
+    if args.costs: return costs()
+    if args.archive: return archive()
     if args.folder: return measure(Path(args.folder), args.workers[0], args.batch_size)
     for scans in args.scans:
         with tempfile.TemporaryDirectory() as folder:

@@ -7,13 +7,15 @@ __all__ = ['PREPROCESSING', 'LOST', 'PROFILE', 'fingerprint', 'FeatureStore', 'r
            'plot_profile', 'fill', 'spent', 'summary', 'embed_studies', 'window_studies', 'RayEncoder',
            'embed_with_ray']
 
-# %% ../nbs/11b_features.ipynb #7e93ae8e
-import contextlib, hashlib, json, math, os, time, zlib
+# %% ../nbs/11b_features.ipynb #ba39136c
+import contextlib, hashlib, json, math, os, time
 from collections import Counter
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 import numpy as np, pandas as pd
+try: from isal.isal_zlib import crc32   # the same number, faster
+except ImportError: from zlib import crc32
 from .core import BLUE, ORANGE, InputError, progress, write_atomically
 from .preprocessing import WindowSpec, make_windows
 from .adaptors import _reason, short_reason
@@ -38,7 +40,7 @@ def fingerprint(
             digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/11b_features.ipynb #89b39c9a
+# %% ../nbs/11b_features.ipynb #cb8eeaf9
 def _readable(model): # the names of the stores that a model can read
     spec, fit = model.config.window_spec, model.config.fit
     return fingerprint(spec, fit, model), fingerprint(spec, fit)
@@ -47,7 +49,7 @@ def _checksum(tensors):
     import torch
     total = 0
     for name, x in sorted(tensors.items()):
-        total = zlib.crc32(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+        total = crc32(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), crc32(name.encode(), total))
     return total
 
 class FeatureStore:
@@ -100,7 +102,7 @@ class FeatureStore:
         else:
             if about.get("checksum") == _checksum(tensors): return tensors
             why = "its bytes have changed since they were written"
-            self.path(key).unlink(missing_ok=True)
+            with contextlib.suppress(OSError): self.path(key).unlink()               # so that the next run replaces it
         raise InputError(f"{self.path(key)} cannot be read ({why}): run `ctvlm embed` again, it replaces what is absent or damaged")
 
     def save(self, key, tensors, about): # `about`: what `header` gives
@@ -365,11 +367,12 @@ def window_studies(
     part = fill(store, studies, spec, lambda found: (dict(windows=torch.from_numpy(found["windows"])), ""), fit, workers, (0, 1), quiet)
     return summary(store, studies, [part])
 
-# %% ../nbs/11b_features.ipynb #2b2a8e20
+# %% ../nbs/11b_features.ipynb #2f946118
 def _ray_read(row, spec, fit): # a task: the windows as bytes
     from safetensors.numpy import save
     found = read_windows((row["key"], row["scan"], row["series"], spec, fit))
-    return dict(key=row["key"], scan=row["scan"], reason=found.get("reason", ""), found=b"" if "reason" in found else save({k: np.asarray(v) for k, v in found.items()}))
+    arrays = {k: np.asarray(v) for k, v in found.items() if k not in ("reason", "content")}
+    return dict(key=row["key"], scan=row["scan"], reason=found.get("reason", ""), content=found.get("content", ""), found=save(arrays))
 
 class RayEncoder:
     "An actor that encodes what the tasks have read, and writes it."
@@ -377,8 +380,9 @@ class RayEncoder:
 
     def __call__(self, batch): # of one scan
         from safetensors.numpy import load
-        key, scan, reason, found = (batch[k][0] for k in ("key", "scan", "reason", "found"))
-        found = dict(reason=str(reason)) if reason else {k: v.item() if v.ndim == 0 else v for k, v in load(bytes(found)).items()}
+        key, scan, reason, content, found = (batch[k][0] for k in ("key", "scan", "reason", "content", "found"))
+        found = {k: v.item() if v.ndim == 0 else v for k, v in load(bytes(found)).items()} | dict(content=str(content))
+        if reason: found = dict(reason=str(reason))
         return dict(key=[key], ok=[keep(self.store, str(key), str(scan), found, *encoded(found, self.encode))])
 
 def embed_with_ray(
