@@ -35,16 +35,27 @@ def prompts():
 
 
 class Data:
-    "`n` micro-batches per epoch, in an order of the epoch's own, shared among processes; knows its position."
-    def __init__(self, n=6, size=3, rank=0, world=1):
-        self.n, self.batch_size, self.rank, self.world = n, size, rank, world
+    "`size` scans of noise per epoch, in an order of the epoch's own, shared among processes; knows its position in scans."
+    def __init__(self, size=18, batch_size=3, rank=0, world=1):
+        self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
         self.prompts, self.epoch, self.at = prompts(), 0, 0
-    def __len__(self): return len(range(self.rank, self.n, self.world))
-    def __iter__(self):
-        order = stable_rng(0, "order", self.epoch).permutation(self.n)[self.rank::self.world]
-        while self.at < len(order):
-            self.at += 1
-            yield batch(self.batch_size, int(order[self.at - 1]))
+    def one(self, i): return batch(1, i)
+    def steps(self, k):
+        order = [int(i) for i in stable_rng(0, "order", self.epoch).permutation(self.size)]
+        for s in range(k):
+            first, last = s * self.size // k, (s + 1) * self.size // k
+            if last <= self.at: continue
+            mine, self.at = order[first:last][self.rank::self.world], last
+            yield [together([self.one(i) for i in mine[j:j + self.batch_size]]) for j in range(0, len(mine), self.batch_size)]
         self.epoch, self.at = self.epoch + 1, 0
     def state_dict(self): return {"epoch": self.epoch, "at": self.at}
     def load_state_dict(self, state): self.epoch, self.at = state["epoch"], state["at"]
+
+
+def together(batches):
+    "Micro-batches as one."
+    first, out = 0, {}
+    for b in batches:
+        for k, v in b.items(): out.setdefault(k, []).append(v + first if k == "snippet_scan" else v)
+        first += len(b["grid"])
+    return {k: torch.cat(v) for k, v in out.items()}

@@ -65,7 +65,7 @@ def trained(rank, world, folder):
     import ctvlm.vision
     ctvlm.vision.random_factor = lambda: 1.
     model = made_up.model(seed=rank)                                   # process 0's weights are meant to win
-    train(model, made_up.Data(n=7, rank=rank, world=world), CONFIG, folder)
+    train(model, made_up.Data(22, rank=rank, world=world), CONFIG, folder)
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
@@ -153,7 +153,7 @@ def test_training(processes, tmp_path, monkeypatch):
 @pytest.mark.parametrize("machines", [1, 2])
 def test_accelerate_launch(tmp_path, machines):
     (tmp_path/"run.py").write_text("import os, sys\nimport made_up\nfrom test_distributed import CONFIG\nfrom ctvlm.training import train\n"
-                                   "train(made_up.model(), made_up.Data(n=7, rank=int(os.environ['RANK']), world=int(os.environ['WORLD_SIZE'])), CONFIG, sys.argv[1])\n")
+                                   "train(made_up.model(), made_up.Data(22, rank=int(os.environ['RANK']), world=int(os.environ['WORLD_SIZE'])), CONFIG, sys.argv[1])\n")
     here = Path(__file__).resolve().parent
     environment = os.environ | {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_machines={machines}", f"--num_processes={2 * machines}", "--main_process_ip=127.0.0.1", "--main_process_port=29617"]

@@ -1,5 +1,5 @@
 "Training: gradients that do not depend on how a batch is cut, and runs that survive anything."
-import contextlib, errno, json, multiprocessing, os, resource, signal, time
+import contextlib, errno, json, math, multiprocessing, os, re, resource, signal, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ CONFIG = TrainingConfig(epochs=3, effective_batch=6, learning_rate=1e-2, warmup_
 slow = pytest.mark.skipif("CTVLM_SLOW" not in os.environ, reason="takes minutes: CTVLM_SLOW=1 runs it")
 
 
+def about(folder): return json.loads((Path(folder)/"run.json").read_text())
 def score(model): return {"score": -float(model.b), "scale": float(model.t)}
 def weights(model): return {n: p.detach().clone() for n, p in model.named_parameters()}
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -59,21 +60,29 @@ def test_prompts_are_embedded_once_per_step(monkeypatch):
     for graph in (False, True): assert sum(n for head, n, g in texts if head == "report" and g is graph) == 2 * made_up.QUESTIONS
 
 
-def live_bytes(micro_batches):
+def live_bytes(micro_batches, snippets=None):
     "Most bytes that autograd holds at once during an effective batch."
     model, now, most = made_up.model(), {}, [0]
     class Held:
         def __init__(self, x): self.x = x; now[id(self)] = x.numel() * x.element_size(); most[0] = max(most[0], sum(now.values()))
         def __del__(self): now.pop(id(self), None)
     batches = [made_up.batch(2, seed=1) for _ in range(micro_batches)]
+    if snippets:
+        many = made_up.batch(snippets - 1, seed=2)
+        for b in batches: b |= {k: many[k] for k in ("snippet_ids", "snippet_mask")} | dict(snippet_scan=torch.arange(snippets) % 2, snippet_bin=torch.full((snippets,), 3.))
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda h: h.x):
-        effective_batch_backward(model, batches, made_up.prompts(), replace(CONFIG, text_tokens=64), 0, CPU, keep=1)
+        effective_batch_backward(model, batches, made_up.prompts(), replace(CONFIG, text_tokens=64), 0, CPU)
     return most[0]
 
 
 def test_memory_does_not_depend_on_the_effective_batch():
-    few, many = live_bytes(2), live_bytes(12)
-    assert many < 1.2 * few, (few, many)
+    one, few, many = live_bytes(1), live_bytes(2), live_bytes(12)
+    assert many < 1.2 * few and one < 1.8 * few, (one, few, many)
+
+
+def test_memory_does_not_depend_on_the_snippets():
+    few, many = live_bytes(2, 10), live_bytes(2, 200)
+    assert many < 1.5 * few, (few, many)
 
 
 def test_short_reports_are_left_out():
@@ -127,8 +136,7 @@ def test_frozen_parts_stay(tmp_path):
 
 def test_training_learns(tmp_path):
     class Same(made_up.Data):
-        def __iter__(self):
-            for _ in super().__iter__(): yield made_up.batch(3, seed=1)
+        def one(self, i): return made_up.batch(1, seed=i % 3)
     log = train(made_up.model(), Same(), replace(CONFIG, epochs=12, learning_rate=3e-3, effective_batch=3, localization=1., sigma=0.5), tmp_path)
     for loss in ("siglip", "disease", "localization"): assert log[loss].iloc[-1] < 0.85 * log[loss].iloc[0], log[loss]
     assert (log["scale"].iloc[-1], log["bias"].iloc[-1]) != (10, -10)
@@ -151,13 +159,14 @@ def test_log_best_and_average(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["init_trackers", "log"])
-def test_a_tracker_that_fails_is_dropped(tmp_path, monkeypatch, when):
+def test_a_tracker_that_fails_is_dropped(tmp_path, monkeypatch, capsys, when):
     from accelerate import Accelerator
     tries = []
     def fail(*args, **kw): tries.append(1); raise RuntimeError("not logged in")
     monkeypatch.setattr(Accelerator, when, fail)
-    with pytest.warns(UserWarning, match=r"tracking .*not logged in.*log\.csv is written all the same"):
-        log = train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1, trackers=("tensorboard",)), tmp_path)
+    log = train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1, trackers=("tensorboard",)), tmp_path)
+    assert re.search(r"no tracking: .*not logged in.*log\.csv is written all the same", capsys.readouterr().out)
+    assert about(tmp_path)["warnings"] == {"no tracking": 1}
     assert len(log) == 3 and len(tries) == 1
 
 
@@ -169,19 +178,44 @@ def test_bf16_trains(tmp_path):
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     class Broken(made_up.Data):
-        def __iter__(self):
-            for b in super().__iter__():
-                if self.epoch == 1 and self.at == 4: b["cls"][:] = torch.nan
-                yield b
+        def steps(self, k):
+            for batches in super().steps(k):
+                if (self.epoch, self.at) == (1, 12): batches[0]["cls"][:] = torch.nan
+                yield batches
     model = made_up.model()
     with pytest.raises(TrainingStopped, match=r"step 5: loss nan .*step-00000004"): train(model, Broken(), CONFIG, tmp_path)
     assert all(p.isfinite().all() for p in model.parameters())
     assert load_checkpoint(tmp_path/"checkpoints")[0] == 4
 
 
-def test_divergence_stops(tmp_path):
-    with pytest.raises(TrainingStopped, match="lower the learning rate"):
-        train(made_up.model(), made_up.Data(), replace(CONFIG, learning_rate=30., warmup_epochs=0, clip=1e6, layer_decay=1.), tmp_path)
+def test_divergence_stops_and_the_remedy_works(tmp_path, monkeypatch):
+    wild = replace(CONFIG, learning_rate=30., warmup_epochs=0, clip=1e6, layer_decay=1.)
+    with pytest.raises(TrainingStopped, match="lower learning rate"): train(made_up.model(), made_up.Data(), wild, tmp_path/"wild")
+    import ctvlm.training
+    real, calls = ctvlm.training.effective_batch_backward, []
+    def rises(*args, **kw): calls.append(1); return real(*args, **kw) | ({"siglip": 1e6} if len(calls) > 4 else {})
+    monkeypatch.setattr(ctvlm.training, "effective_batch_backward", rises)
+    with pytest.raises(TrainingStopped, match="step 6.*step-00000004: go on from there with a lower learning_rate and --extend"):
+        train(made_up.model(), made_up.Data(), CONFIG, tmp_path/"run")
+    monkeypatch.setattr(ctvlm.training, "effective_batch_backward", real)
+    calm = replace(CONFIG, learning_rate=1e-4)
+    with pytest.raises(InputError, match="learning_rate was 0.01, is 0.0001.*extend=True"): train(made_up.model(), made_up.Data(), calm, tmp_path/"run")
+    log = train(made_up.model(), made_up.Data(), calm, tmp_path/"run", extend=True)
+    assert log["step"].tolist() == list(range(1, 10)) and log["learning_rate"].iloc[4:].max() <= 1e-4
+    assert about(tmp_path/"run")["history"][-1]["changed"] == {"learning_rate": [0.01, 1e-4]}
+
+
+@pytest.mark.parametrize("losses, stops", [([237, 40] + 30 * [8] + [200, 200], 34),       # far below the first loss, far above what was reached
+                                           ([237, 40] + 30 * [8] + [200] + 20 * [8], None), # a single odd one
+                                           ([8] + [8 * 1.3**i for i in range(40)], 12),     # drifting away
+                                           (20 * [2000] + 20 * [5] + [math.nan], 41)], ids=["after a bad start", "one odd step", "drift", "nan"])
+def test_the_guard(tmp_path, monkeypatch, losses, stops):
+    given = iter(losses)
+    monkeypatch.setattr("ctvlm.training.effective_batch_backward", lambda *a, **k: {"siglip": next(given), "scans": 1})
+    config = replace(CONFIG, epochs=len(losses), effective_batch=1, checkpoint_every=10**6)
+    if stops is None: train(made_up.model(), made_up.Data(1), config, tmp_path)
+    else:
+        with pytest.raises(TrainingStopped, match=f"stopped at step {stops}:"): train(made_up.model(), made_up.Data(1), config, tmp_path)
 
 
 # Nothing lost
@@ -189,7 +223,7 @@ def test_divergence_stops(tmp_path):
 @contextlib.contextmanager
 def killed_at(event):
     "Kill this process with SIGKILL at its n-th step, write, sync or rename; -1 counts them."
-    count, real = [0], {"fsync": os.fsync, "replace": os.replace, "save": torch.save, "step": torch.optim.AdamW.step}
+    count, real = [0], {"fsync": os.fsync, "replace": os.replace, "rename": os.rename, "save": torch.save, "step": torch.optim.AdamW.step}
     def tick():
         if count[0] == event: os.kill(os.getpid(), signal.SIGKILL)
         count[0] += 1
@@ -200,9 +234,9 @@ def killed_at(event):
         real["save"](state, file); file.flush()
         if count[0] == event: os.truncate(file.name, file.tell() // 2)              # killed in the middle of writing
         tick()
-    os.fsync, os.replace, torch.save, torch.optim.AdamW.step = wrap(real["fsync"]), wrap(real["replace"]), half_save, wrap(real["step"])
+    os.fsync, os.replace, os.rename, torch.save, torch.optim.AdamW.step = *(wrap(real[k]) for k in ("fsync", "replace", "rename")), half_save, wrap(real["step"])
     try: yield count
-    finally: os.fsync, os.replace, torch.save, torch.optim.AdamW.step = (real[k] for k in ("fsync", "replace", "save", "step"))
+    finally: os.fsync, os.replace, os.rename, torch.save, torch.optim.AdamW.step = (real[k] for k in ("fsync", "replace", "rename", "save", "step"))
 
 
 def child(folder, event=-1, delay=None, limit=resource.RLIM_INFINITY):
@@ -212,8 +246,8 @@ def child(folder, event=-1, delay=None, limit=resource.RLIM_INFINITY):
     with open(f"{folder}.out", "a") as out, contextlib.redirect_stdout(out), killed_at(event) as count:
         model = made_up.model(adapters=None)                                        # dropout and rotary augmentation are on
         class Slow(made_up.Data):
-            def __iter__(self):
-                for b in super().__iter__(): time.sleep(delay or 0); yield b
+            def steps(self, k):
+                for batches in super().steps(k): time.sleep(2 * (delay or 0)); yield batches
         train(model, Slow(), replace(CONFIG, ema=0.9), folder, score)
         with open(f"{folder}.pt", "wb") as f: torch.save(weights(model), f)
         Path(f"{folder}.events").write_text(str(count[0]))
@@ -299,7 +333,16 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     again = made_up.model(); train(again, made_up.Data(), CONFIG, tmp_path/"run")
     said = capsys.readouterr().out
     assert f"checkpoint {newest} is damaged (model.safetensors has changed" in said and f"continuing after step {int(before.name[5:])}" in said
-    assert equal(weights(again), weights(whole))
+    assert equal(weights(again), weights(whole)) and about(tmp_path/"run")["warnings"] == {"damaged checkpoint": 1}
+    assert sorted(p.name for p in (tmp_path/"run"/"checkpoints").iterdir()) == [f"damaged-{newest.name}", before.name, newest.name]      # the sound one is not deleted
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
+    for step in (1, 2): save_checkpoint(tmp_path, step, {"w": torch.ones(2)}, {"step": step})
+    def fails(path): raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr("ctvlm.training._sha256", fails)
+    with pytest.raises(InputError, match="step-00000002 cannot be read now .Input/output error."): load_checkpoint(tmp_path, print)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["empty", "missing", "no json", "code"])
@@ -332,7 +375,8 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, capsy
     full[0] = True
     model = made_up.model(); train(model, made_up.Data(), CONFIG, tmp_path/"run")
     said = capsys.readouterr().out
-    assert "could not write the checkpoint of step 4 (No space left on device)" in said and "last good checkpoint is step-00000003" in said
+    assert "could not write the checkpoint" in said and "no space is left" in said and "last good checkpoint is step-00000003" in said
+    assert json.loads((tmp_path/"run"/"run.json").read_text())["warnings"] == {"could not write the checkpoint": 1}
     assert sorted(p.name for p in (tmp_path/"run"/"checkpoints").iterdir()) == ["step-00000008", "step-00000009"]     # nothing half-written is left
     whole = made_up.model(); train(whole, made_up.Data(), CONFIG, tmp_path/"whole")
     assert equal(weights(model), weights(whole))
@@ -340,7 +384,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, capsy
 
 def test_the_system_refuses_to_write(processes, uninterrupted, tmp_path):
     p = processes(str(tmp_path/"run"), -1, None, uninterrupted["state_bytes"] - 5000); p.join()     # room for the model, not for the optimiser's state
-    assert p.exitcode == 0 and "could not write the checkpoint of step 2 (File too large)" in Path(f"{tmp_path/'run'}.out").read_text()
+    assert p.exitcode == 0 and "could not write the checkpoint: " in Path(f"{tmp_path/'run'}.out").read_text()
     assert equal(load_run(tmp_path/"run")["weights"], uninterrupted["weights"]) and not list((tmp_path/"run"/"checkpoints").iterdir())
 
 
@@ -376,21 +420,205 @@ def test_sums_in_a_fixed_order():
 def test_other_settings_are_refused(tmp_path):
     train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1), tmp_path)
     with pytest.raises(InputError, match="epochs was 1, is 3; learning_rate was 0.01, is 0.02"): train(made_up.model(), made_up.Data(), replace(CONFIG, learning_rate=0.02), tmp_path)
-    with pytest.raises(InputError, match="steps_per_epoch was 3, is 4"): train(made_up.model(), made_up.Data(n=8), replace(CONFIG, epochs=1), tmp_path)
+    with pytest.raises(InputError, match="scans was 18, is 24"): train(made_up.model(), made_up.Data(24), replace(CONFIG, epochs=1), tmp_path)
     with pytest.raises(InputError, match="trained parameters"): train(made_up.model(projection_dim=8), made_up.Data(), replace(CONFIG, epochs=1), tmp_path)
     assert len(train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1), tmp_path)) == 3       # the same again: done already
 
 
 def test_misuse(tmp_path):
-    with pytest.raises(InputError, match="no data"): train(made_up.model(), made_up.Data(n=0), CONFIG, tmp_path/"a")
+    with pytest.raises(InputError, match="no data"): train(made_up.model(), made_up.Data(0), CONFIG, tmp_path/"a")
     with pytest.raises(InputError, match="'score'"): train(made_up.model(), made_up.Data(), CONFIG, tmp_path/"b", lambda m: {"auc": 1.})
     with pytest.raises(InputError, match="no part of the model is called 'vision'"): train(made_up.model(), made_up.Data(), replace(CONFIG, frozen=("vision",)), tmp_path/"c")
+
+
+# The same run, or none
+
+def test_another_frozen_encoder_is_refused(tmp_path):
+    frozen = replace(CONFIG, frozen=("window_encoder",))
+    train(made_up.model(), made_up.Data(), replace(frozen, epochs=1), tmp_path)
+    foreign = made_up.model()
+    with torch.no_grad(): foreign.window_encoder.norm.bias += 1e-3
+    with pytest.raises(InputError, match="frozen parameters was"): train(foreign, made_up.Data(), frozen, tmp_path, extend=True)
+    train(made_up.model(), made_up.Data(), frozen, tmp_path, extend=True)
+
+
+@pytest.fixture
+def nothing_random(monkeypatch): monkeypatch.setattr("ctvlm.vision.random_factor", lambda: 1.)
+
+
+class Cut(made_up.Data):
+    "Data that ends like a run out of memory, in the middle of an epoch."
+    def steps(self, k):
+        for batches in super().steps(k):
+            yield batches
+            if (self.epoch, self.at) == (1, 12): raise MemoryError
+
+
+def test_a_smaller_batch_size_goes_on_with_the_same_scans(tmp_path, nothing_random):
+    whole = made_up.model(); log = train(whole, made_up.Data(), CONFIG, tmp_path/"whole")
+    with pytest.raises(MemoryError): train(made_up.model(), Cut(), CONFIG, tmp_path/"run")
+    model = made_up.model(); again = train(model, made_up.Data(batch_size=1), CONFIG, tmp_path/"run")
+    assert again["scans"].tolist() == log["scans"].tolist() == 9 * [6]
+    for n, p in weights(model).items(): torch.testing.assert_close(p, weights(whole)[n], rtol=1e-3, atol=1e-4)
+    assert about(tmp_path/"run")["history"][-1] == {"step": 4, "what": "continued", "changed": {"batch_size": [3, 1]}}
+
+
+def test_what_may_change(tmp_path):
+    train(made_up.model(), made_up.Data(), CONFIG, tmp_path)
+    other = replace(CONFIG, text_tokens=64, checkpoint_every=3, evaluate_every=2, trackers=("tensorboard",), divergence=99.)
+    train(made_up.model(), made_up.Data(), other, tmp_path)
+    assert set(about(tmp_path)["history"][-1]["changed"]) == {"text_tokens", "checkpoint_every", "evaluate_every", "trackers", "divergence"}
+    longer = replace(other, epochs=4)
+    with pytest.raises(InputError, match=r"epochs was 3, is 4.*--extend"): train(made_up.model(), made_up.Data(), longer, tmp_path)
+    assert train(made_up.model(), made_up.Data(), longer, tmp_path, extend=True)["step"].tolist() == list(range(1, 13))
+    with pytest.raises(InputError, match="clip was 1.0, is 2.0"): train(made_up.model(), made_up.Data(), replace(longer, clip=2.), tmp_path, extend=True)
+
+
+def test_begin_from_a_checkpoint(tmp_path):
+    first = made_up.model(); train(first, made_up.Data(), CONFIG, tmp_path/"first")
+    start, second = max((tmp_path/"first"/"checkpoints").iterdir()), made_up.model()
+    log = train(second, made_up.Data(), replace(CONFIG, learning_rate=1e-9, epochs=1, weight_decay=0.), tmp_path/"second", start=start)
+    for n, p in weights(second).items(): torch.testing.assert_close(p, weights(first)[n], atol=1e-6, rtol=1e-5)
+    assert log["step"].tolist() == [1, 2, 3] and str(start) in about(tmp_path/"second")["history"][0]["what"]
+    with pytest.raises(InputError, match="other trained parameters"): train(made_up.model(), made_up.Data(), replace(CONFIG, frozen=("t",)), tmp_path/"third", start=start)
+    with pytest.raises(InputError, match="no sound checkpoint"): train(made_up.model(), made_up.Data(), CONFIG, tmp_path/"fourth", start=tmp_path)
+
+
+def test_run_json_may_be_lost(tmp_path):
+    train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1), tmp_path)
+    (tmp_path/"run.json").write_text((tmp_path/"run.json").read_text()[:40])
+    with pytest.raises(InputError, match="epochs was 1, is 3"): train(made_up.model(), made_up.Data(), CONFIG, tmp_path)
+    train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1), tmp_path)
+    assert "could not be read" in about(tmp_path)["history"][0]["what"] and about(tmp_path)["config"]["epochs"] == 1
+
+
+def hold(folder, ready, leave):
+    from ctvlm.training import only_one
+    with only_one(Path(folder)): ready.set(); leave.wait()
+
+
+def test_two_in_one_folder(processes, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    ready, leave = context.Event(), context.Event()
+    p = context.Process(target=hold, args=(tmp_path, ready, leave)); p.start(); ready.wait(60)
+    with pytest.raises(InputError, match=rf"in use by process {p.pid} on {os.uname().nodename}"): train(made_up.model(), made_up.Data(), CONFIG, tmp_path)
+    assert not (tmp_path/"log.csv").exists() and not (tmp_path/"run.json").exists()
+    os.kill(p.pid, signal.SIGKILL); p.join()                       # the lock of a dead process is stale
+    assert len(train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1), tmp_path)) == 3
+
+
+def test_frozen_is_for_one_run(tmp_path):
+    model = made_up.model()
+    train(model, made_up.Data(), replace(CONFIG, epochs=1, frozen=("window_encoder", "t")), tmp_path/"a")
+    assert all(p.requires_grad == q.requires_grad for p, q in zip(model.parameters(), made_up.model().parameters()))
+    before = weights(model)
+    train(model, made_up.Data(), replace(CONFIG, epochs=1, frozen=("b",)), tmp_path/"b")
+    after = weights(model)
+    assert not torch.equal(before["t"], after["t"]) and torch.equal(before["b"], after["b"])
+    with pytest.raises(InputError, match="nothing is left to train"): train(model, made_up.Data(), replace(CONFIG, frozen=tuple(n for n, _ in model.named_parameters())), tmp_path/"c")
+
+
+@pytest.mark.parametrize("field, value", [("learning_rate", "x"), ("learning_rate", math.nan), ("learning_rate", -1), ("epochs", 2.5), ("epochs", True), ("clip", 0.), ("ema", 2), ("ema", 1.),
+                                          ("trackers", ["mlflow"]), ("frozen", "t"), ("betas", [0.9]), ("betas", 0.9), ("smoothing", 0.5), ("warmup_epochs", math.inf), ("seed", None),
+                                          ("effective_batch", 0), ("start_bias", "auto"), ("metric", ""), ("tau", 0), ("layer_decay", 0.), ("patience", -1), ("precision", "fp16")])
+def test_wrong_kinds_are_named(field, value):
+    with pytest.raises(InputError, match=rf"^found {field}=.*, expected .+"): TrainingConfig(**{field: value})
+
+
+def test_configuration_from_a_file(tmp_path):
+    (tmp_path/"c.json").write_text('{"epochs": 3, "betas": [0.9, 0.99]}')
+    assert TrainingConfig.read(tmp_path/"c.json", frozen=("t",)) == TrainingConfig(epochs=3, betas=(0.9, 0.99), frozen=("t",))
+    for text, says in (("{", "JSON"), ("[1]", "holds list"), ('{"epoch": 3}', "did you mean 'epochs'"), ('{"siglip": 0, "disease": 0, "localization": 0}', "one of the losses")):
+        (tmp_path/"c.json").write_text(text)
+        with pytest.raises(InputError, match=says): TrainingConfig.read(tmp_path/"c.json")
+
+
+# Effective batch, log, evaluation
+
+@pytest.mark.parametrize("wanted, sizes", [(1, {1}), (2, {2}), (4, {3, 4}), (5, {4, 5}), (7, {6}), (8, {6}), (100, {18})])
+def test_effective_batch_is_what_was_asked_for(tmp_path, capsys, wanted, sizes):
+    log = train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=1, effective_batch=wanted), tmp_path)
+    assert set(log["scans"]) == sizes and log["scans"].sum() == 18
+    assert ("at most" in capsys.readouterr().out) == (sizes != {wanted})
+
+
+def test_data_that_breaks_its_word(tmp_path):
+    class Few(made_up.Data):
+        def steps(self, k): yield from list(super().steps(k))[:-1]
+    with pytest.raises(InputError, match="step 3 has 0 scans, the data promised 6"): train(made_up.model(), Few(), CONFIG, tmp_path)
+    assert len(pd.read_csv(tmp_path/"log.csv")) == 2
+
+
+def test_waiting_is_time(tmp_path):
+    class Slow(made_up.Data):
+        def steps(self, k):
+            for batches in super().steps(k): time.sleep(0.3); yield batches
+    row = train(made_up.model(), Slow(), replace(CONFIG, epochs=1), tmp_path).iloc[-1]
+    assert row["waited"] > 0.29 and row["scans_per_second"] < 6 / (row["waited"] + row["seconds"]) * 1.001
+
+
+def test_the_end_is_evaluated(tmp_path, capsys):
+    scores = iter([1., math.nan, 0.5])
+    train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=2, evaluate_every=4), tmp_path, lambda m: {"score": next(scores)})
+    assert pd.read_csv(tmp_path/"evaluation.csv")["step"].tolist() == [4, 6] and (tmp_path/"best").is_dir()
+    assert "a metric that is no number: score after step 6" in capsys.readouterr().out and about(tmp_path)["warnings"] == {"a metric that is no number": 1}
+
+
+def test_early_stop(tmp_path, capsys):
+    seen, values = [], [5., 3., 4., 3., 9.]
+    def evaluate(model): seen.append(weights(model)); return {"mae_mm": values[len(seen) - 1], "r10": 0.}
+    config = replace(CONFIG, epochs=9, metric="-mae_mm", patience=2)
+    log = train(made_up.model(), made_up.Data(), config, tmp_path, evaluate)
+    assert len(seen) == 4 and len(log) == 12 and "ended after step 12 of 27: 2 evaluations without a better mae_mm" in capsys.readouterr().out
+    best = load_file(tmp_path/"best"/"model.safetensors")
+    assert all(torch.equal(best[k], v) for k, v in seen[1].items() if k in best)
+    train(made_up.model(), made_up.Data(), config, tmp_path, evaluate)             # ended is ended
+    assert len(seen) == 4
+    train(made_up.model(), made_up.Data(), replace(config, epochs=5), tmp_path, evaluate, extend=True)
+    assert len(seen) == 5
+
+
+def test_tensorboard_has_each_step_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    config = replace(CONFIG, trackers=("tensorboard",), checkpoint_every=100)
+    with pytest.raises(MemoryError): train(made_up.model(), Cut(), config, tmp_path)             # steps 4 and 5 are after the checkpoint of the epoch
+    train(made_up.model(), made_up.Data(), config, tmp_path)
+    events = EventAccumulator(str(tmp_path/"ctvlm")).Reload().Scalars("log/loss")
+    assert [e.step for e in events] == list(range(1, 10))
+
+
+@pytest.mark.filterwarnings("ignore:.log_with")
+def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    import accelerate.utils
+    monkeypatch.setattr(accelerate.utils, "is_wandb_available", lambda: True)
+    given = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config, settings: given.append(settings["wandb"]))
+    for epochs in (1, 2): train(made_up.model(), made_up.Data(), replace(CONFIG, epochs=epochs, trackers=("wandb",)), tmp_path, extend=True)
+    assert given[0]["id"] == given[1]["id"] and given[1]["resume"] == "allow"
+
+
+def test_average_forgets_the_start(tmp_path):
+    model = made_up.model(); before = weights(model)
+    train(model, made_up.Data(), replace(CONFIG, epochs=20, ema=0.999), tmp_path)
+    average = load_file(tmp_path/"model"/"model.safetensors")
+    name = "report_head.layers.0.weight"
+    moved = float((average[name] - before[name]).norm() / (weights(model)[name] - before[name]).norm())
+    assert moved > 0.5                                             # a constant 0.999 leaves 94 % of the start after 60 steps
+
+
+def test_the_model_says_what_it_learned_from(tmp_path):
+    model = made_up.model()
+    model.config.trained_on, model.config.interval_calibration = "drawn patients", {"tau": 1.}
+    train(model, made_up.Data(), replace(CONFIG, epochs=1), tmp_path)
+    saved = json.loads((tmp_path/"model"/"config.json").read_text())
+    assert "drawn patients" in saved["trained_on"] and "18 scans" in saved["trained_on"] and not saved.get("interval_calibration")
 
 
 def test_start_of_the_logits(tmp_path):
     class Stop(Exception): pass
     class Nothing(made_up.Data):
-        def __iter__(self): raise Stop; yield
+        def steps(self, k): raise Stop; yield
     model = made_up.model()
     with pytest.raises(Stop): train(model, Nothing(), replace(CONFIG, start_scale=30., start_bias=-2.), tmp_path)
     assert (float(model.t.detach().exp()), float(model.b.detach())) == pytest.approx((30, -2))
