@@ -18,7 +18,7 @@ from ctvlm.cli import plain
 from ctvlm.demo import DEMO_TRAINING, demo_model, demo_text
 from ctvlm.core import InputError
 from ctvlm.data import Batches, FeatureStore, read_studies, scan_key
-from ctvlm.evaluation import evaluate_studies
+from ctvlm.evaluation import compare_results, evaluate_studies, write_result
 from ctvlm.findings import FINDINGS
 from ctvlm.model import CTVLMModel
 from ctvlm.training import TrainingConfig, train
@@ -28,6 +28,7 @@ from runs import kept, side_by_side, write_json
 LOSSES = {"contrast": dict(disease=0., localization=0.), "+ disease": dict(localization=0.), "+ localization": dict(disease=0.), "all three": {}}
 MEASURES = {"report to scan R@10, %": ("retrieval", "text_to_image", "r10"), "scan to report R@10, %": ("retrieval", "image_to_text", "r10"),
             "zero-shot mean AUC": ("classification", "mean_auroc"), "localization MAE, mm": ("localization", "mae_mm")}
+PAIRS = [("contrast", "+ disease"), ("contrast", "+ localization"), ("+ localization", "all three"), ("+ disease", "all three")] # without, with one loss more
 BASELINES = {"middle slice, mm": ("localization", "middle_mm"), "text-only prior, mm": ("localization", "text_prior_mm")}
 
 
@@ -68,11 +69,17 @@ def one(job): # (losses, seed, the arguments) -> a row, the baselines
         began = time.perf_counter()
         model = fresh(studies, features, seed)
         data = Batches(learn, store, model.processor.tokenizer, config.effective_batch, findings, seed=seed)
-        train(model, data, config, folder)
+        train(model, data, config, folder, about=model.config.trained_on)
         result = evaluate_studies(model, studies, store, findings, tasks=("retrieval", "classification", "localization"), resamples=1000, quiet=True)
+        write_result(folder/"evaluation.json", result)
         return {"row": {"losses": name, "seed": seed} | {what: measure(result, what, path) for what, path in MEASURES.items()},
-                "baselines": {what: measure(result, what, path) for what, path in BASELINES.items()}, "seconds": round(time.perf_counter() - began)}
+                "baselines": {what: measure(result, what, path) for what, path in BASELINES.items()}, "evaluation": str(folder/"evaluation.json"), "seconds": round(time.perf_counter() - began)}
     return kept(folder/"result.json", settings, measured)
+
+
+def paired(seed, files): # what one loss more changes on the same patients: rows of `compare_results`, one list per pair
+    return [{"seed": seed, "without": a, "with": b, **{k: row[k] for k in ("measure", "difference", "difference_ci95", "p", "n_patients")}}
+            for a, b in PAIRS for row in compare_results(files[a], files[b])]
 
 
 def main():
@@ -87,11 +94,13 @@ def main():
     if not (args.run/"studies.parquet").exists(): raise InputError(f"found no studies.parquet in {args.run}: run `ctvlm demo -o {args.run}` first")
     _, studies, learn, _, _ = prepared(args.run, args.train)
     about = {"train_patients": int(learn.patient.nunique()), "test_patients": int(studies[studies.split == "test"].patient.nunique()), "epochs": args.epochs}
-    runs = []
+    runs, pairs, files = [], [], {}
     for found in side_by_side(one, [(name, seed, args) for seed in range(args.seeds) for name in LOSSES], args.processes):
         runs.append(found["row"])
+        files[found["row"]["losses"]] = found["evaluation"]
+        if len(files) == len(LOSSES): pairs += paired(found["row"]["seed"], files); files = {}                    # a seed is complete
         print(json.dumps({"benchmark": "ablation", **runs[-1], "seconds": found["seconds"]}), flush=True)
-        write_json(args.output, about | {"baselines": found["baselines"], "runs": runs})
+        write_json(args.output, about | {"baselines": found["baselines"], "runs": runs, "paired": pairs})
 
 
 if __name__ == "__main__": main()

@@ -164,7 +164,7 @@ def run_demo(
     def batches(name, **options): return Batches(split[name], store, model.processor.tokenizer, config.effective_batch, findings, seed=seed, **options)
     tell("training")
     stages = {"scans": replace(config, **first), "places": replace(config, start_bias=None)}
-    history = [train(model, batches("train"), stage, output/"training"/name, quiet=quiet) for name, stage in stages.items()]
+    history = [train(model, batches("train"), stage, output/"training"/name, quiet=quiet, about=model.config.trained_on) for name, stage in stages.items()]
     without = {loss: np.nan for loss, weight in first.items() if weight == 0}
     later = dict(step=history[1].step + len(history[0]), epoch=history[1].epoch + first["epochs"])
     history = pd.concat([history[0].assign(**without), history[1].assign(**later)], ignore_index=True)

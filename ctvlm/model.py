@@ -488,7 +488,7 @@ def save_pretrained(self:CTVLMModel,
     if not is_main_process: return
     with _no_bars(): PreTrainedModel.save_pretrained(self, folder, **ours)
     try: self._processor().save_pretrained(folder)
-    except InputError as e: warnings.warn(Notice(f"{folder} was saved without a tokenizer: {e}"))
+    except InputError as e: warnings.warn(Notice(f"a model was saved without a tokenizer: {e}"))
     (Path(folder)/"README.md").write_text(model_card(self, tags))
     if push_to_hub: _upload(folder, options.pop("repo_id", Path(folder).name), **options)
 

@@ -674,6 +674,7 @@ def train(
     quiet:bool=False, # no progress bar
     extend:bool=False, # go on with other `epochs` or learning rates than the run began with
     start:str|Path|None=None, # checkpoint of another run, RUN/checkpoints/step-..., whose weights a new run begins with
+    about:str|None=None, # what the data are, for the model's `trained_on`; the number of scans if `None`
 ):                 # the log as a table
     "Train, or continue to train what was interrupted in `folder`."
     import pandas as pd
@@ -687,7 +688,7 @@ def train(
         _start_trackers(run)
         log, evaluations = (Log(run.folder/f"{name}.csv", run.step, run.accelerator, run.warn) if main else None for name in ("log", "evaluation"))
         learned = getattr(getattr(model, "config", None), "learned_from", None)
-        if learned and not run.over(): learned(getattr(data, "about", None) or f"{data.size} scans")
+        if learned and not run.over(): learned(about or f"{data.size} scans")
         asked = stack.enter_context(asked_to_leave())
         stack.enter_context(same_bytes(run.device))
         stack.enter_context(run.counting())

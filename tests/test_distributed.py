@@ -6,6 +6,7 @@ import pytest, torch, torch.distributed as dist
 from torch import nn
 
 import made_up
+from ctvlm.core import InputError
 from ctvlm.siglip import gather_rows, run_processes, siglip_loss, value_and_gradients
 from ctvlm.training import TrainingConfig, effective_batch_backward, train
 
@@ -67,6 +68,24 @@ def trained(rank, world, folder):
     model = made_up.model(seed=rank)                                   # process 0's weights are meant to win
     train(model, made_up.Data(22, rank=rank, world=world), CONFIG, folder)
     return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def disagree(rank, world, folder):
+    "What each process says when process 1 cannot read the checkpoint, and when it comes to other weights."
+    import ctvlm.training as t
+    from dataclasses import replace
+    t.train(made_up.model(), made_up.Data(22, rank=rank, world=world), replace(CONFIG, epochs=1), folder)
+    (Path(folder)/"model").exists() and rank == 0 and (Path(folder)/"model").rename(Path(folder)/"first")
+    said, real = [], (t._sha256, t._take)
+    def unreadable(path): raise OSError(5, "Input/output error")
+    def otherwise(run, weights): real[1](run, {n: w + 1e-3 for n, w in weights.items()})
+    for fault in ({"_sha256": unreadable}, {"_take": otherwise}):
+        for name, f in fault.items():
+            if rank == 1: setattr(t, name, f)
+        try: t.train(made_up.model(), made_up.Data(22, rank=rank, world=world), CONFIG, folder, extend=True)
+        except InputError as e: said.append(str(e))
+        t._sha256, t._take = real
+    return said
 
 
 def everything(rank, world, folder):
@@ -147,6 +166,13 @@ def test_training(processes, tmp_path, monkeypatch):
     for p in processes[1:]:
         for name in one: assert torch.equal(p["trained"][name], processes[0]["trained"][name]), name   # processes agree to the bit
     for name in one: torch.testing.assert_close(processes[0]["trained"][name], one[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_processes_that_disagree_stop(tmp_path):
+    first, second = run_processes(2, disagree, str(tmp_path))
+    assert first == second and len(first) == 2
+    assert "process 1: checkpoint" in first[0] and "cannot be read now (Input/output error)" in first[0] and "different weights at step 2" in first[1]
+    assert not (tmp_path/"model").exists() and len((tmp_path/"log.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.skipif("CTVLM_SLOW" not in os.environ, reason="starts seven interpreters: CTVLM_SLOW=1 runs it")
