@@ -216,6 +216,7 @@ def _grammar():
     return tree, home, region, where, denials
 
 _TREE, _HOME, _REGION, _WHERE, _DENIALS = _grammar()
+_SMALL = {k.lower() for k in _TREE.words.capitals if len(k) > 2} - set(_TREE.words.exact) # abbreviations as a text without capitals has them
 
 # %% ../nbs/03_findings.ipynb #8442b1f8
 Token = namedtuple("Token", "text kind start end")
@@ -763,11 +764,11 @@ def explain_report(
 )->dict:                    # finding -> `Decision`, for the findings that the text mentions
     "What `text` says about each finding, with the words and the rule that decided."
     _language(language)
-    found, header, topic, region, line = {}, None, None, None, -1
+    found, header, topic, region, line, small = {}, None, None, None, -1, text.islower()
     for s in sentences(text):
         if s.line != line: header, line = None, s.line
         if s.quiet: continue
-        decisions, header, topic, region = _read(tuple(t.text for t in s.tokens), s.question, header, topic, region)
+        decisions, header, topic, region = _read(tuple(t.text.upper() if small and t.text in _SMALL else t.text for t in s.tokens), s.question, header, topic, region)
         for name, value, rule, a, b, cue in decisions:
             old = found.get(name)
             if old is None or _FIRM[value] > _FIRM[old.value]:

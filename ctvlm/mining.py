@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import InputError, write_atomically, progress
+from .dicom import dicom_images
 from .tables import Table
 
 # %% ../nbs/02_mining.ipynb #c781b1ac
@@ -1031,49 +1032,16 @@ def explain(
 # %% ../nbs/02_mining.ipynb #129a1767
 COLUMNS = ["study", "series", "instance", "depth_mm", "plane", "localizer", "frame_of_reference", "series_uid", "description"]
 
-def _geometry(position, orientation, spacing, rows, columns): # depth of the image's centre, plane
-    try:
-        p, o, s = (np.asarray([float(v) for v in x]) for x in (position, orientation, spacing))
-        if p.shape != (3,) or o.shape != (6,) or s.shape != (2,) or not np.isfinite([*p, *o, *s]).all(): return np.nan, None
-    except (TypeError, ValueError): return np.nan, None
-    r, c = o[:3], o[3:]
-    normal = np.abs(np.cross(r, c))
-    plane = ("sagittal", "coronal", "axial")[normal.argmax()] if normal.max() > .82 else "oblique" # up to 35 degrees of tilt
-    return float((p + (columns - 1) / 2 * s[1] * r + (rows - 1) / 2 * s[0] * c)[2]), plane
-
-_TAGS = ["StudyInstanceUID", "AccessionNumber", "StudyID", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "SeriesDescription", "ImageType", "Modality", "FrameOfReferenceUID", "ImagePositionPatient",
-         "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
-
-def _integer(value): # DICOM writes "4", "4 " or nothing
-    try: return int(float(str(value)))
-    except (TypeError, ValueError, OverflowError): return None
-
-def _frames(ds): # (image number, position, orientation, spacing) of each image in a file; an enhanced file holds many
-    n = _integer(ds.get("InstanceNumber"))
-    if not ds.get("PerFrameFunctionalGroupsSequence"): return [(n, ds.get("ImagePositionPatient"), ds.get("ImageOrientationPatient"), ds.get("PixelSpacing"))]
-    shared = ds.get("SharedFunctionalGroupsSequence") or [{}]
-    def value(frame, group, name):
-        for functional in (frame, shared[0]):
-            items = functional.get(group)
-            if items is not None and len(items.value if hasattr(items, "value") else items): return (items.value if hasattr(items, "value") else items)[0].get(name)
-    return [(k, value(f, "PlanePositionSequence", "ImagePositionPatient"), value(f, "PlaneOrientationSequence", "ImageOrientationPatient"), value(f, "PixelMeasuresSequence", "PixelSpacing"))
-            for k, f in enumerate(ds.PerFrameFunctionalGroupsSequence, 1)]
-
 # %% ../nbs/02_mining.ipynb #c7da461f
+_NAMED = dict(AccessionNumber="accession", StudyID="study_id", StudyInstanceUID="study_uid")
+
 def _header_rows(file, study_tag="AccessionNumber", root=""): # rows of the table, or the reason why there are none
-    import pydicom
-    try:
-        ds = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
-        if "SeriesInstanceUID" not in ds or not ds.get("Rows"): return f"{file}: no image"
-        study = Path(file).relative_to(root).parts[0] if study_tag == "folder" else str(ds.get(study_tag) or ds.get("StudyInstanceUID") or "")
-        description, kind = str(ds.get("SeriesDescription") or ""), [str(v).upper() for v in ds.get("ImageType") or []]
-        scout = "LOCALIZER" in kind or bool(re.search(r"scout|topogram|localizer|surview|scanogram", description, re.I))
-        rows = []
-        for n, position, orientation, spacing in _frames(ds):
-            depth, plane = _geometry(position, orientation, spacing, int(ds.Rows), int(ds.Columns))
-            rows.append((study, _integer(ds.get("SeriesNumber")), n, depth, plane, scout, str(ds.get("FrameOfReferenceUID") or ""), str(ds.SeriesInstanceUID), description))
-        return rows
-    except Exception as error: return f"{file}: {type(error).__name__} {error}".split("\n")[0] # a broken file is a line in a list, never the end of an index
+    try: images = dicom_images(file)
+    except InputError as error: return str(error)
+    except OSError as error: return f"{file}: {error.strerror}"
+    if not images: return f"{file}: no image"
+    folder = Path(file).relative_to(root).parts[0] if study_tag == "folder" else ""
+    return [(folder or getattr(i, _NAMED[study_tag]) or i.study_uid, i.series_number, i.number, i.depth_mm, i.plane, i.localizer, i.frame_uid, i.series_uid, i.description) for i in images]
 
 def _all_header_rows(files, study_tag, root): return [_header_rows(f, study_tag, root) for f in files] # what a process does
 
@@ -1122,6 +1090,7 @@ class SeriesIndex:
         "Read the headers of all DICOM files under a folder, in parallel."
         import pandas as pd
         if not Path(root).is_dir(): raise InputError(f"{root} is no folder: give the folder that holds the DICOM files")
+        if study not in (*_NAMED, "folder"): raise InputError(f"found {study!r} to name the study, expected {', '.join(_NAMED)} or folder: use one of these")
         files = sorted(os.path.join(d, f) for d, _, fs in os.walk(root) for f in fs if f != "DICOMDIR" and not f.startswith("."))
         chunks = [files[k:k + 64] for k in range(0, len(files), 64)]
         workers = workers or os.cpu_count() or 1
