@@ -123,6 +123,9 @@ class CTVLMProcessor(ProcessorMixin):
         return dict(input_ids=together(rows, pad),
                     attention_mask=together([torch.ones_like(r) for r in rows], 0))
 
+    def __repr__(self):
+        return f"CTVLMProcessor({self.window_spec}, fit={self.fit}, max_tokens={self.max_tokens})"
+
     def to_dict(self): # for `save_pretrained`
         return dict(processor_class=type(self).__name__, window_spec=asdict(self.window_spec),
                     fit=self.fit, max_tokens=self.max_tokens)

@@ -10,6 +10,7 @@ from ctvlm.depth import DepthCalibration
 from ctvlm.findings import prompts_for
 from ctvlm.localization import depth_posterior, posterior_median_mm
 from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor, catalogue_name, localize, untrained
+from ctvlm.phantoms import PhantomCohort
 from ctvlm.preprocessing import make_windows
 from ctvlm.text import tokenize, tokenizer_fingerprint, train_tokenizer
 
@@ -120,7 +121,8 @@ def test_forward_reads_the_mask(model):
 # planted: the processor ignores fit; embed cuts otherwise than the processor
 def test_all_entrances_give_equal_bytes(model, tmp_path):
     import nibabel
-    v, want = volume(), seen(model, volume())
+    v = PhantomCohort(1, seed=5, spacing=(3., 3., None))[0].volume  # noise is no CT, and refused
+    want = seen(model, v)
     nibabel.save(nibabel.Nifti1Image(v.array, v.affine), tmp_path / "scan.nii.gz")
     for given in (v, want, str(tmp_path / "scan.nii.gz")):
         batch = model.processor(given)
@@ -130,7 +132,7 @@ def test_all_entrances_give_equal_bytes(model, tmp_path):
     assert not other.grid.equal(want.grid)                       # the fault would show
     e = literal(model, v)
     assert torch.allclose(model.embed(v).slices, e["slices"], atol=1e-5)
-    assert torch.allclose(model.embed(str(tmp_path / "scan.nii.gz")).scan, e["scan"], atol=1e-4)
+    assert torch.allclose(model.embed(str(tmp_path / "scan.nii.gz")).scan, e["scan"], atol=1e-3)
 
 
 # planted: the bias of patches left 0
