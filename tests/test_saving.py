@@ -82,7 +82,8 @@ def test_what_a_release_says_is_used(caplog):
     base = CTVLMConfig.from_radfinder(with_key(f"{MODEL}.feature_combiner_kwargs.rope_kwargs.base", 50.))
     assert base.scan_encoder["rope_base"] == 50 and base.window_encoder["rope_base"] == 1000
     for given in ("nowhere.json", TINY / "weights.safetensors"):
-        with pytest.raises(InputError, match="cannot be read as a configuration"): CTVLMConfig.from_radfinder(given)
+        with pytest.raises(InputError, match="cannot be read as a configuration"):
+            CTVLMConfig.from_radfinder(given)
 
 
 def test_an_answer_is_read_with_the_released_temperature():
@@ -93,10 +94,12 @@ def test_an_answer_is_read_with_the_released_temperature():
 
 
 def test_spectre_without_periods_is_not_guessed(tmp_path):
-    weights = {k: v for k, v in load_file(TINY / "weights.safetensors").items() if not k.endswith("rope.periods")}
+    weights = load_file(TINY / "weights.safetensors")
+    weights = {k: v for k, v in weights.items() if not k.endswith("rope.periods")}
     spectre_files(tmp_path, weights)
-    with pytest.raises(InputError, match="window_encoder hold no rope.periods"): CTVLMModel.from_spectre(tmp_path, fold=False)
-    sizes = {f"{e}_encoder": dict(heads=2, rope_base=b) for e, b in (("window", 1000.), ("scan", 100.))}
+    with pytest.raises(InputError, match="window_encoder hold no rope.periods"):
+        CTVLMModel.from_spectre(tmp_path, fold=False)
+    sizes = dict(window_encoder=dict(heads=2, rope_base=1000.), scan_encoder=dict(heads=2, rope_base=100.))
     model = CTVLMModel.from_spectre(tmp_path, fold=False, window=(32, 32, 16), **sizes)
     assert model.config.window_encoder["heads"] == 2 and model.config.window_encoder["width"] == 48
 
@@ -105,7 +108,8 @@ def test_spectre_without_periods_is_not_guessed(tmp_path):
 def test_load_any_reads_three_kinds_of_folders(tmp_path, model):
     model.save_pretrained(tmp_path / "ours")
     spectre_files(tmp_path, load_file(TINY / "weights.safetensors"), torch.zeros(48, 1, 8, 8, 8))
-    ours, theirs, spectre = load_any(tmp_path / "ours"), load_any(radfinder(tmp_path / "rad")), load_any(tmp_path)
+    ours, theirs = load_any(tmp_path / "ours"), load_any(radfinder(tmp_path / "rad"))
+    spectre = load_any(tmp_path)
     assert ours.localize(volume(), "cyst") == model.localize(volume(), "cyst")
     ids = load_file(TINY / "inputs.safetensors")
     out = theirs.encode_text(ids["report_input_ids"], ids["report_attention_mask"])
@@ -136,18 +140,23 @@ def test_a_release_is_saved_whole(tmp_path):
     again = load_any(tmp_path / "ours")
     assert torch.equal(again.embed_text("a cyst"), theirs.embed_text("a cyst"))
     bare = load_any(radfinder(tmp_path / "bare", tokenizer=False))
-    with pytest.warns(Notice, match="was saved without a tokenizer"): bare.save_pretrained(tmp_path / "b")
-    with pytest.raises(InputError, match="has no tokenizer"): load_any(tmp_path / "b").embed_text("a cyst")
+    with pytest.warns(Notice, match="was saved without a tokenizer"):
+        bare.save_pretrained(tmp_path / "b")
+    with pytest.raises(InputError, match="has no tokenizer"):
+        load_any(tmp_path / "b").embed_text("a cyst")
 
 
 def test_what_goes_to_the_hub_is_what_is_saved(tmp_path, model, hub):
     model.save_pretrained(tmp_path / "ct", push_to_hub=True, token="secret", tags=["chest"])
-    assert FILES <= set(hub) and hub["to"] == "ct" and hub["token"] == "secret" and b"chest]" in hub["README.md"]
+    assert FILES <= set(hub) and hub["to"] == "ct" and hub["token"] == "secret"
+    assert b"chest]" in hub["README.md"]
     hub.clear()
     model.push_to_hub("owner/ct", tags=["chest"], max_shard_size="200KB", create_pr=True)
     shards = [n for n in hub if n.startswith("model-")]
-    assert len(shards) > 1 and "model.safetensors.index.json" in hub and hub["create_pr"] and b"chest]" in hub["README.md"]
-    with pytest.raises(InputError, match="does not know max_shard"): model.save_pretrained(tmp_path / "x", max_shard=3)
+    assert len(shards) > 1 and "model.safetensors.index.json" in hub
+    assert hub["create_pr"] and b"chest]" in hub["README.md"]
+    with pytest.raises(InputError, match="does not know max_shard"):
+        model.save_pretrained(tmp_path / "x", max_shard=3)
 
 
 def test_only_the_main_process_writes(tmp_path, model):
@@ -161,8 +170,10 @@ def test_only_the_main_process_writes(tmp_path, model):
     (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "holds no saved ctvlm model"),
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "does not open: convert it"),
     (lambda f: edit(f, auto_map={"AutoModel": "evil.Model"}), "Python code of its own"),
-    (lambda f: edit(f, foo=3), "has no foo"), (lambda f: edit(f, projection_dim=48), "holds no saved ctvlm model"),
-    (lambda f: edit(f, fit="pad"), "the processor's fit is"), (lambda f: edit(f, tokenizer="0" * 16), "is not the model's"),
+    (lambda f: edit(f, foo=3), "has no foo"),
+    (lambda f: edit(f, projection_dim=48), "holds no saved ctvlm model"),
+    (lambda f: edit(f, fit="pad"), "the processor's fit is"),
+    (lambda f: edit(f, tokenizer="0" * 16), "is not the model's"),
     (lambda f: edit(f, "processor_config.json", fit="pad"), "the processor's fit is pad")])
 def test_a_damaged_folder_is_refused(tmp_path, model, spoil, says):
     model.save_pretrained(tmp_path)
@@ -214,9 +225,11 @@ def test_the_processor_saves_what_decides_what_a_model_sees(tmp_path):
 # what a user of transformers expects
 @torch.no_grad()
 def test_a_model_takes_what_its_processor_gives(model):
-    batch = model.processor([volume(), volume(40)], ["a cyst", "nothing at all"], return_tensors="pt").to("cpu")
+    scans, words = [volume(), volume(40)], ["a cyst", "nothing at all"]
+    batch = model.processor(scans, words, return_tensors="pt").to("cpu")
     out = model(**batch)
-    assert out[0].equal(out.scan) and out["report"].equal(out.report) and len(out.to_tuple()) == 5 == len(model(**batch, return_dict=False))
+    assert out[0].equal(out.scan) and out["report"].equal(out.report)
+    assert len(out.to_tuple()) == 5 == len(model(**batch, return_dict=False))
     image = {k: batch[k] for k in ("windows", "grid", "patch_mask")}
     assert torch.allclose(model.get_image_features(**image), out.scan, atol=1e-6)
     text = {k: batch[k] for k in ("input_ids", "attention_mask")}
