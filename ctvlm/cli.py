@@ -735,7 +735,7 @@ def manual()->str: # Markdown
     from typer.main import get_command
     group = get_command(app)
     top = group.context_class(group, info_name="ctvlm")
-    cell = lambda text: " ".join(text.split()).replace("|", "\\|")
+    cell = lambda text: " ".join(text.split()).replace("|", "/")                 # a bar would end the cell
     def options(command, context):
         rows = [(p.opts[0].upper() if p.param_type_name == "argument" else None, p) for p in command.get_params(context)]
         rows = [(name or record[0], record[1] if record else p.help or "") for name, p in rows for record in [p.get_help_record(context)] if record or name]
@@ -751,7 +751,7 @@ def manual()->str: # Markdown
             "## Examples", "", "```sh", *EXAMPLES, "```", "", "For research, not for diagnosis.", ""]
     return "\n".join(out)
 
-EXAMPLES = ("ctvlm demo -o runs/demo", "ctvlm mine reports.csv --dicom studies/ -o pairs.parquet", 'ctvlm localize SCAN --model runs/demo/model --text "cyst in the left kidney" --json', "ctvlm view SCAN --model runs/demo/model --report report.txt")
+EXAMPLES = ("ctvlm demo -o runs/demo", "ctvlm mine reports.csv --dicom studies/ -o pairs.parquet", 'ctvlm localize SCAN --model runs/demo/model --text "cyst in the left kidney" -o answers.csv', "ctvlm view SCAN --model runs/demo/model --report report.txt", "ctvlm findings cyst")
 
 # %% ../nbs/15_cli.ipynb #4eb73024
 #| eval: false

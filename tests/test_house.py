@@ -36,6 +36,18 @@ def test_import_is_light():
     assert float(seconds) < 0.3 and torch_loaded == "False"
 
 
+def test_the_front_door():
+    "`from ctvlm import ...` for what most begin with, and the ten lines of the front page in a plain prompt."
+    import ctvlm
+    from ctvlm import CTVLMModel, load_volume
+    assert CTVLMModel.__name__ == "CTVLMModel" and callable(load_volume) and "mine_report" in dir(ctvlm)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"): ctvlm.nothing
+    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text())["cells"]
+    [lines] = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and not "".join(c["source"]).startswith("#|")]
+    assert not re.search(r"^(for|if|with|while|def) ", lines, re.M)              # a prompt wants an empty line after a block
+    assert len(lines.strip().splitlines()) <= 12
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_carry_ids_outputs_and_no_errors(path):
     nb = json.loads(path.read_text())

@@ -197,3 +197,28 @@ def test_code_folds_and_the_menu_of_a_phone_opens(open_page):
     assert code.is_visible()
     page.click("#site-fold")
     assert not code.is_visible()
+
+
+def test_the_front_page_says_how_to_install_and_which_version(site, pages):
+    from nbdev.config import get_config
+    page = pages["index.html"]
+    headings = [h.text.removesuffix("#").strip() for h in page.find_all("h2")]
+    assert headings[0] == "Install" and "download.pytorch.org/whl/cpu" in page.text
+    assert all(get_config().version in p.select_one("header").text for p in pages.values())
+    assert "\\|" not in pages["api/manual.html"].text
+
+
+def test_code_can_be_copied_and_phrases_found(open_page):
+    page = open_page("index.html")
+    assert page.locator("button.copy").count() >= 3
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".copied").first.hover()
+    page.locator("button.copy").first.click()
+    assert page.evaluate("navigator.clipboard.readText()").startswith("pip install torch")
+    page.keyboard.press("/")
+    page.keyboard.type('"intervals keep their promise"')
+    first = page.locator("#site-found a").first
+    first.wait_for()
+    excerpts = page.locator("#site-found small").all_inner_texts()
+    assert page.locator("#site-found a").count() <= 5                            # a phrase, not its words anywhere
+    assert all(not e or e.startswith("… ") or e[0].isalnum() or e[0] in "“\"'([`" for e in excerpts)

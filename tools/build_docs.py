@@ -210,7 +210,7 @@ def write_page(page, sidebar, pages, out):
     where = f"ctvlm/{stem.replace('manual', 'cli')}.py" if page.notebook.startswith("api/") else f"nbs/{page.notebook}"
     text = (SITE / "page.html").read_text().format(
         title=html.escape(page.title), description=html.escape(re.sub("[`*]", "", page.description)), lead=exporter().markdown2html(None, page.description),
-        up=page.up, body=page.html, navigation=navigation(sidebar, pages, page), contents=on_this_page(page), neighbours=neighbours(sidebar, pages, page),
+        up=page.up, version=config.version, body=page.html, navigation=navigation(sidebar, pages, page), contents=on_this_page(page), neighbours=neighbours(sidebar, pages, page),
         tools='<button id="site-fold" type="button">Hide code</button>' if 'class="code' in page.html else "",
         footer=f'<a href="{config.git_url}/blob/{config.branch}/{where}">{where}</a> - <a href="{config.git_url}/issues/new">Report an issue</a> - For research, not for diagnosis.')
     target = out / page.name

@@ -17,6 +17,13 @@ document.getElementById("site-fold")?.addEventListener("click", e => {
   e.target.textContent = open ? "Hide code" : "Show code";
 });
 
+// what is typed can be copied; outputs cannot
+for (const pre of navigator.clipboard || !isSecureContext ? document.querySelectorAll("main details.code pre, main pre:has(> code)") : []) {
+  const box = document.createElement("div"), button = Object.assign(document.createElement("button"), { type: "button", className: "copy", textContent: "Copy" });
+  pre.replaceWith(box); box.className = "copied"; box.append(pre, button);
+  button.addEventListener("click", async () => { await navigator.clipboard.writeText(pre.textContent.trimEnd()); button.textContent = "Copied"; setTimeout(() => { button.textContent = "Copy"; }, 1500); });
+}
+
 let index;                                     // [page, title, heading, anchor, text], loaded when first asked
 const load = () => index ??= new Promise(ready => {
   const s = document.createElement("script");
@@ -25,18 +32,19 @@ const load = () => index ??= new Promise(ready => {
 
 const count = (text, words) => words.reduce((n, w) => n + (text.includes(w) ? 1 : 0), 0);
 async function search() {
-  const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const asked = box.value.toLowerCase().trim(), words = [...asked.matchAll(/"([^"]+)"|(\S+)/g)].map(m => (m[1] ?? m[2]).replaceAll('"', "")).filter(Boolean);      // "in quotes": as a phrase
+  const phrase = words.join(" "), cut = (text, at) => { const from = at <= 40 ? 0 : text.indexOf(" ", at - 40) + 1, end = text.lastIndexOf(" ", from + 130); return (from ? "… " : "") + text.slice(from, end > from ? end : from + 130); };
   const hits = !words.length ? [] : (await load())
     .map(([page, title, heading, anchor, text]) => {
       const low = text.toLowerCase(), name = heading.toLowerCase();
-      const score = words.every(w => (low + " " + name).includes(w)) ? 1 + 10 * count(name, words) + (name === words.join(" ") ? 50 : 0) + count(low, words) : 0;
-      return { page, title, heading, anchor, text, score, at: Math.max(0, low.indexOf(words[0]) - 40) };
+      const score = words.every(w => (low + " " + name).includes(w)) ? 1 + 10 * count(name, words) + (name === phrase ? 50 : 0) + (words.length > 1 && (low + " " + name).includes(phrase) ? 20 : 0) + count(low, words) : 0;
+      return { page, title, heading, anchor, text, score, at: Math.max(0, low.indexOf(low.includes(phrase) ? phrase : words[0])) };
     }).filter(h => h.score).sort((a, b) => b.score - a.score).slice(0, 20);
   list.replaceChildren(...hits.map(h => {
     const item = document.createElement("li"), a = item.appendChild(document.createElement("a")), small = document.createElement("small");
     a.href = root.dataset.up + h.page + (h.anchor ? "#" + h.anchor : "");
     a.textContent = h.heading === h.title ? h.title : h.title + ": " + h.heading;
-    small.textContent = h.text.slice(h.at, h.at + 120);
+    small.textContent = cut(h.text, h.at);
     a.append(small);
     return item;
   }));
