@@ -259,3 +259,45 @@ def test_your_own_scan_needs_a_folder_and_a_report(cohort, tmp_path):
         exec(source, names)
         if "folder = None" in source: exec(given, names)
     assert names["volume"].name.startswith("theirs") and names["model"].config.trained_on != "nothing: its weights are random" and names["asked"].empty and names["answers"]
+
+
+def shell_lines():
+    "Every line of the book in which the command is called: (notebook, words)."
+    import re, shlex
+    for path in sorted((Path(__file__).parents[1] / "nbs").rglob("[!_.]*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            text = "".join(cell["source"])
+            blocks = re.findall(r"```(?:sh|bash|shell)\n(.*?)```", text, re.S) if cell["cell_type"] == "markdown" else re.findall(r"^!(.*)$", text, re.M)
+            known = {}
+            for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+                if given := re.fullmatch(r"(\w+)=(['\"])(.*)\2", line.strip()): known[given[1]] = given[3]; continue
+                for name, value in known.items(): line = line.replace(f"${name}", value)
+                for part in re.split(r"&&|\|\||[;|]", re.sub(r"\s#.*", "", line)):
+                    words = shlex.split(part.replace("<", "").replace(">", ""))
+                    start = next((k for k, w in enumerate(words) if w in ("ctvlm", "ctvlm.cli")), None)
+                    if start is not None and words[0] in ("ctvlm", "accelerate", "python", "srun", "nohup", "torchrun"): yield path.stem, words[start + 1:]
+
+
+LINES = list(shell_lines())
+
+
+@pytest.mark.parametrize("stem, words", LINES, ids=[f"{s}-{' '.join(w)[:40]}" for s, w in LINES])
+def test_every_shell_line_of_the_book_parses(stem, words, monkeypatch):
+    "Options, their values, how many arguments: against the real command."
+    from typer.main import get_command
+    group = get_command(app)
+    if words[:1] == ["--version"]: return
+    assert words[0] in group.commands, f"no verb {words[0]}"
+    group.commands[words[0]].make_context(words[0], list(words[1:]), parent=group.context_class(group, info_name="ctvlm"))
+
+
+def test_there_are_lines_and_a_wrong_one_is_noticed():
+    assert len(LINES) > 12 and {'index', 'your_own_scan', 'gpu_server'} <= {s for s, _ in LINES}
+    for words in (["localize", "scan", "--model", "m"], ["evaluate", "t", "-m", "m", "-o", "o", "--task", "everything"], ["train", "t", "--no-such"]):
+        with pytest.raises(Exception, match="Missing|everything|No such"): test_every_shell_line_of_the_book_parses("planted", words, None)
+
+
+@pytest.mark.parametrize("words", [w for _, w in LINES if "--explain" in w and "." in w[-1] and " " in w[-1] or w[0] == "findings"], ids=" ".join)
+def test_lines_that_need_no_files_run(words, capsys):
+    status, out, _ = ended(capsys, *words)
+    assert status == 0 and len(out.splitlines()) > 1

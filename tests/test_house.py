@@ -91,3 +91,28 @@ def test_nothing_is_unpickled():
         source = path.read_text()
         assert "import pickle" not in source and "allow_pickle=True" not in source and "weights_only=False" not in source, path
         assert source.count("torch.load(") == len(re.findall(r"torch\.load\(.*weights_only=True", source)), path
+
+
+def undocumented(source):
+    "Public classes, functions and methods without a docstring, or, for a method, a comment on its signature."
+    lines, tree = source.splitlines(), ast.parse(source)
+    told = lambda m: ast.get_docstring(m) or any("#" in line for line in lines[m.lineno - 1:max(m.lineno, m.body[0].lineno - 1)])
+    for node in tree.body:
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or node.name.startswith("_"): continue
+        patched = isinstance(node, ast.FunctionDef) and any("patch" in ast.unparse(d) for d in node.decorator_list)
+        if not (told(node) if patched else ast.get_docstring(node)): yield node.name
+        for method in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and not told(method): yield f"{node.name}.{method.name}"
+
+
+@pytest.mark.parametrize("module", sorted(NUMBER))
+def test_every_public_name_says_what_it_is(module):
+    source = (ROOT / "ctvlm" / f"{module}.py").read_text()
+    exported = set(ast.literal_eval(re.search(r"__all__ = (\[.*?\])", source, re.S)[1]))
+    missing = [n for n in undocumented(source) if n.split(".")[0] in exported]
+    assert not missing, f"no docstring: {', '.join(missing)}"
+
+
+def test_a_missing_docstring_is_noticed():
+    planted = 'def f(a): # tells\n    return a\nclass C:\n    "x"\n    def m(self):\n        a = 1\n        return a\n    def n(self): # of C\n        return 1\n'
+    assert list(undocumented(planted)) == ["f", "C.m"]
