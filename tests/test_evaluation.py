@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
 from sklearn import metrics as sk
@@ -252,6 +253,13 @@ def test_evaluate_studies_on_phantoms(tiny, tmp_path):
     assert all(low - 1e-3 <= mm <= high + 1e-3 for low, mm, high in zip(items["low_mm"], items["pred_mm"], items["high_mm"])) and np.isfinite(items["share_below"]).all()
     assert result["protocol"]["split"] == "test" and result["protocol"]["label_version"] == "truth" and "text_prior_mm" in loc
     with pytest.raises(InputError, match="0 studies in split 'val'"): evaluate_studies(model, studies, store, split="val")
+    from ctvlm.depth import DepthCalibration
+    own, config = DepthCalibration(stretch=2., n_patients=30, population=population_of(studies[studies.split == "test"])), model.config
+    try:                                                                          # tested on the patients whom its interval was learned from
+        model.config = replace(config, interval_calibration=own.to_dict())
+        again = evaluate_studies(model, studies, store, resamples=20, quiet=True, tasks=("localization",))["localization"]
+    finally: model.config = config
+    assert "interval_coverage" not in again and again["protocol"]["interval"].startswith("withheld: the model was calibrated on drawn patients")
 
 
 def test_depths_are_read_where_the_posterior_is():
