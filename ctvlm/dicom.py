@@ -100,8 +100,9 @@ _TAGS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "StudyID", "Access
 _FIRST = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")      # groups with which a data set begins that has no preamble
 
 def dicom_images(
-    path:Path, # any file
-)->list:       # of `DicomImage`; empty if the file is no DICOM image
+    path:Path,        # any file
+    pixels:bool=True, # they are wanted: refuse a file that lacks some
+)->list:              # of `DicomImage`; empty if the file is no DICOM image
     "The images in a DICOM file, from its header alone; a file that is damaged is refused."
     import pydicom
     path, damaged = Path(path), f"{Path(path).name} cannot be read"
@@ -120,7 +121,7 @@ def dicom_images(
             syntax = ds.file_meta.get("TransferSyntaxUID")
     except InputError as e: raise InputError(f"{damaged}: {e}: copy it again") from None
     except Exception as e: raise InputError(f"{damaged}: {_first_line(e)}: copy it again") from None
-    if images and not (syntax and (syntax.is_compressed or syntax.is_deflated)):
+    if pixels and images and not (syntax and (syntax.is_compressed or syntax.is_deflated)):
         need = math.prod(images[0].shape) * len(images) * images[0].samples * int(ds.get("BitsAllocated") or 16) // 8
         if rest < need: raise InputError(f"{damaged}: {max(rest, 0)} of {need} bytes of its pixels are there: copy it again")
     return images

@@ -132,7 +132,7 @@ def is_body(
 )->bool:
     "Whether values are those of a body in HU: the two peaks, most of what is near them in them, and below them air."
     below, air = _share(values, -1100, -150), _share(values, -1100, -700)
-    return tissue_share(values) > 0.6 and bool(tissue_peaks(values)) and (below < 0.02 or air > 0.1 * below)
+    return tissue_share(values) > 0.6 and bool(tissue_peaks(values)) and air > max(0.1 * below, 0.0005)
 
 def check_values(
     array:np.ndarray,       # `(X, Y, Z)`, supposedly HU
