@@ -321,12 +321,12 @@ def check(
     paths:Annotated[list[Path], typer.Argument(help="Scans, or folders of scans.")],
     output:Annotated[Optional[Path], typer.Option("--output", "-o", help="Table to be written: .csv or .parquet.")]=None,
     workers:Annotated[Optional[int], typer.Option(min=1, help="Scans read at once.")]=None,
-    as_json:AsJson=False, quiet:Quiet=False,
+    overwrite:Overwrite=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read every scan and say which can be used, and why the others cannot. Status 1 if any cannot."
     from ctvlm.preprocessing import check_paths
     for path in paths: _check_there(path)
-    table = check_paths(paths, output, workers, quiet)
+    table = check_paths(paths, output, workers, quiet, overwrite)
     say(table.to_dict("records"), as_json, ("path", "status", "reason"))
     if (table.status != "ok").any(): raise typer.Exit(1)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import InputError, write_atomically, progress
-from .tables import Table
 from .dicom import dicom_images
+from .tables import Table
 
 # %% ../nbs/02_mining.ipynb #c781b1ac
 @dataclass(frozen=True)
@@ -1033,14 +1033,15 @@ def explain(
 COLUMNS = ["study", "series", "instance", "depth_mm", "plane", "localizer", "frame_of_reference", "series_uid", "description"]
 
 # %% ../nbs/02_mining.ipynb #c7da461f
+_NAMED = dict(AccessionNumber="accession", StudyID="study_id", StudyInstanceUID="study_uid")
+
 def _header_rows(file, study_tag="AccessionNumber", root=""): # rows of the table, or the reason why there are none
     try: images = dicom_images(file, pixels=False)
-    except (InputError, OSError) as error: return f"{file}: {error}".split("\n")[0] # a broken file is a line in a list, never the end of an index
+    except InputError as error: return str(error)
+    except OSError as error: return f"{file}: {error.strerror}"
     if not images: return f"{file}: no image"
-    of = images[0]
-    named = {"AccessionNumber": of.accession, "StudyID": of.study_id}.get(study_tag) or of.study_uid
-    study = Path(file).relative_to(root).parts[0] if study_tag == "folder" else named
-    return [(study, i.series_number, i.number, i.depth_mm, i.plane, i.localizer, i.frame_uid, i.series_uid, i.description) for i in images]
+    folder = Path(file).relative_to(root).parts[0] if study_tag == "folder" else ""
+    return [(folder or getattr(i, _NAMED[study_tag]) or i.study_uid, i.series_number, i.number, i.depth_mm, i.plane, i.localizer, i.frame_uid, i.series_uid, i.description) for i in images]
 
 def _all_header_rows(files, study_tag, root): return [_header_rows(f, study_tag, root) for f in files] # what a process does
 
@@ -1089,6 +1090,7 @@ class SeriesIndex:
         "Read the headers of all DICOM files under a folder, in parallel."
         import pandas as pd
         if not Path(root).is_dir(): raise InputError(f"{root} is no folder: give the folder that holds the DICOM files")
+        if study not in (*_NAMED, "folder"): raise InputError(f"found {study!r} to name the study, expected {', '.join(_NAMED)} or folder: use one of these")
         files = sorted(os.path.join(d, f) for d, _, fs in os.walk(root) for f in fs if f != "DICOMDIR" and not f.startswith("."))
         chunks = [files[k:k + 64] for k in range(0, len(files), 64)]
         workers = workers or os.cpu_count() or 1
