@@ -639,6 +639,21 @@ def init(
     with write_atomically(output) as temporary: model.save_pretrained(temporary)
     say({"model": output, "parameters": sum(p.numel() for p in model.parameters()), "trained_on": model.config.trained_on}, as_json)
 
+def _validation(studies, features, findings): # what `train` asks a model while it learns
+    from ctvlm.data import FeatureStore
+    from ctvlm.evaluation import evaluate_studies
+    store = FeatureStore(features)
+    def evaluate(model):
+        found = evaluate_studies(model, studies, store, findings, split="val", resamples=10, quiet=True)
+        numbers = {"r10": ("retrieval", "text_to_image", "r10"), "mean_auroc": ("classification", "mean_auroc"), "mae_mm": ("localization", "mae_mm")}
+        out = {}
+        for name, (section, *path) in numbers.items():
+            value = found.get(section)
+            for step in path: value = value.get(step) if isinstance(value, dict) else None
+            if value is not None: out[name] = value
+        return out
+    return evaluate
+
 @app.command()
 def train(
     studies:Annotated[Path, typer.Argument(help="Table of studies: .parquet.")],
@@ -648,6 +663,9 @@ def train(
     config:Annotated[Optional[Path], typer.Option(help="JSON file with fields of TrainingConfig.")]=None,
     batch_size:Annotated[int, typer.Option(min=1, help="Scans of a micro-batch.")]=16,
     workers:Annotated[int, typer.Option(min=0, help="Processes that read ahead.")]=2,
+    validate:Annotated[bool, typer.Option(help="Evaluate on the table's val rows while training; the best model goes to OUTPUT/best.")]=True,
+    extend:Annotated[bool, typer.Option("--extend", help="Go on with other epochs or learning rates than the run began with.")]=False,
+    start:Annotated[Optional[Path], typer.Option("--from", help="Checkpoint of another run, RUN/checkpoints/step-..., whose weights a new run begins with.")]=None,
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Train on a table of studies with its window features; start several processes with `accelerate launch -m ctvlm.cli train ...`."
@@ -656,16 +674,17 @@ def train(
     from ctvlm.findings import FINDINGS
     from ctvlm.rewriting import augment_report
     from ctvlm.training import TrainingConfig, train as run
-    try: fields = json.loads(config.read_text()) if config else {}
-    except ValueError as e: raise InputError(f"{config} is no JSON ({e}): give an object with fields of TrainingConfig") from None
-    try: settings = TrainingConfig(**{"frozen": ("window_encoder",), **fields})
-    except TypeError as e: raise InputError(f"{config}: {e}: give fields of TrainingConfig") from None
-    table, loaded = read_studies(studies, "train"), load_model(model)
+    table, held_out = read_studies(studies, "train"), read_studies(studies, "val")
+    defaults = dict(frozen=("window_encoder",), metric="-mae_mm" if any(map(len, held_out.pairs)) else "r10")
+    settings = TrainingConfig.read(config, **defaults) if config else TrainingConfig(**defaults)
+    loaded = load_model(model, "cpu")                                # `train` moves it to the card of its own process
     findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in table.labels)]
-    data = Batches(table, FeatureStore(features), loaded.processor.tokenizer, batch_size, findings, augment=augment_report, variants=settings.epochs, workers=workers, seed=settings.seed)
+    data = Batches(table, FeatureStore(features), loaded.processor.tokenizer, batch_size, findings, augment=augment_report, variants=10, workers=workers, seed=settings.seed)
     if not quiet and findings and os.environ.get("RANK", "0") == "0":                          # the first process speaks for all
         print(census_text(label_matrix(table, findings), findings), file=sys.stderr)
-    with redirect_stdout(sys.stderr): log = run(loaded, data, settings, output, quiet=quiet)   # standard output is for the answer
+    evaluate = _validation(held_out, features, findings) if validate and len(held_out) else None
+    with redirect_stdout(sys.stderr):                                # standard output is for the answer
+        log = run(loaded, data, settings, output, evaluate, quiet=quiet, extend=extend, start=start, about=f"{table.patient.nunique()} patients of {studies.name}")
     if log is None: return                                          # a process of several; the first one speaks for all
     say({"model": output/"model"}, True) if as_json else print(f"{output}/model")
 

@@ -69,6 +69,7 @@ def test_the_whole_journey(cohort, store):
     again = json.loads(run("embed", table, "--model", cohort / "model", "-o", cohort / "features", "--workers", 0, "--json", "--quiet"))
     assert again["computed"] == 0
     run(*training(cohort, store, out))
+    assert "mae_mm" in (out / "evaluation.csv").read_text().splitlines()[0] and (out / "best").is_dir()               # of the patient in val
     for name in ("a", "b"):
         run("evaluate", table, "--features", store, "--model", out / "model" if name == "b" else cohort / "model", "-o", cohort / name, "--task", "localization", "--quiet")
         assert (cohort / name / "report.html").exists()

@@ -91,6 +91,78 @@ def test_memory_does_not_depend_on_the_snippets():
     assert many < 1.5 * few, (few, many)
 
 
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for on in (False, True):
+        model = made_up.model(adapters={}).train()
+        if on: model.gradient_checkpointing_enable()
+        effective_batch_backward(model, [made_up.batch(3, s) for s in (1, 2)], made_up.prompts(), replace(CONFIG, text_tokens=64), 3, CPU)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for n, g in gradients[0].items(): torch.testing.assert_close(g, gradients[1][n], rtol=1e-5, atol=1e-6 * max(1., float(g.abs().max())))
+
+
+# One step against another implementation
+
+def plain_losses(model, batches, prompts, config):
+    "The three losses from their formulas, one graph, nothing shared with the package."
+    unit = lambda x: x / x.norm(dim=-1, keepdim=True)
+    encode = lambda ids, mask, head: unit(torch.cat([model.encode_text(i[m.bool()][None], m[m.bool()][None], head=head) for i, m in zip(ids, mask)]))
+    scans = [model.encode_features(b["cls"], b["depth_tokens"], b["grid"]) for b in batches]
+    reports = [r for b in batches for r in zip(b["report_ids"], b["report_mask"])]
+    long = torch.tensor([int(m.sum()) >= config.shortest_report for _, m in reports])
+    x, y = unit(torch.cat([s.scan for s in scans]))[long], encode(*zip(*reports), "report")[long]
+    logits = model.t.exp() * x @ y.T + model.b
+    siglip = (torch.log1p((-logits.diagonal()).exp()).sum() + torch.log1p(logits.exp()).sum() - torch.log1p(logits.diagonal().exp()).sum()) / len(x)
+    p = encode(prompts["ids"].flatten(0, 2), prompts["mask"].flatten(0, 2), "report").view(-1, 2, x.shape[1])
+    share, labels = torch.sigmoid(model.t.exp() * unit(torch.cat([s.disease for s in scans])) @ (p[:, 0] - p[:, 1]).T), torch.cat([b["labels"] for b in batches])
+    terms = prompts["question_weight"] * torch.where(labels == 1, -prompts["pos_weight"] * share.log(), -(1 - share).log())
+    each = []
+    for b, s in zip(batches, scans):
+        for scan, place, snippet in zip(b["snippet_scan"], b["snippet_bin"], encode(b["snippet_ids"], b["snippet_mask"], "snippet")):
+            cos = unit(s.slices[scan][s.valid[scan]]) @ snippet
+            target = torch.softmax(-(torch.arange(len(cos), dtype=cos.dtype) - place)**2 / (2 * config.sigma**2), 0)
+            each.append(-(target * torch.log_softmax(cos / config.tau, 0)).sum())
+    return dict(siglip=siglip, disease=terms[labels >= 0].sum() / (labels >= 0).sum(), localization=torch.stack(each).mean())
+
+
+def plain_step(model, batches, prompts, config):
+    "Weights after one step of AdamW with clipping, layer-wise factors and the first rate of the warm-up, all by hand."
+    losses = plain_losses(model, batches, prompts, config)
+    sum(getattr(config, k) * v for k, v in losses.items()).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.grad is not None}
+    norm = sum(float((p.grad**2).sum()) for p in trained.values())**0.5
+    for n, p in trained.items():
+        inside = re.match(r"(scan_encoder|text_encoder\.model|window_encoder)\.(?:(?:blocks|layers)\.(\d)\.)?(norm\b)?", n)
+        depth = 0 if not inside or inside.group(3) else 2 - int(inside.group(2)) if inside.group(2) else 3          # two blocks in each
+        g, rate = p.grad * min(1., config.clip / norm), config.learning_rate / 2 * config.layer_decay**depth
+        matrix = sum(k > 1 for k in p.shape) > 1 and "norm" not in n.lower() and "bias" not in n
+        with torch.no_grad(): p.copy_(p * (1 - rate * config.weight_decay * matrix) - rate * g / (g.abs() + 1e-8))  # the first step of Adam is g / |g|
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+FAULTS = {"none": {}, "weight of the disease loss": dict(disease=1.), "weight of localization": dict(localization=1.), "clipping": dict(clip=1e-9), "layer-wise factor": dict(layer_decay=1.),
+          "weight decay": dict(weight_decay=0.), "short reports": dict(shortest_report=1), "pos_weight": "pos_weight", "question_weight": "question_weight", "share of the snippets": "share"}
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_step_is_the_plain_one(tmp_path, monkeypatch, nothing_random, fault):
+    config = replace(CONFIG, epochs=1, effective_batch=9, warmup_epochs=2., clip=0.5, weight_decay=0.1, text_tokens=64, shortest_report=12, checkpoint_every=1)
+    data, plain = made_up.Data(9), made_up.Data(9)
+    for d in (data, plain): d.prompts = {k: v[:, :1] if k in ("ids", "mask") else v for k, v in d.prompts.items()}   # one phrasing: none is drawn
+    expected = plain_step(made_up.model().double().eval(), next(plain.steps(1)), plain.prompts, config)
+    if FAULTS[fault] == "share":
+        import ctvlm.effective_batch as e
+        real = e.localization_loss
+        monkeypatch.setattr(e, "localization_loss", lambda slices, *a, **k: real(slices, *a, **k) / len(slices))
+    elif isinstance(FAULTS[fault], str): data.prompts[fault] = None
+    else: config = replace(config, **FAULTS[fault])
+    model = made_up.model().double()
+    train(model, data, config, tmp_path)
+    begin = dict(made_up.model().double().named_parameters())
+    moved = {n: float((expected[n] - begin[n]).abs().max()) for n in expected}
+    off = max(float((p.detach() - expected[n]).abs().max()) / moved[n] for n, p in model.named_parameters() if moved[n] > 0)
+    assert (off < 1e-4) == (fault == "none"), off
+
+
 def test_short_reports_are_left_out():
     batch = made_up.batch(4, seed=0)
     batch["report_mask"] = (torch.arange(24) < torch.tensor([[10], [11], [24], [5]])).long()
@@ -628,3 +700,10 @@ def test_start_of_the_logits(tmp_path):
     model = made_up.model()
     with pytest.raises(Stop): train(model, Nothing(), replace(CONFIG, start_scale=30., start_bias=-2.), tmp_path)
     assert (float(model.t.detach().exp()), float(model.b.detach())) == pytest.approx((30, -2))
+
+
+def test_a_fitted_start_is_next_to_what_an_uninformed_model_loses(tmp_path):
+    log = train(made_up.model(), made_up.Data(64, 64), replace(CONFIG, epochs=1, effective_batch=64, start_bias="fit"), tmp_path/"fit")
+    plain = train(made_up.model(), made_up.Data(64, 64), replace(CONFIG, epochs=1, effective_batch=64, start_scale=30., start_bias=-math.log(64)), tmp_path/"rule")
+    uninformed = math.log(64) + 63 * math.log(64 / 63)
+    assert log["siglip"].iloc[0] < 1.2 * uninformed and plain["siglip"].iloc[0] > 2 * uninformed
