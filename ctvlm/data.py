@@ -170,10 +170,12 @@ def prompt_tokens(
     weight = None if question_weights is None else torch.tensor([float(question_weights.get(f, 1)) for f in findings])
     return dict(ids=ids, mask=mask, pos_weight=None if labels is None else positive_weights(torch.from_numpy(labels)), question_weight=weight)
 
-# %% ../nbs/11c_data.ipynb #3d1bed43
+# %% ../nbs/11c_data.ipynb #3de0406b
+_SAID_BEFORE = ("snippets: no depth", "snippets: nothing asserted") # counted when the table was made, too
+
 def _say(left_out): # what a table asked for and does not get
     for what, names in left_out.items():
-        warnings.warn(Notice(f"left out: {what}", names, missing=what.startswith("scans")), stacklevel=3)
+        if what not in _SAID_BEFORE: warnings.warn(Notice(f"left out: {what}", names, missing=what.startswith("scans")), stacklevel=3)
 
 def _private_folder(below):
     "A folder for texts that nobody else may read; what killed processes of this machine left there is removed."
