@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["ctvlm", "ctvlm.*"]),
-    package_data={"ctvlm": ["data/*"]},
+    package_data={"ctvlm": ["data/*", "data/tiny/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "ray", "view", "dicom")},

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'CTVLMProcessor', 'untrained', 'Answer', 'DepthAnswer', 'FindingAnswer', 'RankAnswer', 'fast_dtype',
-           'VolumeEmbedding', 'catalogue_name', 'model_card', 'load_any', 'localize', 'QWEN3', 'CTVLMConfig',
-           'CTVLMModel', 'CTVLMOutput', 'Head', 'ScanEmbeddings', 'SPECTRE', 'copy_slice_projection', 'fold_depth',
-           'language_model', 'load_exactly', 'place_adapters', 'read_tensors', 'rename']
+           'VolumeEmbedding', 'catalogue_name', 'model_card', 'load_any', 'localize', 'ready_model', 'QWEN3',
+           'CTVLMConfig', 'CTVLMModel', 'CTVLMOutput', 'Head', 'ScanEmbeddings', 'SPECTRE', 'copy_slice_projection',
+           'fold_depth', 'language_model', 'load_exactly', 'place_adapters', 'read_tensors', 'rename']
 
 # %% ../nbs/10_model.ipynb #57dad411
 import contextlib, json, logging, os, re, sys, tempfile, warnings
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from fastcore.basics import patch
 from transformers import (AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, BatchFeature,
                           PreTrainedModel, ProcessorMixin)
-from .core import CTVolume, InputError, Notice
+from .core import CTVolume, InputError, Notice, pick_device
 from .findings import FINDINGS, Prompts, prompts_for
 from .preprocessing import WindowSpec, Windows, load_volume, make_windows
 from .text import from_hub, local_or_hub, refuse_code, tokenize, train_tokenizer
@@ -612,3 +612,13 @@ def localize(
     "At which depth of a scan each text lies, in one line."
     if not isinstance(model, CTVLMModel): model = load_any(model)
     return model.localize(scan, texts, **options)
+
+# %% ../nbs/10_model.ipynb #6fe6b7d3
+def ready_model(
+    device:str|None=None, # "cpu", "cuda", "cuda:1", "mps"; the best one present if `None`
+)->CTVLMModel:            # ready to answer
+    "The `tiny` model that ships with the package; it has seen drawn patients only."
+    folder = Path(__file__).parent/"data"/"tiny"
+    if not folder.is_dir():
+        raise InputError(f"this installation has no model in {folder}: install ctvlm anew, or load one with CTVLMModel.from_pretrained")
+    return CTVLMModel.from_pretrained(folder).to(pick_device(device)).eval()
