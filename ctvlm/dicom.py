@@ -27,7 +27,8 @@ def kernel_kind(
     "Which kind of reconstruction kernel made an image."
     name = kernel.strip().lower()
     if toshiba := re.match(r"fc(\d\d)", name): return "soft" if int(toshiba[1]) < 30 else "sharp"
-    if siemens := re.match(r"[a-z]{1,2}(\d\d)", name): return "soft" if int(siemens[1]) < 50 else "sharp"
+    if siemens := re.match(r"[a-z]{1,2}(\d\d)", name):
+        return "soft" if int(siemens[1]) < 50 else "sharp"
     if re.fullmatch(r"[a-c]", name): return "soft"                   # Philips
     if re.fullmatch(r"[del]|y[a-d]", name): return "sharp"
     for words in (name, description.lower().replace("_", " ")):
@@ -66,7 +67,8 @@ class DicomImage:
     @property
     def placed(self): # whether the header says where the image lies
         three = self.position, self.orientation, self.pixel_spacing
-        return [len(v) for v in three] == [3, 6, 2] and bool(np.isfinite(np.concatenate(three)).all()) and min(self.pixel_spacing) > 0
+        if [len(v) for v in three] != [3, 6, 2]: return False
+        return bool(np.isfinite(np.concatenate(three)).all()) and min(self.pixel_spacing) > 0
     @property
     def normal(self): return np.cross(self.orientation[:3], self.orientation[3:]) # of the image's plane, LPS
     @property
@@ -75,29 +77,33 @@ class DicomImage:
         along = np.abs(self.normal)
         return ("sagittal", "coronal", "axial")[along.argmax()] if along.max() > 0.82 else "oblique"
     @property
-    def axial(self): return self.plane == "axial"
+    def axial(self): return self.plane == "axial" # whether the plane is axial
     @property
-    def localizer(self): return "LOCALIZER" in self.kind or bool(_SCOUT.search(self.description))
+    def localizer(self): return "LOCALIZER" in self.kind or bool(_SCOUT.search(self.description)) # whether it is a scout view
     @property
-    def derived(self): return bool(_COMPUTED & set(self.kind)) or self.kind[:1] == ("DERIVED",)
+    def derived(self): return bool(_COMPUTED & set(self.kind)) or self.kind[:1] == ("DERIVED",) # whether it is computed from others
     @property
-    def kernel_kind(self): return kernel_kind(self.kernel, self.description)
+    def kernel_kind(self): return kernel_kind(self.kernel, self.description) # "soft", "sharp" or "unknown"
     @property
     def depth_mm(self): # scanner z of the image's centre, NaN where unknown
         if not self.placed: return math.nan
         rows, columns = self.shape
         down, across = self.pixel_spacing
-        return float(self.position[2] + (columns - 1) / 2 * across * self.orientation[2] + (rows - 1) / 2 * down * self.orientation[5])
+        along, aside = self.orientation[2] * across, self.orientation[5] * down
+        return float(self.position[2] + (columns - 1) / 2 * along + (rows - 1) / 2 * aside)
     @property
     def stack(self): # images that can lie on one grid have this in common
-        return (self.series_uid, self.shape, *np.round(self.orientation, 3).tolist(), *np.round(self.pixel_spacing, 4).tolist())
+        grid = *np.round(self.orientation, 3).tolist(), *np.round(self.pixel_spacing, 4).tolist()
+        return (self.series_uid, self.shape, *grid)
 
 # %% ../nbs/00b_dicom.ipynb #ab17cb9a
-_TAGS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "StudyID", "AccessionNumber", "PatientID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription",
-         "Modality", "ImageType", "InstanceNumber", "AcquisitionNumber", "ConvolutionKernel", "FrameOfReferenceUID", "ImagePositionPatient",
-         "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "BitsAllocated", "SamplesPerPixel", "NumberOfFrames", "RescaleSlope", "RescaleIntercept",
-         "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
-_FIRST = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")      # groups with which a data set begins that has no preamble
+_TAGS = """SOPClassUID SOPInstanceUID StudyInstanceUID StudyID AccessionNumber PatientID SeriesInstanceUID
+    SeriesNumber SeriesDescription Modality ImageType InstanceNumber AcquisitionNumber ConvolutionKernel
+    FrameOfReferenceUID ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns BitsAllocated
+    SamplesPerPixel NumberOfFrames RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence
+    PerFrameFunctionalGroupsSequence""".split()
+# groups with which a data set begins that has no preamble
+_FIRST = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 
 def dicom_images(
     path:Path,        # any file
@@ -108,10 +114,12 @@ def dicom_images(
     path, damaged = Path(path), f"{Path(path).name} cannot be read"
     with open(path, "rb") as f: start = f.read(132)
     marked, named = start[128:] == b"DICM", path.suffix.lower() in (".dcm", ".ima")
-    if not marked and (named or not path.suffix and any(map(str.isdigit, path.name))) and not any(start):
+    numbered = not path.suffix and any(map(str.isdigit, path.name))              # IM0001
+    if (named or numbered) and not any(start):
         raise InputError(f"{damaged}: it {'begins with zeros' if start else 'is empty'}: copy it again")
     if not marked and not named: return []
-    if not marked and start[:2] not in _FIRST: raise InputError(f"{damaged}: it does not begin as DICOM files do: copy it again")
+    if not marked and start[:2] not in _FIRST:
+        raise InputError(f"{damaged}: it does not begin as DICOM files do: copy it again")
     try:
         with warnings.catch_warnings(), open(path, "rb") as f:
             warnings.simplefilter("ignore")
@@ -122,42 +130,56 @@ def dicom_images(
     except InputError as e: raise InputError(f"{damaged}: {e}: copy it again") from None
     except Exception as e: raise InputError(f"{damaged}: {_first_line(e)}: copy it again") from None
     if pixels and images and not (syntax and (syntax.is_compressed or syntax.is_deflated)):
-        need = math.prod(images[0].shape) * len(images) * images[0].samples * int(ds.get("BitsAllocated") or 16) // 8
-        if rest < need: raise InputError(f"{damaged}: {max(rest, 0)} of {need} bytes of its pixels are there: copy it again")
+        bits = math.prod(images[0].shape) * images[0].samples * int(ds.get("BitsAllocated") or 16)
+        need = len(images) * bits // 8
+        if rest < need:
+            raise InputError(f"{damaged}: {max(rest, 0)} of {need} bytes of its pixels are there: copy it again")
     return images
 
 def _first_line(e): return legible((str(e).strip() or type(e).__name__).splitlines()[0][:200])
 def _integer(x): # DICOM writes "4", "4 " or nothing
     try: return int(float(str(x)))
     except (TypeError, ValueError, OverflowError): return None
-def _groups(item): return {e.keyword: e.value for group in item if group.VR == "SQ" and group.value for e in group.value[0]}
-def _words(x): return " ".join(legible(" ".join(map(str, x)) if isinstance(x, (list, tuple)) or type(x).__name__ == "MultiValue" else str(x or "")).split())
+def _groups(item): # the elements of the functional groups of a frame
+    return {e.keyword: e.value for group in item if group.VR == "SQ" and group.value for e in group.value[0]}
+def _words(x): # one legible line of one value or several
+    several = not isinstance(x, str) and hasattr(x, "__iter__")
+    return " ".join(legible(" ".join(map(str, x)) if several else str(x or "")).split())
 
 def _images(path, ds):
     "The images of one parsed header."
     storage = ds.file_meta.get("MediaStorageSOPClassUID") or ds.get("SOPClassUID")
     if "Rows" not in ds or "SeriesInstanceUID" not in ds:
         if not storage or "Image Storage" in storage.name: raise InputError("its header ends early")
-        return []                                                # a report, a directory, a presentation state
-    kind = ds.get("ImageType") or ()
-    whole = dict(path=path, shape=(int(ds.Rows), int(ds.Columns)), uid=str(ds.get("SOPInstanceUID", path)), series_uid=str(ds.SeriesInstanceUID),
-        series_number=_integer(ds.get("SeriesNumber")), description=_words(ds.get("SeriesDescription")), modality=_words(ds.get("Modality")) or "unknown",
-        compressed=bool((syntax := ds.file_meta.get("TransferSyntaxUID")) and syntax.is_compressed and not syntax.is_deflated),
-        samples=int(ds.get("SamplesPerPixel") or 1), kind=tuple(str(k).upper() for k in ([kind] if isinstance(kind, str) else kind)),
-        kernel=_words(ds.get("ConvolutionKernel")), acquisition=_integer(ds.get("AcquisitionNumber")), study_uid=str(ds.get("StudyInstanceUID") or ""),
-        frame_uid=str(ds.get("FrameOfReferenceUID") or ""), accession=_words(ds.get("AccessionNumber")), study_id=_words(ds.get("StudyID")),
+        return []                                                # a report, a directory
+    kind, syntax = ds.get("ImageType") or (), ds.file_meta.get("TransferSyntaxUID")
+    whole = dict(
+        path=path, shape=(int(ds.Rows), int(ds.Columns)), samples=int(ds.get("SamplesPerPixel") or 1),
+        uid=str(ds.get("SOPInstanceUID", path)), series_uid=str(ds.SeriesInstanceUID),
+        study_uid=str(ds.get("StudyInstanceUID") or ""), frame_uid=str(ds.get("FrameOfReferenceUID") or ""),
+        series_number=_integer(ds.get("SeriesNumber")), acquisition=_integer(ds.get("AcquisitionNumber")),
+        description=_words(ds.get("SeriesDescription")), kernel=_words(ds.get("ConvolutionKernel")),
+        modality=_words(ds.get("Modality")) or "unknown",
+        kind=tuple(str(k).upper() for k in ([kind] if isinstance(kind, str) else kind)),
+        compressed=bool(syntax and syntax.is_compressed and not syntax.is_deflated),
+        accession=_words(ds.get("AccessionNumber")), study_id=_words(ds.get("StudyID")),
         patient=hashlib.sha256(str(ds.get("PatientID") or "").encode()).hexdigest()[:12])
-    frames, count = ds.get("PerFrameFunctionalGroupsSequence") or [], _integer(ds.get("NumberOfFrames")) or 1
-    if not frames and count == 1: return [DicomImage(frame=None, number=_integer(ds.get("InstanceNumber")), **_plane(ds), **whole)]
-    if len(frames) != count: raise InputError(f"its header describes {len(frames)} of {count} frames")
+    frames = ds.get("PerFrameFunctionalGroupsSequence") or []
+    count = _integer(ds.get("NumberOfFrames")) or 1
+    if not frames and count == 1:
+        return [DicomImage(frame=None, number=_integer(ds.get("InstanceNumber")), **_plane(ds), **whole)]
+    if len(frames) != count:
+        raise InputError(f"its header describes {len(frames)} of {count} frames")
     shared = _groups((ds.get("SharedFunctionalGroupsSequence") or [()])[0])
-    return [DicomImage(frame=i, number=i + 1, **_plane({**shared, **_groups(f)}), **whole) for i, f in enumerate(frames)]
+    planes = [_plane({**shared, **_groups(f)}) for f in frames]
+    return [DicomImage(frame=k, number=k + 1, **p, **whole) for k, p in enumerate(planes)]
 
 def _plane(tags):
     "Place and scale of one image from its elements."
     numbers = lambda name: tuple(map(float, tags.get(name) or ()))
-    return dict(position=numbers("ImagePositionPatient"), orientation=numbers("ImageOrientationPatient"), pixel_spacing=numbers("PixelSpacing"),
-                slope=float(tags.get("RescaleSlope") or 1), intercept=float(tags.get("RescaleIntercept") or 0))
+    return dict(position=numbers("ImagePositionPatient"), orientation=numbers("ImageOrientationPatient"),
+                pixel_spacing=numbers("PixelSpacing"), slope=float(tags.get("RescaleSlope") or 1),
+                intercept=float(tags.get("RescaleIntercept") or 0))
 
 def read_headers(
     path:Path, # a file, or a folder that is searched with its subfolders
@@ -165,7 +187,8 @@ def read_headers(
     "The headers of all DICOM images in a folder."
     path = Path(path)
     images, damaged = [], []
-    for f in [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith(".")):
+    below = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    for f in [path] if path.is_file() else below:
         try: images += dicom_images(f)
         except (InputError, OSError) as e: damaged.append((f, str(e)))
     return images, damaged
@@ -187,13 +210,15 @@ def _rank(stack, longest): # what a radiologist would rather read comes first
     of, step, extent = stack[0], _step(stack), _extent(stack)
     slices = 0 if 0.9 <= step <= 3.2 else 1 if step <= 5.1 else 2
     number = math.inf if of.series_number is None else of.series_number
-    return (not of.axial, of.derived, extent < 0.8 * longest, ("soft", "unknown", "sharp").index(of.kernel_kind),
-            slices, -round(extent, -1), -len(stack), number, of.series_uid)
+    kernel = ("soft", "unknown", "sharp").index(of.kernel_kind)
+    return (not of.axial, of.derived, extent < 0.8 * longest, kernel, slices,
+            -round(extent, -1), -len(stack), number, of.series_uid)
 
 def _why(stack): # one line
     of = stack[0]
-    kernel = "" if of.kernel_kind == "unknown" else f"{'soft-tissue' if of.kernel_kind == 'soft' else 'sharp'} kernel, "
-    return f"{of.plane}, {'derived' if of.derived else 'original'}, {kernel}{len(stack)} slices of {_step(stack):.3g} mm over {_extent(stack):.0f} mm"
+    kernel = dict(soft="soft-tissue kernel, ", sharp="sharp kernel, ", unknown="")[of.kernel_kind]
+    slices = f"{len(stack)} slices of {_step(stack):.3g} mm over {_extent(stack):.0f} mm"
+    return f"{of.plane}, {'derived' if of.derived else 'original'}, {kernel}{slices}"
 
 def _one_study(images, name): # refuse several studies or patients
     for what, key in (("studies", lambda i: i.study_uid), ("patients", lambda i: i.patient)):
@@ -202,36 +227,53 @@ def _one_study(images, name): # refuse several studies or patients
             counts[key(i)][0].add(i.series_uid)
             counts[key(i)][1] += 1
         if len(counts) > 1:
-            listed = "; ".join(f"{k}: {len(s)} series, {n} images" for k, (s, n) in enumerate(list(counts.values())[:6], 1))
-            raise InputError(f"{name} holds {len(counts)} {what} ({listed}{'; ...' if len(counts) > 6 else ''}), a scan is of one: give the folder of one, or the SeriesInstanceUID as series")
+            first = enumerate(list(counts.values())[:6], 1)
+            listed = "; ".join(f"{k}: {len(s)} series, {n} images" for k, (s, n) in first)
+            raise InputError(f"{name} holds {len(counts)} {what} ({listed}{'; ...' if len(counts) > 6 else ''}), "
+                             "a scan is of one: give the folder of one, or the SeriesInstanceUID as series")
 
 def choose_series(
     images:list,  # of `DicomImage`
     series:int|str|None=None, # SeriesNumber or SeriesInstanceUID; what a radiologist would read if `None`
     name:str="",  # for messages
-)->tuple:         # the images of one stack; a note that says which; a line that says why it was taken, empty where there was no choice
+)->tuple:         # images of one stack; which that is; why it was taken, empty where there was no choice
     "Pick the images of one CT series."
-    if not images: raise InputError(f"{name} holds no DICOM image: give the folder that holds the series")
+    if not images:
+        raise InputError(f"{name} holds no DICOM image: give the folder that holds the series")
     if series is not None:
         found = [i for i in images if str(series) in (str(i.series_number), i.series_uid)]
-        if not found: raise InputError(f"{name} has no series {legible(series)}, it has {', '.join(sorted({str(i.series_number) for i in images}))}: choose one of these")
+        if not found:
+            there = ", ".join(sorted({str(i.series_number) for i in images}))
+            raise InputError(f"{name} has no series {legible(series)}, it has {there}: choose one of these")
         images = found
     _one_study(images, name)
     uids = sorted({i.series_uid for i in images})
-    if series is not None and len(uids) > 1: raise InputError(f"{name} has {len(uids)} series of number {legible(series)}: choose one by its UID, {', '.join(uids[:4])}{', ...' if len(uids) > 4 else ''}")
+    if series is not None and len(uids) > 1:
+        shown = ", ".join(uids[:4]) + (", ..." if len(uids) > 4 else "")
+        raise InputError(f"{name} has {len(uids)} series of number {legible(series)}: choose one by its UID, {shown}")
     ct = [i for i in images if i.modality == "CT"]
-    if not ct: raise InputError(f"{name} holds modality {', '.join(sorted({i.modality for i in images}))}, expected CT: give a CT series")
+    if not ct:
+        there = ", ".join(sorted({i.modality for i in images}))
+        raise InputError(f"{name} holds modality {there}, expected CT: give a CT series")
     gray = [i for i in ct if i.samples == 1]
-    if not gray: raise InputError(f"{name} holds colours ({ct[0].samples} samples per pixel), a CT has 1: give the original series, not a screenshot of it")
+    if not gray:
+        raise InputError(f"{name} holds colours ({ct[0].samples} samples per pixel), a CT has 1: "
+                         "give the original series, not a screenshot of it")
     placed = [i for i in gray if i.placed]
-    if not placed: raise InputError(f"{name}: 0 of {len(gray)} images say where they lie (ImagePositionPatient, ImageOrientationPatient, PixelSpacing), all must: give the original series")
+    if not placed:
+        raise InputError(f"{name}: 0 of {len(gray)} images say where they lie (ImagePositionPatient, "
+                         "ImageOrientationPatient, PixelSpacing), all must: give the original series")
     stacks = defaultdict(list)
     for i in placed:
         if not i.localizer and (series is not None or i.axial): stacks[i.stack].append(i)
-    if not stacks: raise InputError(f"{name}: {len(placed)} of {len(placed)} images are localizers or not axial, expected an axial series: choose one by series=")
+    if not stacks:
+        raise InputError(f"{name}: {len(placed)} of {len(placed)} images are localizers or not axial, "
+                         "expected an axial series: choose one by series=")
     longest = max(map(_extent, stacks.values()))
     best = min(stacks.values(), key=lambda s: (len(s) < 2, *_rank(s, longest)))
-    if len(best) < 2: raise InputError(f"{name}: the largest series has 1 image, a volume has at least 2: give the folder that holds the whole series")
+    if len(best) < 2:
+        raise InputError(f"{name}: the largest series has 1 image, a volume has at least 2: "
+                         "give the folder that holds the whole series")
     of, others = best[0], len({i.series_uid for i in placed})
     note, choice = f"{_label(of)}, {len(best)} images", ""
     if others > 1:
@@ -243,13 +285,13 @@ def choose_series(
 # %% ../nbs/00b_dicom.ipynb #d2311fd0
 def series_table(
     folder:str|Path, # with DICOM files at any depth
-):                   # DataFrame, a row per series: study (a number), series, uid, description, plane, kernel, images, spacing_mm, low_mm, high_mm, use
+):                   # DataFrame, a row per series; `study` is a number, `use` how to read it, or why not
     "List the series of a folder: what they are, which would be read, and why the others would not."
     import pandas as pd
     images, damaged = read_headers(folder)
     if not images:
-        why = f", {len(damaged)} files cannot be read ({damaged[0][0].name}, ...)" if damaged else ""
-        raise InputError(f"{folder} holds no DICOM image{why}: give the folder that holds the series")
+        lost = f", {len(damaged)} files cannot be read ({damaged[0][0].name}, ...)" if damaged else ""
+        raise InputError(f"{folder} holds no DICOM image{lost}: give the folder that holds the series")
     studies, groups, rows = list(dict.fromkeys(i.study_uid for i in images)), defaultdict(list), []
     for i in images: groups[i.series_uid].append(i)
     chosen = {}
@@ -259,11 +301,16 @@ def series_table(
     for uid, group in groups.items():
         of = group[0]
         placed = [i for i in group if i.placed]
-        try: use = "chosen" if choose_series(group, uid)[0] and chosen[of.study_uid] == uid else f"--series {of.series_number if of.series_number is not None else uid}"
+        named = f"--series {uid if of.series_number is None else of.series_number}"
+        try: use = "chosen" if choose_series(group, uid) and chosen[of.study_uid] == uid else named
         except InputError as e: use = str(e).removeprefix(": ").strip()
         depths = [i.depth_mm for i in placed if i.axial]
         mm = (*(placed[0].pixel_spacing[::-1]), _step(placed)) if placed else ()
-        rows.append(dict(study=studies.index(of.study_uid) + 1, series=of.series_number, uid=uid, description=of.description, modality=of.modality,
-                         plane="localizer" if of.localizer else of.plane or "unknown", kernel=of.kernel, images=len(group), spacing_mm=" x ".join(f"{v:.3g}" for v in mm),
-                         low_mm=min(depths, default=None), high_mm=max(depths, default=None), use=use))
-    return pd.DataFrame(rows).astype(dict(series="Int64", low_mm=float, high_mm=float)).sort_values(["study", "series", "uid"], ignore_index=True)
+        rows.append(dict(
+            study=studies.index(of.study_uid) + 1, series=of.series_number, uid=uid,
+            description=of.description, modality=of.modality, kernel=of.kernel, images=len(group),
+            plane="localizer" if of.localizer else of.plane or "unknown",
+            spacing_mm=" x ".join(f"{v:.3g}" for v in mm),
+            low_mm=min(depths, default=None), high_mm=max(depths, default=None), use=use))
+    table = pd.DataFrame(rows).astype(dict(series="Int64", low_mm=float, high_mm=float))
+    return table.sort_values(["study", "series", "uid"], ignore_index=True)
