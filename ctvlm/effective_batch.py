@@ -11,7 +11,7 @@ import contextlib, itertools, math
 from dataclasses import dataclass
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor, nn
-from .core import InputError, stable_rng
+from .core import stable_rng
 from .siglip import gather_rows, process_count, siglip_loss
 from .localization import localization_loss
 from .disease import disease_prompt_loss, draw_phrasings

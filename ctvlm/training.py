@@ -11,13 +11,13 @@ __all__ = ['FREE', 'EXTENDED', 'TrainingConfig', 'as_found', 'freeze', 'learning
            'fitted_bias', 'fit_start', 'train', 'share_of_step']
 
 # %% ../nbs/12_training.ipynb #1bc9fc40
-import contextlib, csv, datetime, difflib, hashlib, itertools, json, math, numbers, os, random, re, shutil, signal, socket, statistics, threading, time, uuid, warnings
+import contextlib, csv, datetime, difflib, hashlib, json, math, numbers, os, random, re, shutil, signal, socket, statistics, threading, time, uuid, warnings
 from dataclasses import dataclass, asdict, fields, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
-from .core import InputError, Notice, progress, stable_rng, write_atomically
+from .core import InputError, Notice, progress, write_atomically
 from .siglip import gather_rows, process_count
 from .effective_batch import (Objective, add_gradients, cached_backward, effective_batch_backward, length_groups,
                                    over_processes, replayed, scan_part, text_parts, unpadded)
