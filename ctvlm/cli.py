@@ -197,6 +197,8 @@ def mine(
     output:Annotated[Optional[Path], typer.Option("--output", "-o", help="Table of pairs to be written: .parquet.")]=None,
     dicom:Annotated[Optional[Path], typer.Option(help="Folder of DICOM studies, or an index of series as Parquet: turns image numbers into mm.")]=None,
     explain:Annotated[bool, typer.Option("--explain", help="Show one report with its references coloured.")]=False,
+    audit:Annotated[Optional[int], typer.Option(min=1, help="Draw so many references into a page (-o audit.html) on which a person judges them.")]=None,
+    score:Annotated[bool, typer.Option("--score", help="REPORTS is the audit.json that such a page saved: precision and recall.")]=False,
     study_column:StudyColumn=None, report_column:ReportColumn=None, encoding:Encoding=None,
     as_json:AsJson=False, quiet:Quiet=False,
 ):
@@ -210,8 +212,18 @@ def mine(
         if as_json: return say(found, True)
         if _coloured(): return _console().print(Text.from_ansi(str(explained(legible(text)))))
         return say(found, False, ("snippet", "series", "image", "image_end", "plane", "prior"))   # without colours, as a table
+    if score:
+        from ctvlm.audit import score_audit
+        _useless("with --score", output=output, dicom=dicom, audit=audit)
+        found = score_audit(reports)
+        return say(found if as_json else {k: v for k, v in found.items() if k != "strata"}, as_json)
     if output is None: raise InputError("no output was given: name the table of pairs, for example -o pairs.parquet")
-    summary = mine_table(reports, dicom, output, quiet=quiet, columns=_columns(study=study_column, report=report_column), encoding=encoding)
+    columns = _columns(study=study_column, report=report_column)
+    if audit:
+        from ctvlm.audit import audit as draw
+        _useless("with --audit", dicom=dicom)
+        return say(draw(reports, output, audit, columns=columns, encoding=encoding, quiet=quiet), as_json)
+    summary = mine_table(reports, dicom, output, quiet=quiet, columns=columns, encoding=encoding)
     say(summary, as_json)
     if summary["unreadable"]: raise typer.Exit(1)
 
@@ -321,12 +333,12 @@ def check(
     paths:Annotated[list[Path], typer.Argument(help="Scans, or folders of scans.")],
     output:Annotated[Optional[Path], typer.Option("--output", "-o", help="Table to be written: .csv or .parquet.")]=None,
     workers:Annotated[Optional[int], typer.Option(min=1, help="Scans read at once.")]=None,
-    overwrite:Overwrite=False, as_json:AsJson=False, quiet:Quiet=False,
+    as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read every scan and say which can be used, and why the others cannot. Status 1 if any cannot."
     from ctvlm.preprocessing import check_paths
     for path in paths: _check_there(path)
-    table = check_paths(paths, output, workers, quiet, overwrite)
+    table = check_paths(paths, output, workers, quiet)
     say(table.to_dict("records"), as_json, ("path", "status", "reason"))
     if (table.status != "ok").any(): raise typer.Exit(1)
 
@@ -639,21 +651,6 @@ def init(
     with write_atomically(output) as temporary: model.save_pretrained(temporary)
     say({"model": output, "parameters": sum(p.numel() for p in model.parameters()), "trained_on": model.config.trained_on}, as_json)
 
-def _validation(studies, features, findings): # what `train` asks a model while it learns
-    from ctvlm.data import FeatureStore
-    from ctvlm.evaluation import evaluate_studies
-    store = FeatureStore(features)
-    def evaluate(model):
-        found = evaluate_studies(model, studies, store, findings, split="val", resamples=10, quiet=True)
-        numbers = {"r10": ("retrieval", "text_to_image", "r10"), "mean_auroc": ("classification", "mean_auroc"), "mae_mm": ("localization", "mae_mm")}
-        out = {}
-        for name, (section, *path) in numbers.items():
-            value = found.get(section)
-            for step in path: value = value.get(step) if isinstance(value, dict) else None
-            if value is not None: out[name] = value
-        return out
-    return evaluate
-
 @app.command()
 def train(
     studies:Annotated[Path, typer.Argument(help="Table of studies: .parquet.")],
@@ -663,9 +660,9 @@ def train(
     config:Annotated[Optional[Path], typer.Option(help="JSON file with fields of TrainingConfig.")]=None,
     batch_size:Annotated[int, typer.Option(min=1, help="Scans of a micro-batch.")]=16,
     workers:Annotated[int, typer.Option(min=0, help="Processes that read ahead.")]=2,
-    validate:Annotated[bool, typer.Option(help="Evaluate on the table's val rows while training; the best model goes to OUTPUT/best.")]=True,
     extend:Annotated[bool, typer.Option("--extend", help="Go on with other epochs or learning rates than the run began with.")]=False,
     start:Annotated[Optional[Path], typer.Option("--from", help="Checkpoint of another run, RUN/checkpoints/step-..., whose weights a new run begins with.")]=None,
+    validate:Annotated[bool, typer.Option("--validate/--no-validate", help="Evaluate on the table's val rows at the end of each epoch; the best model goes to OUTPUT/best.")]=True,
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Train on a table of studies with its window features; start several processes with `accelerate launch -m ctvlm.cli train ...`."
@@ -674,19 +671,34 @@ def train(
     from ctvlm.findings import FINDINGS
     from ctvlm.rewriting import augment_report
     from ctvlm.training import TrainingConfig, train as run
-    table, held_out = read_studies(studies, "train"), read_studies(studies, "val")
-    defaults = dict(frozen=("window_encoder",), metric="-mae_mm" if any(map(len, held_out.pairs)) else "r10")
-    settings = TrainingConfig.read(config, **defaults) if config else TrainingConfig(**defaults)
-    loaded = load_model(model, "cpu")                                # `train` moves it to the card of its own process
+    settings = TrainingConfig.read(config, frozen=("window_encoder",)) if config else TrainingConfig(frozen=("window_encoder",))
+    both = read_studies(studies)
+    table, val = (both[both.split == split] for split in ("train", "val"))
+    if not len(table): raise InputError(f"{studies} has no rows of the split train: make it with `ctvlm studies`")
+    loaded, store = load_model(model, "cpu"), FeatureStore(features)        # each process moves its copy to its own device
     findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in table.labels)]
-    data = Batches(table, FeatureStore(features), loaded.processor.tokenizer, batch_size, findings, augment=augment_report, variants=10, workers=workers, seed=settings.seed)
+    data = Batches(table, store, loaded.processor.tokenizer, batch_size, findings, augment=augment_report, variants=10, workers=workers, seed=settings.seed)
     if not quiet and findings and os.environ.get("RANK", "0") == "0":                          # the first process speaks for all
         print(census_text(label_matrix(table, findings), findings), file=sys.stderr)
-    evaluate = _validation(held_out, features, findings) if validate and len(held_out) else None
-    with redirect_stdout(sys.stderr):                                # standard output is for the answer
+    evaluate, settings = _validation(val, store, findings, settings) if validate and len(val) else (None, settings)
+    with redirect_stdout(sys.stderr):                               # standard output is for the answer
         log = run(loaded, data, settings, output, evaluate, quiet=quiet, extend=extend, start=start, about=f"{table.patient.nunique()} patients of {studies.name}")
     if log is None: return                                          # a process of several; the first one speaks for all
     say({"model": output/"model"}, True) if as_json else print(f"{output}/model")
+
+def _validation(val, store, findings, settings): # -> a function of the model, and settings that name what decides
+    from dataclasses import replace
+    from ctvlm.evaluation import evaluate_studies
+    where = {"r10": ("retrieval", "text_to_image", "r10"), "mean_auroc": ("classification", "mean_auroc"), "mae_mm": ("localization", "mae_mm")}
+    def evaluate(model):
+        result, found = evaluate_studies(model, val, store, findings, split="val", resamples=0, quiet=True), {}
+        for name, path in where.items():
+            value = result
+            for key in path: value = value.get(key) if isinstance(value, dict) else None
+            if value is not None: found[name] = value
+        return found
+    asked = any(p["depth_mm"] is not None for pairs in val.pairs for p in pairs)
+    return evaluate, settings if settings.metric != "score" else replace(settings, metric="-mae_mm" if asked else "r10")
 
 # %% ../nbs/15_cli.ipynb #7e6b35af
 Task = Enum("Task", {t: t for t in ("retrieval", "pools", "volumes", "classification", "localization")}, type=str) # typer takes no list of literals
@@ -731,8 +743,10 @@ def compare(
     as_json:AsJson=False,
 ):
     "Paired differences between two results, with intervals and permutation p-values."
-    from ctvlm.evaluation import compare_results
-    say(compare_results(a, b), as_json, ("measure", "a", "b", "difference", "difference_ci95", "p", "n", "better"))
+    from ctvlm.evaluation import compare_results, p_words
+    rows = compare_results(a, b)
+    if not as_json: rows = [r | {"p_holm": None if r.get("p_holm") is None else p_words(r["p_holm"])} for r in rows]
+    say(rows, as_json, ("measure", "a", "b", "difference", "difference_ci95", "p_holm", "n", "better", "note"))
 
 # %% ../nbs/15_cli.ipynb #075e3779
 @app.command()
