@@ -333,12 +333,12 @@ def check(
     paths:Annotated[list[Path], typer.Argument(help="Scans, or folders of scans.")],
     output:Annotated[Optional[Path], typer.Option("--output", "-o", help="Table to be written: .csv or .parquet.")]=None,
     workers:Annotated[Optional[int], typer.Option(min=1, help="Scans read at once.")]=None,
-    as_json:AsJson=False, quiet:Quiet=False,
+    overwrite:Overwrite=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read every scan and say which can be used, and why the others cannot. Status 1 if any cannot."
     from ctvlm.preprocessing import check_paths
     for path in paths: _check_there(path)
-    table = check_paths(paths, output, workers, quiet)
+    table = check_paths(paths, output, workers, quiet, overwrite)
     say(table.to_dict("records"), as_json, ("path", "status", "reason"))
     if (table.status != "ok").any(): raise typer.Exit(1)
 
@@ -651,6 +651,21 @@ def init(
     with write_atomically(output) as temporary: model.save_pretrained(temporary)
     say({"model": output, "parameters": sum(p.numel() for p in model.parameters()), "trained_on": model.config.trained_on}, as_json)
 
+def _validation(studies, features, findings): # what `train` asks a model while it learns
+    from ctvlm.data import FeatureStore
+    from ctvlm.evaluation import evaluate_studies
+    store = FeatureStore(features)
+    def evaluate(model):
+        found = evaluate_studies(model, studies, store, findings, split="val", resamples=10, quiet=True)
+        numbers = {"r10": ("retrieval", "text_to_image", "r10"), "mean_auroc": ("classification", "mean_auroc"), "mae_mm": ("localization", "mae_mm")}
+        out = {}
+        for name, (section, *path) in numbers.items():
+            value = found.get(section)
+            for step in path: value = value.get(step) if isinstance(value, dict) else None
+            if value is not None: out[name] = value
+        return out
+    return evaluate
+
 @app.command()
 def train(
     studies:Annotated[Path, typer.Argument(help="Table of studies: .parquet.")],
@@ -660,9 +675,9 @@ def train(
     config:Annotated[Optional[Path], typer.Option(help="JSON file with fields of TrainingConfig.")]=None,
     batch_size:Annotated[int, typer.Option(min=1, help="Scans of a micro-batch.")]=16,
     workers:Annotated[int, typer.Option(min=0, help="Processes that read ahead.")]=2,
+    validate:Annotated[bool, typer.Option(help="Evaluate on the table's val rows while training; the best model goes to OUTPUT/best.")]=True,
     extend:Annotated[bool, typer.Option("--extend", help="Go on with other epochs or learning rates than the run began with.")]=False,
     start:Annotated[Optional[Path], typer.Option("--from", help="Checkpoint of another run, RUN/checkpoints/step-..., whose weights a new run begins with.")]=None,
-    validate:Annotated[bool, typer.Option("--validate/--no-validate", help="Evaluate on the table's val rows at the end of each epoch; the best model goes to OUTPUT/best.")]=True,
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Train on a table of studies with its window features; start several processes with `accelerate launch -m ctvlm.cli train ...`."
@@ -671,34 +686,19 @@ def train(
     from ctvlm.findings import FINDINGS
     from ctvlm.rewriting import augment_report
     from ctvlm.training import TrainingConfig, train as run
-    settings = TrainingConfig.read(config, frozen=("window_encoder",)) if config else TrainingConfig(frozen=("window_encoder",))
-    both = read_studies(studies)
-    table, val = (both[both.split == split] for split in ("train", "val"))
-    if not len(table): raise InputError(f"{studies} has no rows of the split train: make it with `ctvlm studies`")
-    loaded, store = load_model(model, "cpu"), FeatureStore(features)        # each process moves its copy to its own device
+    table, held_out = read_studies(studies, "train"), read_studies(studies, "val")
+    defaults = dict(frozen=("window_encoder",), metric="-mae_mm" if any(map(len, held_out.pairs)) else "r10")
+    settings = TrainingConfig.read(config, **defaults) if config else TrainingConfig(**defaults)
+    loaded = load_model(model, "cpu")                                # `train` moves it to the card of its own process
     findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in table.labels)]
-    data = Batches(table, store, loaded.processor.tokenizer, batch_size, findings, augment=augment_report, variants=10, workers=workers, seed=settings.seed)
+    data = Batches(table, FeatureStore(features), loaded.processor.tokenizer, batch_size, findings, augment=augment_report, variants=10, workers=workers, seed=settings.seed)
     if not quiet and findings and os.environ.get("RANK", "0") == "0":                          # the first process speaks for all
         print(census_text(label_matrix(table, findings), findings), file=sys.stderr)
-    evaluate, settings = _validation(val, store, findings, settings) if validate and len(val) else (None, settings)
-    with redirect_stdout(sys.stderr):                               # standard output is for the answer
+    evaluate = _validation(held_out, features, findings) if validate and len(held_out) else None
+    with redirect_stdout(sys.stderr):                                # standard output is for the answer
         log = run(loaded, data, settings, output, evaluate, quiet=quiet, extend=extend, start=start, about=f"{table.patient.nunique()} patients of {studies.name}")
     if log is None: return                                          # a process of several; the first one speaks for all
     say({"model": output/"model"}, True) if as_json else print(f"{output}/model")
-
-def _validation(val, store, findings, settings): # -> a function of the model, and settings that name what decides
-    from dataclasses import replace
-    from ctvlm.evaluation import evaluate_studies
-    where = {"r10": ("retrieval", "text_to_image", "r10"), "mean_auroc": ("classification", "mean_auroc"), "mae_mm": ("localization", "mae_mm")}
-    def evaluate(model):
-        result, found = evaluate_studies(model, val, store, findings, split="val", resamples=0, quiet=True), {}
-        for name, path in where.items():
-            value = result
-            for key in path: value = value.get(key) if isinstance(value, dict) else None
-            if value is not None: found[name] = value
-        return found
-    asked = any(p["depth_mm"] is not None for pairs in val.pairs for p in pairs)
-    return evaluate, settings if settings.metric != "score" else replace(settings, metric="-mae_mm" if asked else "r10")
 
 # %% ../nbs/15_cli.ipynb #7e6b35af
 Task = Enum("Task", {t: t for t in ("retrieval", "pools", "volumes", "classification", "localization")}, type=str) # typer takes no list of literals
