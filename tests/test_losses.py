@@ -269,6 +269,11 @@ def test_that_test_sees_blindness_to_patients(): # planted fault: every snippet 
     assert shares(80, 0.7, blind=True)[0] < 0.7 - 0.05
 
 
+def test_patients_that_set_the_temperature_give_no_quantile(): # a fifth: nine others are left of 11, nineteen of 23
+    fit = lambda n: DepthCalibration.fit(*invented(n, 0))
+    assert [fit(n).calibrated for n in (10, 11)] == [fit(n).flat is not None for n in (22, 23)] == [False, True]
+
+
 def test_fit_refuses_what_is_no_number():
     data = similarity, valid, z, truth, patient = invented(20, 0)
     for bad in (truth.where(truth != truth[3], math.nan), truth.where(truth != truth[3], math.inf)):
