@@ -1,22 +1,23 @@
 """What to make of findings that reports assert and do not deny: five ways to train the disease questions, compared on phantoms.
 
-    python benchmarks/disease_unlabelled.py                                          about 5 minutes of processor time
-    python benchmarks/disease_unlabelled.py --train 60 --val 40 --test 40 --seeds 1  to try it out
+    ctvlm demo -o runs/demo
+    python benchmarks/disease_unlabelled.py runs/demo                                          about 2 minutes of processor time
+    python benchmarks/disease_unlabelled.py runs/demo --train 60 --val 40 --test 40 --seeds 1  to try it out
 
-Reports of phantoms are labelled by the rules; a map of the window features of the model that the demo starts from, and one of its sentences, learn
-with each form of the loss of chapter 9. Choices (weight of silence, prior) are made on validation patients; the AUC of every finding is that
-of the planted truth on test patients. Seeds draw the weights and 80 % of the training patients. Prints one JSON line per form and writes
+Takes the demo's patients and the features of their windows, labels their reports by the rules, and learns a map of the features and one of the
+sentences with each form of the loss of chapter 9. Choices (weight of silence, prior) are made on validation patients; the AUC of every finding is
+that of the planted truth on test patients. Seeds draw the weights and 80 % of the training patients. Prints one JSON line per form and writes
 benchmarks/results/disease_unlabelled.json, which chapter 9 shows.
 """
-import argparse, json, math, tempfile
+import argparse, json, math
 from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 
-from ctvlm.core import seed_everything
-from ctvlm.data import label_matrix, phantom_studies, scan_key
-from ctvlm.demo import demo_features, demo_model, demo_text
+from ctvlm.core import InputError, seed_everything
+from ctvlm.data import FeatureStore, label_matrix, read_studies, rule_labels, scan_key
+from ctvlm.demo import DEMO_PATIENTS, demo_model, demo_text
 from ctvlm.findings import FINDINGS, prompts_for
 from ctvlm.metrics import classification_metrics
 from ctvlm.phantoms import PhantomCohort
@@ -26,15 +27,26 @@ RESULT = Path(__file__).parent/"results"/"disease_unlabelled.json"
 GROUPS = ("organ", "region")
 
 
-def cohort(sizes, seed, folder):
+def cohort(run, sizes):
     "Studies with a split, their truth `(n, Q)`, labels `(n, Q)`, features `(n, F)` of scans and `(Q, 2, E)` of sentences."
-    patients = PhantomCohort(sum(sizes.values()), seed, spacing=(6., 6., 3.), languages=("en",))
-    studies = phantom_studies(patients, quiet=True)
-    studies["split"] = [name for name, n in sizes.items() for _ in range(n)]
-    model = demo_model(studies, seed)
-    demo_text(model, seed, quiet=True)
-    store = demo_features(model, studies, folder, workers=0, quiet=True)
-    planted = [s.labels for s in patients]
+    ends = np.cumsum(list(DEMO_PATIENTS.values()))
+    free = dict(zip(DEMO_PATIENTS, np.split(np.arange(ends[-1]), ends[:-1])))
+    extra = max(0, sizes["test"] - len(free["test"]))                     # the demo tests few: the last to train become tests
+    free["train"], more = np.split(free["train"], [len(free["train"]) - extra])
+    free["test"] = np.concatenate([more, free["test"]])
+    chosen = {name: free[name][:n] for name, n in sizes.items()}
+    rows = np.concatenate(list(chosen.values()))
+    patients = PhantomCohort(int(ends[-1]), 0, spacing=(6., 6., 3.), languages=("en",))
+    drawn = [patients[int(i)] for i in rows]
+    studies = read_studies(run/"studies.parquet").set_index("study").loc[[s.study for s in drawn]].reset_index()
+    if [s.report.findings for s in drawn] != list(studies.findings):
+        raise InputError(f"the reports of {run} are not those that these phantoms have now: run the demo anew")
+    studies["split"] = [name for name, some in chosen.items() for _ in some]
+    studies["labels"] = [rule_labels(s.report.text, "en") for s in drawn]  # silence stays silence here
+    model = demo_model(studies, 0)
+    demo_text(model, 0, quiet=True)
+    store = FeatureStore(next((run/"features").iterdir()))
+    planted = [s.labels for s in drawn]
     found = [f for f in FINDINGS if any(p.get(f) == 1 for p in planted)]
     truth = [[-1 if p.get(f) is None else p[f] for f in found] for p in planted]
     rows = [store.load(scan_key(r)) for r in studies.itertuples()]
@@ -131,15 +143,13 @@ def auc(scores, truth, found):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, n in (("train", 260), ("val", 80), ("test", 180)): ap.add_argument(f"--{name}", type=int, default=n)
+    ap.add_argument("run", type=Path, help="folder of `ctvlm demo`")
+    for name, n in (("train", 400), ("val", 80), ("test", 200)): ap.add_argument(f"--{name}", type=int, default=n)
     ap.add_argument("--seeds", type=int, default=3)
-    ap.add_argument("--seed", type=int, default=25, help="of the cohort")
-    ap.add_argument("--features", type=Path, help="folder to keep features in")
     ap.add_argument("--output", type=Path, default=RESULT)
     args = ap.parse_args()
     sizes = {name: getattr(args, name) for name in ("train", "val", "test")}
-    with tempfile.TemporaryDirectory() as folder:
-        studies, found, truth, labels, scans, sentences = cohort(sizes, args.seed, args.features or folder)
+    studies, found, truth, labels, scans, sentences = cohort(args.run, sizes)
     split = {name: torch.from_numpy((studies.split == name).to_numpy()) for name in sizes}
     train = labels[split["train"]]
     census = {f: [int((train[:, q] == v).sum()) for v in (1, 0, -1)] for q, f in enumerate(found)}
