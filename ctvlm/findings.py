@@ -871,12 +871,15 @@ class AnswerStore:
         with self.lock: row = self.db.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else (None if row[0] is None else json.loads(row[0]),)
 
-    def put(self, key, stage, answer, tokens):
+    def put(self, key, stage, answer, tokens): # an answer of `None` stayed invalid
+        "Keep an answer."
         with self.lock, self.db: self.db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, stage, None if answer is None else json.dumps(answer), tokens))
 
     def __len__(self):
         with self.lock: return self.db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
-    def close(self): self.db.close()
+    def close(self):
+        "Let go of the file."
+        self.db.close()
 
 # %% ../nbs/03_findings.ipynb #0a343f49
 class Unreachable(Exception):
