@@ -45,6 +45,7 @@ def _rotation(turn):
     return z @ y @ x
 
 class Ellipsoid(Solid):
+    "An ellipsoid, turned about its centre."
     def __init__(self, centre, radii, turn=(0, 0, 0)):
         self.centre, self.radii, self.turn = np.array(centre, float), np.ones(3) * radii, tuple(turn)
         self.rotation = _rotation(turn)
@@ -152,6 +153,7 @@ AIR = -1000.
 
 @dataclass(frozen=True)
 class Stroke:
+    "A solid painted into the scan: where, how bright, over what."
     layer:float  # strokes of higher layers are painted over lower ones
     hu:object    # density, or a function of `x, y, z`
     solid:Solid
@@ -183,6 +185,7 @@ PHASES = {"chest": (.45, .25, .30), "abdomen": (.20, .15, .65), "chest-abdomen":
 
 @dataclass(frozen=True)
 class Traits:
+    "Who the patient is: sex, age, height, weight."
     sex:str; age:int; height_cm:float; bmi:float
     region:str; phase:int # 0 without contrast, 1 arterial, 2 venous
     arms_up:bool
@@ -208,6 +211,7 @@ ARTERY, VEIN = (42, 340, 165), (40, 95, 155)
 
 @dataclass(frozen=True)
 class Organ:
+    "A part of the body as it is painted."
     layer:float
     hu:tuple              # without contrast, arterial, venous
     solid:Solid           # in mm of the tables
@@ -489,6 +493,7 @@ def _bones(self:Anatomy):
 # %% ../nbs/01_phantoms.ipynb #71c1910f
 @dataclass(frozen=True)
 class Planted:
+    "A finding that was put into the patient, and what is true of it."
     finding:str           # name in the catalogue of findings
     place:tuple           # where, in words: English, German
     depth_mm:float        # where it is seen best; scanner z in a study, the patient's own z while planting
@@ -941,6 +946,7 @@ def plant(
 # %% ../nbs/01_phantoms.ipynb #b291257c
 @dataclass(frozen=True)
 class Series:
+    "One series of the examination, as a scanner would make it."
     number:int; description:str
     plane:str|None     # "axial", "coronal"; `None` for the localizer
     kernel:str         # "soft", "lung", "bone"
@@ -953,6 +959,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Scan:
+    "Where the scanner was set: its range and its place in the patient."
     shift:tuple           # from the patient's own mm to scanner mm
     pixel:float           # in-plane size of the scanner's own voxels, mm
     matrix:int            # voxels along x and y
@@ -1351,6 +1358,7 @@ CHANGES = {"en": (", unchanged", ", new", ", increased"), "de": (", unverändert
 
 @dataclass(frozen=True)
 class Reference:
+    "A reference of the report, and where it truly lies."
     series:int; image:int; image_end:int|None
     plane:str|None       # as typed in the report
     prior:bool           # belongs to an earlier examination
@@ -1360,6 +1368,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Report:
+    "A report with its parts and the truth about its references."
     text:str; findings:str; impression:str; language:str
     references:tuple     # of `Reference`, in the order of the text
 

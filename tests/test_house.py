@@ -94,15 +94,12 @@ def test_nothing_is_unpickled():
 
 
 def undocumented(source):
-    "Public classes, functions and methods without a docstring, or, for a method, a comment on its signature."
-    lines, tree = source.splitlines(), ast.parse(source)
-    told = lambda m: ast.get_docstring(m) or any("#" in line for line in lines[m.lineno - 1:max(m.lineno, m.body[0].lineno - 1)])
-    for node in tree.body:
-        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or node.name.startswith("_"): continue
+    "Public classes and functions of a module without a docstring; a patched method may say it in a comment on its signature."
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or node.name.startswith("_") or ast.get_docstring(node): continue
         patched = isinstance(node, ast.FunctionDef) and any("patch" in ast.unparse(d) for d in node.decorator_list)
-        if not (told(node) if patched else ast.get_docstring(node)): yield node.name
-        for method in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and not told(method): yield f"{node.name}.{method.name}"
+        if not (patched and any("#" in line for line in lines[node.lineno - 1:max(node.lineno, node.body[0].lineno - 1)])): yield node.name
 
 
 @pytest.mark.parametrize("module", sorted(NUMBER))
@@ -114,5 +111,5 @@ def test_every_public_name_says_what_it_is(module):
 
 
 def test_a_missing_docstring_is_noticed():
-    planted = 'def f(a): # tells\n    return a\nclass C:\n    "x"\n    def m(self):\n        a = 1\n        return a\n    def n(self): # of C\n        return 1\n'
-    assert list(undocumented(planted)) == ["f", "C.m"]
+    planted = 'def f(a): # tells\n    return a\nclass C:\n    "x"\n@patch\ndef m(self:C): # of C\n    return 1\nclass D:\n    a:int\n'
+    assert list(undocumented(planted)) == ["f", "D"]
