@@ -151,7 +151,9 @@ class Tokens:
         self.words, self.starts, self.ends, kinds = map(list, zip(*out))
         return kinds
 
-    def word(self, i): return self.words[i] if 0 <= i < len(self.words) else ""
+    def word(self, i): # of token i
+        "The word there, or nothing outside of the text."
+        return self.words[i] if 0 <= i < len(self.words) else ""
     def touches(self, i): return 0 < i < len(self.words) and self.ends[i - 1] == self.starts[i] # nothing between token i and the one before
 
 # %% ../nbs/02_mining.ipynb #f77a1908
@@ -176,7 +178,7 @@ PARTS = dict(
 
 @dataclass(frozen=True)
 class Rule:
-    "A way of writing references: what it is called, and the pattern of tokens that it matches."
+    "One form in which references are written."
     name:str    # stands in the result
     pattern:str # letters of kinds, parts in braces; groups: s series, i j l image numbers, p plane
     yes:str     # a text that it reads
@@ -240,7 +242,7 @@ def _before_small_words(t, i): # the word in front of "(", "of", "on"
 Pair = namedtuple("Pair", "t i j a b sep before after box") # tokens i..j say a/b; the kinds next to them; the bracket around them
 @dataclass(frozen=True)
 class Doubt:
-    "A reason not to believe a resolved pair."
+    "What speaks against a pair of bare numbers."
     name:str
     test:object # `Pair` -> bool
     example:str # no reference is in here
