@@ -691,7 +691,8 @@ def train(
     settings = TrainingConfig.read(config, **defaults) if config else TrainingConfig(**defaults)
     loaded = load_model(model, "cpu")                                # `train` moves it to the card of its own process
     findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in table.labels)]
-    data = Batches(table, FeatureStore(features), loaded.processor.tokenizer, batch_size, findings, augment=augment_report, variants=10, workers=workers, seed=settings.seed)
+    data = Batches(table, FeatureStore(features, loaded), loaded.processor.tokenizer, batch_size, findings, augment=augment_report,
+        variants=10, workers=workers, seed=settings.seed, model=loaded, folder=output)
     if not quiet and findings and os.environ.get("RANK", "0") == "0":                          # the first process speaks for all
         print(census_text(label_matrix(table, findings), findings), file=sys.stderr)
     evaluate = _validation(held_out, features, findings) if validate and len(held_out) else None

@@ -483,7 +483,7 @@ def evaluate_studies(
     if findings is None: findings = [f for f in FINDINGS if any(f in labels for labels in test.labels)]
     if split == "train": train = train[:0]
     if split == calibrate: val = val[:0]
-    batches = lambda table: Batches(table, store, model._processor().tokenizer, batch_size, findings, training=False)
+    batches = lambda table: Batches(table, store, model._processor().tokenizer, batch_size, findings, training=False, model=model)
     own = model.config.calibration
     seen = own.calibrated and _origin(test) in own.population
     held_out = val if not own.n_patients and val.patient.nunique() >= 20 else None
