@@ -57,8 +57,9 @@ _CONTROL = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]") # wha
 
 def _console():
     from rich.console import Console
-    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000   # no line of a table is broken in a file
-    return Console(force_jupyter=False, width=wide)                 # a notebook shows what a terminal would
+    screen = sys.stdout.isatty()
+    wide = None if screen or "COLUMNS" in os.environ else 1000      # no line of a table is broken in a file, and no colours are in it
+    return Console(force_jupyter=False, force_terminal=screen, width=wide)
 
 def _cell(value):
     from rich.text import Text

@@ -18,7 +18,7 @@ document.getElementById("site-fold")?.addEventListener("click", e => {
 });
 
 // what is typed can be copied; outputs cannot
-for (const pre of navigator.clipboard || !isSecureContext ? document.querySelectorAll("main details.code pre, main pre:has(> code)") : []) {
+for (const pre of navigator.clipboard || !isSecureContext ? document.querySelectorAll("main details.code pre, main .highlight pre, main pre:has(> code)") : []) {
   const box = document.createElement("div"), button = Object.assign(document.createElement("button"), { type: "button", className: "copy", textContent: "Copy" });
   pre.replaceWith(box); box.className = "copied"; box.append(pre, button);
   button.addEventListener("click", async () => { await navigator.clipboard.writeText(pre.textContent.trimEnd()); button.textContent = "Copied"; setTimeout(() => { button.textContent = "Copy"; }, 1500); });
