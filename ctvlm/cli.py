@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'app', 'AsJson', 'Quiet', 'Model', 'Device', 'Scan', 'Scans', 'Window', 'Overwrite', 'StudyColumn',
-           'ReportColumn', 'Encoding', 'AllowMissing', 'Task', 'EXAMPLES', 'plain', 'say', 'main', 'phantoms', 'mine',
-           'label', 'studies', 'reads_scans', 'each_scan', 'check', 'series', 'preprocess', 'load_model', 'reading',
-           'picture_name', 'write_rows', 'localize', 'classify', 'findings', 'scan_vectors', 'search', 'view', 'embed',
-           'init', 'train', 'evaluate', 'compare', 'demo', 'manual']
+           'ReportColumn', 'Encoding', 'AllowMissing', 'Sr', 'KeyObjects', 'Slicer', 'Send', 'Task', 'EXAMPLES',
+           'plain', 'say', 'main', 'phantoms', 'mine', 'label', 'studies', 'reads_scans', 'address_of', 'at_hand',
+           'each_scan', 'check', 'series', 'preprocess', 'load_model', 'reading', 'picture_name', 'write_rows',
+           'write_for_readers', 'localize', 'classify', 'findings', 'scan_vectors', 'search', 'view', 'embed', 'init',
+           'train', 'evaluate', 'compare', 'demo', 'manual']
 
 # %% ../nbs/15_cli.ipynb #3be5dd87
-import difflib, inspect, json, os, re, sys, warnings
-from contextlib import redirect_stdout
+import difflib, inspect, json, os, re, sys, tempfile, warnings
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from enum import Enum
 from functools import partial, wraps
@@ -93,7 +94,7 @@ def _hint(text, quiet):
     if not quiet: _tell(text)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_hush, help="No progress bars and no hints; where a run goes on, what a model was trained on and what is wrong is still said.")]
-Model = Annotated[Path, typer.Option("--model", "-m", help="Folder of a saved model, or a name on the hub.")]
+Model = Annotated[Optional[Path], typer.Option("--model", "-m", help="Folder of a saved model, or a name on the hub; the model that ships with ctvlm if left out.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...; the best one if left out.")]
 Scan = Annotated[Path, typer.Argument(help="DICOM folder, zip, NIfTI, NRRD, MetaImage, npz.")]
 Scans = Annotated[list[Path], typer.Argument(help="One or several: DICOM folder, zip, NIfTI, NRRD, MetaImage, npz.")]
@@ -306,25 +307,47 @@ def reads_scans(
 def _check_there(path):
     if not path.exists(): raise InputError(f"{path} does not exist: check the path")
 
+def address_of(
+    path, # of a scan, as the command line gave it
+)->str|None:
+    "The address on a DICOMweb server, where `path` is one."
+    from ctvlm.dicomweb import SCHEME
+    head, _, rest = str(path).partition(":/")                       # a Path keeps one slash of two
+    return SCHEME + rest.lstrip("/") if f"{head}://" == SCHEME else None
+
+@contextmanager
+def at_hand(
+    path,         # as given
+    series=None,  # its number, where an address names a study
+):                # a path on this machine
+    "The scan itself; one from an archive lies in a private folder as long as the block runs."
+    if (address := address_of(path)) is None: yield path; return
+    from ctvlm.dicomweb import fetch_series
+    with tempfile.TemporaryDirectory(prefix="ctvlm-") as folder: yield fetch_series(address, Path(folder)/"series", series)
+
 def each_scan(
     paths:list,  # as given
     quiet:bool,  # no hints
     **how,       # of `load_volume`
-):               # path, `CTVolume`
+):               # path, where it lies on this machine until the next one, `CTVolume`
     "Read scans one after the other; of several, those that cannot be read are left out and said."
     from ctvlm.preprocessing import load_volume
-    for path in paths: _check_there(path)
+    for path in paths:
+        if address_of(path) is None: _check_there(path)
     refused = []
     for path in paths:
-        try: volume = load_volume(path, **how)
-        except InputError as e:
-            if len(paths) == 1: raise
-            refused.append(path)
-            _tell(f"{path} is left out: {e}")
-            continue
-        _hint(f"read {volume.name}" + (f": {volume.choice}" if volume.choice else ""), quiet)
-        for note in volume.notes: _tell(f"{path}: {note}")
-        yield path, volume
+        with ExitStack() as stack:
+            try:
+                here = stack.enter_context(at_hand(path, how.get("series")))
+                volume = load_volume(here, **how)
+            except InputError as e:
+                if len(paths) == 1: raise
+                refused.append(path)
+                _tell(f"{path} is left out: {e}")
+                continue
+            _hint(f"read {volume.name}" + (f": {volume.choice}" if volume.choice else ""), quiet)
+            for note in volume.notes: _tell(f"{path}: {note}")
+            yield path, here, volume
     if len(refused) == len(paths): raise InputError(f"none of {len(paths)} scans could be read: the lines above say why")
     if refused: warnings.warn(Notice("scans left out", refused, missing=True))
 
@@ -368,7 +391,7 @@ def preprocess(
     from safetensors.torch import save_file
     from ctvlm.preprocessing import make_windows
     check_output(output, scan, overwrite)
-    [(_, volume)] = each_scan([scan], quiet, **how)
+    [(_, _, volume)] = each_scan([scan], quiet, **how)
     w = make_windows(volume, fit)
     place = {name: torch.as_tensor(getattr(w, name)).contiguous() for name in ("windows", "grid", "affine", "bin_depths_mm", "patch_mask")}
     with write_output(output, scan, overwrite) as temporary: save_file(place, temporary)
@@ -376,14 +399,13 @@ def preprocess(
 
 # %% ../nbs/15_cli.ipynb #3ce58182
 def load_model(
-    model:Path,           # folder or hub name
+    model:Path|None,      # folder or hub name; the model that ships if `None`
     device:str|None=None, # see `pick_device`
 ):                        # a `CTVLMModel` ready to answer
     "Load a model and say what it was trained on."
     from ctvlm.core import pick_device
-    from ctvlm.model import load_any
-    device = pick_device(device)
-    loaded = load_any(model).to(device).eval()
+    from ctvlm.model import load_any, ready_model
+    loaded = ready_model(device) if model is None else load_any(model).to(pick_device(device)).eval()
     loaded.config.calibration                                       # read by another version? said before anything is computed
     _tell(f"this model was trained on {loaded.config.trained_on}; for research, not for diagnosis")
     return loaded
@@ -441,35 +463,81 @@ def write_rows(
             if path.suffix.lower() == ".json": t.write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
             else: pd.DataFrame(rows, columns=list(columns)).map(escape_cell).to_csv(t, index=False)
 
+# %% ../nbs/15_cli.ipynb #cb803c2d
+Sr = Annotated[Optional[Path], typer.Option("--sr", help="DICOM structured report of the answers, .dcm; of a DICOM scan.")]
+KeyObjects = Annotated[Optional[Path], typer.Option("--key-objects", help="DICOM key object selection of the images that were pointed at, .dcm.")]
+Slicer = Annotated[Optional[Path], typer.Option("--slicer", help="Marks for 3D Slicer, .mrk.json.")]
+Send = Annotated[bool, typer.Option("--send", help="Store report and key objects on the server that the scan came from.")]
+
+def _check_dicom(scans, overwrite, send, **files): # refuse before anything is computed
+    named = {f"--{name.replace('_', '-')}": path for name, path in files.items() if path is not None}
+    if send and address_of(scans[0]) is None: raise InputError("--send needs a scan from a server, dicomweb://host/path/studies/STUDY/series/SERIES: there is nowhere to send to")
+    if (named or send) and len(scans) > 1: raise InputError(f"{', '.join(named) or '--send'} is about one scan, {len(scans)} were given: give one")
+    for option, path in named.items():
+        ending = ".mrk.json" if option == "--slicer" else ".dcm"
+        if not path.name.endswith(ending): raise InputError(f"{option} {path} does not end in {ending}: name it so")
+        check_output(path, [s for s in scans if address_of(s) is None], overwrite)
+
+def write_for_readers(
+    here,           # the scan on this machine
+    scan,           # as it was given
+    volume,         # `CTVolume`
+    answers:list,
+    model,
+    overwrite:bool=False,
+    sr=None, key_objects=None, slicer=None, # files to be written
+    send:bool=False, # store them where the scan came from
+)->list:            # what was done, a line each
+    "Write and send the answers as DICOM, and as marks for 3D Slicer."
+    from ctvlm.structured_reports import Source, about_model, to_key_objects, to_slicer, to_sr, write_dicom
+    done = []
+    if sr or key_objects or send:
+        source, objects = Source.read(here, volume.series_uid), []
+        placed = [a for a in answers if hasattr(a, "depth_mm")]
+        if sr or send: objects.append((sr, to_sr(answers, source, about_model(model))))
+        if placed and (key_objects or send): objects.append((key_objects, to_key_objects(placed, source)))
+        done += [f"DICOM: {write_dicom(path, ds, overwrite=overwrite)}" for path, ds in objects if path]
+        if send:
+            from ctvlm.dicomweb import send as store
+            done += [f"{'stored' if r['stored'] else 'was there already'}: {r['uid']}" for r in store([ds for _, ds in objects], address_of(scan))]
+    if slicer:
+        with write_output(slicer, overwrite=overwrite) as t: t.write_text(json.dumps(to_slicer(answers, volume), indent=1), encoding="utf-8")
+        done.append(f"marks: {slicer}")
+    return done
+
 # %% ../nbs/15_cli.ipynb #9b750b24
 @app.command()
 @reads_scans
 def localize(
     scans:Scans,
     text:Annotated[list[str], typer.Option("--text", "-t", help="A finding in words; may be given several times.")],
-    model:Model,
+    model:Model=None,
     output:Annotated[Optional[list[Path]], typer.Option("--output", "-o", help="Picture of all answers (.png, .jpg), table of them (.csv, .json), or a folder for the pictures of several scans; may be given several times. If left out, a picture named after each scan in the current folder.")]=None,
     window:Window=None, overwrite:Overwrite=False,
+    sr:Sr=None, key_objects:KeyObjects=None, slicer:Slicer=None, send:Send=False,
     device:Device=None, as_json:AsJson=False, quiet:Quiet=False,
     how:dict|None=None,
 ):
     "At which depth of a scan does a finding lie?"
     if any(not t.strip() for t in text): raise InputError("a text to be found is empty: describe a finding, for example --text 'nodule in the right upper lobe'")
     pictures, tables = _outputs(scans, output, overwrite)
+    _check_dicom(scans, overwrite, send, sr=sr, key_objects=key_objects, slicer=slicer)
+    done = []
     import matplotlib
     matplotlib.use("agg")
     from ctvlm.viewer import answer_words, localization_figure, promise
     loaded, rows = load_model(model, device), []
-    for path, volume in each_scan(scans, quiet, **how):
+    for path, here, volume in each_scan(scans, quiet, **how):
         with reading(loaded, quiet): answers = loaded.localize(volume, text)
+        if sr or key_objects or slicer or send: done += write_for_readers(here, path, volume, answers, loaded, overwrite, sr, key_objects, slicer, send)
         picture = pictures[path]
         if picture is not None:
-            figure = localization_figure(answers, volume, window=window, notes=f"{volume.name}; model {model}, trained on {loaded.config.trained_on}")
+            figure = localization_figure(answers, volume, window=window, notes=f"{volume.name}; model {model or 'shipped with ctvlm'}, trained on {loaded.config.trained_on}")
             with write_output(picture, scans, overwrite) as t: figure.savefig(t, format="jpg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png")
         for a in answers:
             low, high = a.interval_mm or (None, None)
             rows.append(plain({"path": path, **plain(a), "answer": answer_words(a), "low_mm": low, "high_mm": high, "picture": picture}))
-    about = {"calibrated": promise(loaded.config), "model": str(model), "trained_on": loaded.config.trained_on}
+    about = {"calibrated": promise(loaded.config), "model": str(model or "shipped with ctvlm"), "trained_on": loaded.config.trained_on}
     rows = [row | about for row in rows]
     write_rows(tables, rows, ("path", "scan", "text", "answer", "abstains", "depth_mm", "image_number", "low_mm", "high_mm", "interval", "calibrated", "model", "trained_on"), overwrite)
     if as_json: return say(rows, True)
@@ -477,6 +545,7 @@ def localize(
     print(f"interval: {about['calibrated']}")
     for p in dict.fromkeys(r["picture"] for r in rows if r["picture"]): print(f"picture: {legible(p)}")
     for t in tables: print(f"table: {t}")
+    for line in done: print(line)
 
 # %% ../nbs/15_cli.ipynb #da8c0adc
 def _near_misses(findings): # a name that the catalogue almost has was probably meant
@@ -491,10 +560,10 @@ def _near_misses(findings): # a name that the catalogue almost has was probably 
 @reads_scans
 def classify(
     scans:Scans,
-    model:Model,
+    model:Model=None,
     finding:Annotated[Optional[list[str]], typer.Option("--finding", "-f", help="A name of the catalogue (`ctvlm findings`) or any noun phrase; may be given several times; the 18 classes of CT-RATE if left out.")]=None,
     output:Annotated[Optional[list[Path]], typer.Option("--output", "-o", help="Table to be written: .csv or .json.")]=None,
-    overwrite:Overwrite=False,
+    overwrite:Overwrite=False, sr:Sr=None, send:Send=False,
     device:Device=None, as_json:AsJson=False, quiet:Quiet=False,
     how:dict|None=None,
 ):
@@ -502,14 +571,18 @@ def classify(
     from ctvlm.findings import CT_RATE_CLASSES
     if finding and any(not f.strip() for f in finding): raise InputError("a finding is empty: name one, for example --finding 'Pleural effusion'")
     _, tables = _outputs(scans, output, overwrite, pictures=False)
+    _check_dicom(scans, overwrite, send, sr=sr)
+    done = []
     names = list(finding or CT_RATE_CLASSES)
     _near_misses(names)
     loaded, rows = load_model(model, device), []
-    for path, volume in each_scan(scans, quiet, **how):
+    for path, here, volume in each_scan(scans, quiet, **how):
         with reading(loaded, quiet): answers = loaded.classify(volume, names)
+        if sr or send: done += write_for_readers(here, path, volume, answers, loaded, overwrite, sr, send=send)
         rows += sorted(({"path": str(path), **plain(a)} for a in answers), key=lambda r: -r["probability"])
     write_rows(tables, rows, ("path", "scan", "finding", "probability", "score", "source"), overwrite)
     say(rows, as_json, (("path",) if len(scans) > 1 else ()) + ("finding", "probability", "source"))
+    for line in () if as_json else done: print(line)
     if not as_json: print("A probability is a score to rank by: nothing says that 0.5 divides yes from no.")
 
 @app.command()
@@ -553,7 +626,7 @@ def scan_vectors(
                 if found.shape != (width,): raise InputError(f"{file} holds {tuple(found.shape)} numbers for a scan, this model's vectors have {width}: embed the scan again with this model")
                 yield file, file.stem, found
         else: scans.append(path)
-    for path, volume in each_scan(scans, quiet, **how) if scans else ():
+    for path, here, volume in each_scan(scans, quiet, **how) if scans else ():
         with reading(model, quiet): yield path, volume.name, model.embed(volume).scan
 
 @app.command()
@@ -561,7 +634,8 @@ def scan_vectors(
 def search(
     report:Annotated[str, typer.Argument(help="A report's text, or a file that holds it.")],
     scans:Annotated[list[Path], typer.Argument(help="What to choose from: scans, embeddings that `ctvlm embed SCAN -o` wrote, or folders of embeddings or of features.")],
-    model:Model, device:Device=None, as_json:AsJson=False, quiet:Quiet=False,
+    model:Model=None,
+    device:Device=None, as_json:AsJson=False, quiet:Quiet=False,
     how:dict|None=None,
 ):
     "Which scan fits a report? Best first."
@@ -581,7 +655,7 @@ def search(
 @reads_scans
 def view(
     scan:Scan,
-    model:Model,
+    model:Model=None,
     report:Annotated[Optional[str], typer.Option("--report", "-r", help="A file that holds the report, or its text (which others on this machine can then see in the list of processes).")]=None,
     window:Window=None,
     port:Annotated[int, typer.Option(min=1, max=65535, help="Where to listen; the next free one from here.")]=8866,
@@ -602,7 +676,7 @@ def view(
 @reads_scans
 def embed(
     scan:Annotated[Path, typer.Argument(help="A scan, or a table of studies: .parquet.")],
-    model:Model,
+    model:Model=None,
     output:Annotated[Optional[Path], typer.Option("--output", "-o", help="A scan: file of its embeddings, .safetensors. A table: folder of the feature store.")]=None,
     workers:Annotated[Optional[int], typer.Option(min=0, help="A table: processes that read scans ahead of the encoder; 2 if left out.")]=None,
     device:Device=None,
@@ -630,7 +704,7 @@ def embed(
     _useless("with one scan: it is for a table of studies", workers=workers, devices=devices)
     if output is not None: check_output(output, scan, overwrite)
     from safetensors.torch import save_file
-    [(_, volume)] = each_scan([scan], quiet, **how)
+    [(_, _, volume)] = each_scan([scan], quiet, **how)
     loaded = load_model(model, device)
     with reading(loaded, quiet): e = loaded.embed(volume)
     if output is not None:
@@ -671,8 +745,8 @@ def _validation(studies, features, findings): # what `train` asks a model while 
 def train(
     studies:Annotated[Path, typer.Argument(help="Table of studies: .parquet.")],
     features:Annotated[Path, typer.Option("--features", help="Feature store that `ctvlm embed` filled with this model.")],
-    model:Model,
     output:Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run there goes on.")],
+    model:Model=None,
     config:Annotated[Optional[Path], typer.Option(help="JSON file with fields of TrainingConfig.")]=None,
     batch_size:Annotated[int, typer.Option(min=1, help="Scans of a micro-batch.")]=16,
     workers:Annotated[int, typer.Option(min=0, help="Processes that read ahead.")]=2,
@@ -708,8 +782,8 @@ Task = Enum("Task", {t: t for t in ("retrieval", "pools", "volumes", "classifica
 @app.command()
 def evaluate(
     studies:Annotated[Path, typer.Argument(help="Table of studies: .parquet.")],
-    model:Model,
     output:Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and report.html.")],
+    model:Model=None,
     features:Annotated[Optional[Path], typer.Option("--features", help="Feature store that `ctvlm embed` filled with this model; if left out, what is needed is computed from the scans into OUTPUT/features.")]=None,
     task:Annotated[Optional[list[Task]], typer.Option(help="Which protocol; may be given several times. All that the data allow if left out.")]=None,
     split:Annotated[Literal["train", "val", "test"], typer.Option(help="Which patients.")]="test",

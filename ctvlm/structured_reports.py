@@ -7,7 +7,8 @@ __all__ = ['REQUIRED', 'SCHEME', 'NOT_FOR_DIAGNOSIS', 'MINED', 'MARKUPS', 'Sourc
            'to_slicer', 'write_dicom']
 
 # %% ../nbs/14a_structured_reports.ipynb #78c1eb65
-import json, os
+import json, os, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -61,6 +62,13 @@ def _height(ds):
 # %% ../nbs/14a_structured_reports.ipynb #e532e5f4
 SCHEME = "99CTVLM"   # codes of our own; the standard has none for these
 NOT_FOR_DIAGNOSIS = "For research, not for diagnosis"
+
+@contextmanager
+def _quietly():
+    "highdicom warns of unusual names of patients, and would print them."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 def _code(value, meaning):
     hd, _ = _libraries()
@@ -131,8 +139,9 @@ def to_sr(
     report = hd.sr.MeasurementReport(hd.sr.ObservationContext(observer_device_context=observer), procedure_reported=hd.sr.CodedConcept("77477000", "SCT", "Computed tomography"),
                                      imaging_measurements=groups, title=codes.DCM.ImagingMeasurementReport)
     cited = _cited(answers, references, source) or [source.headers[0]]
-    out = hd.sr.ComprehensiveSR(cited, report, series_instance_uid=_uid("sr series", series), series_number=9801, sop_instance_uid=_uid("sr", *content), instance_number=1,
-                                is_complete=True, series_description="ctvlm: answers", **_equipment())
+    with _quietly():
+        out = hd.sr.ComprehensiveSR(cited, report, series_instance_uid=_uid("sr series", series), series_number=9801, sop_instance_uid=_uid("sr", *content), instance_number=1,
+                                    is_complete=True, series_description="ctvlm: answers", **_equipment())
     out.SpecificCharacterSet = "ISO_IR 192"
     return out
 
@@ -161,8 +170,9 @@ def to_key_objects(
     observer = hd.sr.ObserverContext(codes.DCM.Device, hd.sr.DeviceObserverIdentifyingAttributes(uid=_uid("device"), name="ctvlm"))
     content = hd.ko.KeyObjectSelection(codes.DCM.OfInterest, cited, observer_device_context=observer, description=f"{said}. {NOT_FOR_DIAGNOSIS}.")
     series = source.headers[0].SeriesInstanceUID
-    out = hd.ko.KeyObjectSelectionDocument(cited, content, series_instance_uid=_uid("ko series", series), series_number=9802, sop_instance_uid=_uid("ko", series, said, *(ds.SOPInstanceUID for ds in cited)),
-                                           instance_number=1, series_description="ctvlm: images to look at", **_equipment())
+    with _quietly():
+        out = hd.ko.KeyObjectSelectionDocument(cited, content, series_instance_uid=_uid("ko series", series), series_number=9802, sop_instance_uid=_uid("ko", series, said, *(ds.SOPInstanceUID for ds in cited)),
+                                               instance_number=1, series_description="ctvlm: images to look at", **_equipment())
     out.SpecificCharacterSet = "ISO_IR 192"
     return out
 
@@ -192,10 +202,10 @@ def to_slicer(
 def write_dicom(
     path:str|Path, # of the report
     dataset,       # of `to_sr` or `to_key_objects`
-    inputs=(),     # paths that must not be replaced
+    overwrite:bool=False, # also a file that is not ours
 )->Path:
     "Write a DICOM object that names a patient, with mode 600."
-    with write_output(path, inputs=inputs) as temporary:
+    with write_output(path, overwrite=overwrite) as temporary:
         dataset.save_as(temporary, enforce_file_format=True)
         os.chmod(temporary, 0o600)
     return Path(path)

@@ -49,6 +49,7 @@ def program(name):
     return name
 
 
+@pytest.mark.filterwarnings("error")   # a warning of highdicom quotes the patient's name
 def test_others_accept_the_files(case, tmp_path):
     volume, source = case
     answers = answers_at(volume)
