@@ -434,36 +434,45 @@ class Run:
         self.recent, self.lowest = [], math.inf                      # losses of the last steps, and what their median has been down to
         self.notes, self.history, self.name = {}, [], uuid.uuid4().hex[:12]
 
-    def scans(self, step): # of an optimiser step, over all processes
+    def scans(self, step):
+        "Scans of an optimiser step, over all processes."
         s, k = step % self.steps_per_epoch, self.steps_per_epoch
         return (s + 1) * self.data.size // k - s * self.data.size // k
 
     def settings(self):
+        "What makes this run this one, and what it may change."
         own = {p.data_ptr() for p in self.trained}
         frozen = {n: x for n, x in self.model.state_dict().items() if x.data_ptr() not in own}
         shapes = repr([(n, tuple(p.shape)) for n, p in zip(self.names, self.trained)])
         return {"config": asdict(self.config), "processes": process_count(), "scans": self.data.size, "batch_size": self.data.batch_size,
                 "trained parameters": hashlib.sha256(shapes.encode()).hexdigest()[:16], "frozen parameters": fingerprint(frozen)}
 
-    def over(self): return self.step >= self.total or 0 < self.config.patience <= self.since
+    def over(self):
+        "Whether all steps are done, or patience is at its end."
+        return self.step >= self.total or 0 < self.config.patience <= self.since
 
     def train_mode(self):
+        "Training, with frozen parts as in use."
         self.model.train()
         for m in self.frozen: m.eval()
 
     def say(self, text):
+        "Print on the first process."
         if self.rank == 0: print(text, flush=True)
 
-    def warn(self, what, text): # say it, and count it in run.json
+    def warn(self, what, text):
+        "Say it, and count it in run.json."
         self.say(f"{what}: {text}")
         self.count(what)
 
     def count(self, what):
+        "Count a warning in run.json."
         self.notes[what] = self.notes.get(what, 0) + 1
         self.write_about()
 
     @contextlib.contextmanager
-    def counting(self): # what others notice during the block is counted too
+    def counting(self):
+        "Notices of others during the block are counted too."
         with warnings.catch_warnings():
             show = warnings.showwarning
             def and_count(message, *args, **kw):
@@ -472,7 +481,8 @@ class Run:
             warnings.showwarning = and_count
             yield
 
-    def write_about(self): # run.json, for people; what a run goes on with is in its checkpoints
+    def write_about(self):
+        "Write run.json, for people; what a run goes on with is in its checkpoints."
         if self.rank: return
         about = {**self.about, "history": self.history, "warnings": self.notes, "left out": dict(getattr(self.data, "left_out", None) or {}), "name": self.name}
         with contextlib.suppress(OSError, InputError), write_atomically(self.folder/"run.json") as t: t.write_text(json.dumps(about, indent=1))
