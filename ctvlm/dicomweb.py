@@ -102,11 +102,11 @@ def find_series(
 def choose(
     rows:list,            # of `find_series`
     address:Address,
-    number:int|None=None, # Series Number
+    number:int|str|None=None, # Series Number, or Series Instance UID
 )->str:                   # Series Instance UID
     "The series that is meant; `InputError` with the list where several could be."
     if address.series: return address.series
-    meant = [r for r in rows if number is None or r["number"] == number]
+    meant = [r for r in rows if number is None or str(number) in (str(r["number"]), r["uid"])]
     if len(meant) == 1: return meant[0]["uid"]
     there = "; ".join(f"{r['number']} {r['description']} ({r['images']} images), /series/{r['uid']}" for r in rows) or "none"
     raise InputError(f"{len(meant)} CT series of study {address.study} fit: name one in the address, or by --series. There are: {there}")
@@ -115,7 +115,7 @@ def choose(
 def fetch_series(
     scan:str,              # an address
     folder:str|Path,       # new or empty; one file per image is written into it
-    number:int|None=None,  # Series Number, where the address names a study
+    number:int|str|None=None, # Series Number or UID, where the address names a study
     backoff:float=0.5,     # seconds, see `connect`
 )->Path:                   # the folder
     "Bring all images of a series; `InputError` if one is missing."
