@@ -102,7 +102,10 @@ class FeatureStore:
         else:
             if about.get("checksum") == _checksum(tensors): return tensors
             why = "its bytes have changed since they were written"
-            with contextlib.suppress(OSError): self.path(key).unlink()               # so that the next run replaces it
+            if "checksum" not in about: why = "another version of ctvlm wrote it"
+            else:
+                with contextlib.suppress(OSError):                                   # put aside, so that the next run replaces it
+                    self.path(key).replace(self.path(key).with_suffix(".damaged"))
         raise InputError(f"{self.path(key)} cannot be read ({why}): run `ctvlm embed` again, it replaces what is absent or damaged")
 
     def save(self, key, tensors, about): # `about`: what `header` gives
