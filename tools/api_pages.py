@@ -117,16 +117,31 @@ def constants(module):
     return rows
 
 
+def own_names(source):
+    "What a module defines itself; the rest of its names comes from earlier chapters, whose pages tell of them."
+    return {*definitions(source), *(n for node in ast.parse(source).body for n in assigned(node) or ())}
+
+
 def api_page(name, chapter):
     "The page of one module: what it is for, its functions and classes, its constants."
     module = importlib.import_module(f"ctvlm.{name}")
     out = [f"{module.__doc__} [The chapter](../{chapter}) builds it step by step."]
-    lines = definitions(Path(module.__file__).read_text())
-    for n in module.__all__:
+    source = Path(module.__file__).read_text()
+    lines, own = definitions(source), own_names(source)
+    for n in (n for n in module.__all__ if n in own):
         obj = getattr(module, n)
         if not (inspect.isclass(obj) or inspect.isfunction(inspect.unwrap(obj) if callable(obj) else obj)): continue
         out += entry(n, obj, 2, chapter, source_link(module, lines.get(n)))
         if inspect.isclass(obj):
-            for m, value in members(obj): out += entry(f"{n}.{m}", value, 3, chapter, source_link(module, lines.get(f"{n}.{m}")))
+            for m, value in members(obj):
+                if f"{n}.{m}" in lines: out += entry(f"{n}.{m}", value, 3, chapter, source_link(module, lines.get(f"{n}.{m}")))
+    for n in sorted({l.split(".")[0] for l in lines if "." in l} - own - {n for n in lines if "." not in n}):   # methods that this chapter gives to classes of earlier ones
+        found = [(m, value) for m, value in members(getattr(module, n, type)) if f"{n}.{m}" in lines]
+        if found: out.append(f"## Given to `{n}` {{#{n}}}")
+        for m, value in found: out += entry(f"{n}.{m}", value, 3, chapter, source_link(module, lines[f"{n}.{m}"]))
     if rows := constants(module): out += ["## Constants", "\n".join(["| name | value | meaning |", "| --- | --- | --- |"] + rows)]
+    if rest := [n for n in module.__all__ if n not in own]:
+        of = {n: getattr(getattr(module, n), "__module__", "") for n in rest}
+        links = [f"[`{n}`]({of[n].split('.')[-1]}.html#{n})" if str(of[n]).startswith("ctvlm.") else f"`{n}`" for n in rest]
+        out += ["## From earlier chapters", "Also importable from here: " + ", ".join(links) + "."]
     return "\n\n".join(out) + "\n"
