@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import InputError, Notice, progress, write_atomically
+from .dicomweb import is_address, parse_address
 from .findings import CT_RATE_CLASSES, FINDINGS
 from .preprocessing import check_forms, check_geometry
 from .studies import (
@@ -131,9 +132,10 @@ def scan_problem(
     path:Path,            # of a scan
     archive:Path|None=None, # the root that links must not leave
 )->str:                   # "" if there is none
-    "What is wrong with a scan, as far as its header and its length tell."
-    path = Path(path)
+    "What is wrong with a scan, as far as its header and its length tell; an address is only read."
     try:
+        if is_address(path): parse_address(path); return ""
+        path = Path(path)
         if archive is not None and leaves(archive, path): return f"{path.name} leaves {archive.name}: put the file itself there, or allow what lies outside"
         if not path.exists(): return f"{path.name} is missing: download it"
         if path.is_dir():
@@ -172,6 +174,7 @@ class Collection:
         self.refused.append(dict(source=self.source, study=str(study), scan=str(scan), reason=reason))
 
     def below(self, scan): # the path below the root
+        if is_address(scan): return scan.rpartition("/")[2]             # the UID
         path = os.path.relpath(scan, self.root)
         return Path(scan).name if path.startswith("..") else Path(path).as_posix()
 
@@ -481,7 +484,8 @@ def read_csv_folder(
             places.setdefault(_stem(p.name), p)
     for line, row in progress(table.rows(bad), "reports", quiet=quiet):
         study, where = table.get(row, "study"), f"{table.path.name}, {table.unit} {line}"
-        scan = root/table.get(row, "scan") if table.get(row, "scan") else places.get(study)
+        named = table.get(row, "scan")
+        scan = named if is_address(named) else root/named if named else places.get(study)
         if not study: found.refuse("", scan or "", f"{where}: no study: name it"); continue
         if scan is None: found.refuse(study, "", f"{where}: {study} has no scan in {root.name}/scans: put it there, or name it in a column 'scan'"); continue
         again, name = (str(scan), table.get(row, "series")) in seen, str(scan)

@@ -11,7 +11,7 @@ __all__ = ['STATUS', 'app', 'AsJson', 'Quiet', 'Model', 'Device', 'Scan', 'Scans
            'train', 'evaluate', 'compare', 'demo', 'manual']
 
 # %% ../nbs/15_cli.ipynb #3be5dd87
-import difflib, inspect, json, os, re, sys, tempfile, warnings
+import difflib, inspect, json, os, re, sys, warnings
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -193,6 +193,24 @@ def _useless(where, **options): # options that do nothing are mistakes
 
 def _coloured(): return sys.stdout.isatty() and not _console().no_color
 
+def _report_as_sr(text, folder, sr, quiet): # what was written
+    from collections import Counter
+    from ctvlm.mining import SeriesIndex, mine_study
+    from ctvlm.structured_reports import Source, to_sr, write_dicom
+    if folder is None: raise InputError("--sr points to images, and none were given: add --dicom STUDY, the folder of the report's study")
+    _check_dicom([folder], False, False, sr=sr)
+    index = SeriesIndex.from_dicom(folder, "StudyInstanceUID", quiet=quiet)
+    names = index.table.study.unique()
+    if len(names) != 1: raise InputError(f"{folder} holds {len(names)} studies, a report belongs to one: give the folder of that study")
+    found = mine_study(text, index, names[0])
+    placed = [p for p in found if p["status"] == "ok"]
+    if not placed: raise InputError(f"no reference of the report leads to an image of {folder} ({len(found)} references): see `ctvlm mine --explain`")
+    [(number, n)] = Counter(p["series"] for p in placed).most_common(1)
+    uid, *others = index.table[index.table.series == number].series_uid.unique()
+    if others: raise InputError(f"{1 + len(others)} series of {folder} bear the number {number}: nobody can tell which one the report means")
+    write_dicom(sr, to_sr([], Source.read(folder, uid), references=[p for p in placed if p["series"] == number]))
+    return {"file": sr, "series": number, "references": n, "into_other_series": len(placed) - n, "without_an_image": len(found) - len(placed)}
+
 @app.command()
 def mine(
     reports:Annotated[str, typer.Argument(help="Table of reports: .csv, .tsv, .jsonl, .parquet or .xlsx; with --explain a report's text, or a file that holds it.")],
@@ -200,6 +218,7 @@ def mine(
     dicom:Annotated[Optional[Path], typer.Option(help="Folder of DICOM studies, or an index of series as Parquet: turns image numbers into mm.")]=None,
     explain:Annotated[bool, typer.Option("--explain", help="Show one report with its references coloured.")]=False,
     audit:Annotated[Optional[int], typer.Option(min=1, help="Draw so many references into a page (-o audit.html) on which a person judges them.")]=None,
+    sr:Annotated[Optional[Path], typer.Option("--sr", help="One report's references as DICOM structured report, .dcm; REPORTS is a file that holds its text, --dicom the folder of its study.")]=None,
     score:Annotated[bool, typer.Option("--score", help="REPORTS is the audit.json that such a page saved: precision and recall.")]=False,
     study_column:StudyColumn=None, report_column:ReportColumn=None, encoding:Encoding=None,
     as_json:AsJson=False, quiet:Quiet=False,
@@ -214,6 +233,9 @@ def mine(
         if as_json: return say(found, True)
         if _coloured(): return _console().print(Text.from_ansi(str(explained(legible(text)))))
         return say(found, False, ("snippet", "series", "image", "image_end", "plane", "prior"))   # without colours, as a table
+    if sr is not None:
+        _useless("with --sr, which is about one report", output=output, audit=audit, study_column=study_column, report_column=report_column, encoding=encoding)
+        return say(_report_as_sr(_text_of(reports), dicom, sr, quiet), as_json)
     if score:
         from ctvlm.audit import score_audit
         _useless("with --score", output=output, dicom=dicom, audit=audit)
@@ -315,6 +337,9 @@ def address_of(
     head, _, rest = str(path).partition(":/")                       # a Path keeps one slash of two
     return SCHEME + rest.lstrip("/") if f"{head}://" == SCHEME else None
 
+def _check_scan(path): # there, or on a server
+    if address_of(path) is None: _check_there(path)
+
 @contextmanager
 def at_hand(
     path,         # as given
@@ -322,8 +347,8 @@ def at_hand(
 ):                # a path on this machine
     "The scan itself; one from an archive lies in a private folder as long as the block runs."
     if (address := address_of(path)) is None: yield path; return
-    from ctvlm.dicomweb import fetch_series
-    with tempfile.TemporaryDirectory(prefix="ctvlm-") as folder: yield fetch_series(address, Path(folder)/"series", series)
+    from ctvlm.dicomweb import fetched
+    with fetched(address, series) as folder: yield folder
 
 def each_scan(
     paths:list,  # as given
@@ -332,8 +357,7 @@ def each_scan(
 ):               # path, where it lies on this machine until the next one, `CTVolume`
     "Read scans one after the other; of several, those that cannot be read are left out and said."
     from ctvlm.preprocessing import load_volume
-    for path in paths:
-        if address_of(path) is None: _check_there(path)
+    for path in paths: _check_scan(path)
     refused = []
     for path in paths:
         with ExitStack() as stack:
@@ -612,7 +636,7 @@ def scan_vectors(
     from ctvlm.data import FeatureStore
     scans, width = [], model.config.projection_dim
     for path in paths:
-        _check_there(path)
+        _check_scan(path)
         if path.is_dir() and (*path.glob("store.json"), *path.glob("*/store.json")):
             store = FeatureStore(path, model)                       # refuses another model's
             for file in sorted(store.folder.rglob("*.safetensors")):
@@ -641,7 +665,7 @@ def search(
     "Which scan fits a report? Best first."
     import torch.nn.functional as F
     text = _text_of(report)
-    for path in scans: _check_there(path)
+    for path in scans: _check_scan(path)
     loaded = load_model(model, device)
     asked, rows = loaded.embed_text([text])[0], []
     for path, name, vector in scan_vectors(loaded, scans, quiet, **how):    # one scan in memory at a time
@@ -685,7 +709,7 @@ def embed(
     how:dict|None=None,
 ):
     "Embed one scan, or compute the window features of every scan of a table once. Status 1 if a scan of the table failed."
-    _check_there(scan)
+    _check_scan(scan)
     if scan.suffix == ".parquet":
         _useless("with a table, whose columns say it", **how)
         from ctvlm.core import pick_device

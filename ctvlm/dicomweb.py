@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEME', 'LOOPBACK', 'TOKEN', 'RETRIED', 'REMEDIES', 'Address', 'is_address', 'parse_address', 'connect',
-           'find_series', 'choose', 'fetch_series', 'send']
+           'find_series', 'choose', 'fetch_series', 'fetched', 'send']
 
 # %% ../nbs/00c_dicomweb.ipynb #d45cb65e
-import os
+import os, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +140,14 @@ def fetch_series(
         for uid in sorted(wanted): keep([client.retrieve_instance(address.study, series, uid, media_types=as_stored)])
     if wanted: raise InputError(f"{len(wanted)} of {n} images of series {series} did not come: the series is incomplete, try again later")
     return folder
+
+@contextmanager
+def fetched(
+    scan:str,              # an address
+    number:int|str|None=None, # as in `fetch_series`
+):                         # the folder
+    "A series in a private folder that is there as long as the block runs."
+    with tempfile.TemporaryDirectory(prefix="ctvlm-") as folder: yield fetch_series(scan, Path(folder)/"series", number)
 
 # %% ../nbs/00c_dicomweb.ipynb #d656b1cb
 def send(

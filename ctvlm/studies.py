@@ -14,6 +14,7 @@ from collections import deque
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from .core import CTVolume, InputError, Notice, progress, write_atomically
+from .dicomweb import fetched, is_address
 from .findings import FINDINGS, asserts, label_report
 from .preprocessing import load_volume
 
@@ -315,11 +316,13 @@ def ahead(
 
 # %% ../nbs/11_studies.ipynb #e281d635
 def open_scan(
-    scan:str,       # the `scan` of a study: a path, or a phantom's recipe
+    scan:str,       # the `scan` of a study: a path, an address on a DICOMweb server, or a phantom's recipe
     series:str="",  # the `series` of a study
     workers:int|None=None, # processes that decode compressed DICOM
 )->CTVolume:
     "The volume of a study."
+    if is_address(scan):
+        with fetched(scan, series or None) as folder: return open_scan(str(folder), series, workers)
     if not scan.startswith("phantom:"): return load_volume(scan, int(series) if series.isdigit() else series or None, workers=workers)
     from ctvlm.phantoms import PhantomStudy
     recipe = dict(part.split("=") for part in scan.removeprefix("phantom:").split(","))

@@ -33,3 +33,20 @@ FAINT = """() => {
 def faint():
     "A function of a page: words whose contrast with what lies behind them is below 4.5, the least for reading (WCAG 2.1, 1.4.3)."
     return lambda page: page.evaluate(FAINT)
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    "A made-up study and the folder of its DICOM files."
+    from ctvlm.phantoms import PhantomCohort
+    study = PhantomCohort(4, seed=0, spacing=(12., 12., None))[3]
+    folder = tmp_path_factory.mktemp("phantom")
+    study.write_dicom(folder)
+    return study, folder
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory, phantom):
+    "An Orthanc of our own with one study in it, ended with the tests."
+    from orthanc import archive_with
+    with archive_with(phantom[1], tmp_path_factory.mktemp("orthanc")) as archive: yield archive

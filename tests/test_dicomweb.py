@@ -1,7 +1,6 @@
 "Scans from a real archive (Orthanc on loopback) and back, with the faults that archives have."
-import json, os, shutil, socket, subprocess, threading, time, urllib.request
+import json, threading, urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -10,56 +9,8 @@ import pytest
 pytest.importorskip("dicomweb_client", reason="pip install 'ctvlm[dicom]'")
 from ctvlm.core import InputError
 from ctvlm.dicomweb import TOKEN, connect, fetch_series, find_series, parse_address, send
-from ctvlm.phantoms import PhantomCohort
 from ctvlm.preprocessing import load_volume
-
-PLUGINS = [p for p in ("/usr/share/orthanc/plugins/libOrthancDicomWeb.so", "/usr/lib/orthanc/libOrthancDicomWeb.so") if Path(p).exists()]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Archive:
-    def __init__(self, port, study): self.port, self.study = port, study
-    def address(self, series=None, port=None):
-        tail = f"/series/{series}" if series else ""
-        return f"dicomweb://127.0.0.1:{port or self.port}/dicom-web/studies/{self.study}{tail}"
-    def rest(self, path, data=None):
-        return json.loads(urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", data, timeout=30).read())
-
-
-@pytest.fixture(scope="module")
-def phantom(tmp_path_factory):
-    study = PhantomCohort(4, seed=0, spacing=(12., 12., None))[3]
-    folder = tmp_path_factory.mktemp("phantom")
-    study.write_dicom(folder)
-    return study, folder
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory, phantom):
-    "An Orthanc of our own with one study in it, ended with the tests."
-    if not shutil.which("Orthanc") or not PLUGINS: pytest.skip("no Orthanc here: apt-get install orthanc orthanc-dicomweb")
-    here, port = tmp_path_factory.mktemp("orthanc"), free_port()
-    config = {"Name": "test", "StorageDirectory": str(here / "db"), "IndexDirectory": str(here / "db"), "HttpPort": port, "RemoteAccessAllowed": False,
-              "AuthenticationEnabled": False, "DicomServerEnabled": False, "HttpBindAddresses": ["127.0.0.1"], "Plugins": PLUGINS, "DicomWeb": {"Enable": True, "Root": "/dicom-web/"}}
-    (here / "orthanc.json").write_text(json.dumps(config))
-    with open(here / "log", "wb") as log: process = subprocess.Popen(["Orthanc", str(here / "orthanc.json")], stdout=log, stderr=log)
-    try:
-        study, folder = phantom
-        files = sorted(folder.rglob("*.dcm"))
-        archive = Archive(port, str(pydicom.dcmread(files[0], stop_before_pixels=True).StudyInstanceUID))
-        for _ in range(150):
-            try: archive.rest("/system"); break
-            except OSError: time.sleep(.1)
-        for f in files: archive.rest("/instances", f.read_bytes())
-        yield archive
-    finally:
-        process.terminate(); process.wait(20)
-
+from orthanc import free_port
 
 class Proxy(BaseHTTPRequestHandler):
     "Passes requests on to the archive, and does what its server's `fault` says on the way."

@@ -1,0 +1,231 @@
+"The command with scans from an archive, answers for readers of DICOM, and patients whose names stay where they are."
+import json, re, shutil, subprocess
+from pathlib import Path
+
+import pandas as pd
+import pydicom
+import pytest
+
+hd = pytest.importorskip("highdicom", reason="pip install 'ctvlm[dicom]'")
+pytest.importorskip("dicomweb_client", reason="pip install 'ctvlm[dicom]'")
+from ctvlm import cli
+from ctvlm.mining import mine_report
+from ctvlm.phantoms import PhantomCohort
+
+TEXT = "simple cyst in the left kidney"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from ctvlm.model import untrained
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    untrained("tiny").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture()
+def temporary(tmp_path, monkeypatch):
+    "The system's temporary folder, while a test runs; empty when it ends."
+    import tempfile
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture()
+def ctvlm(capsys, temporary):
+    "The command in this process: its status, standard output and standard error."
+    def ended(*words):
+        with pytest.raises(SystemExit) as left: cli.main([str(w) for w in words])
+        return left.value.code, *capsys.readouterr()
+    return ended
+
+
+def main_series(phantom): return phantom[1] / f"series-{phantom[0].scan.main.number:03d}"
+
+
+def test_answers_for_readers(ctvlm, phantom, model, tmp_path):
+    "Report, key objects and marks of one folder; two texts are two groups."
+    sr, ko, marks, table = (tmp_path / n for n in ("sr.dcm", "ko.dcm", "answers.mrk.json", "answers.json"))
+    status, out, err = ctvlm("localize", main_series(phantom), "-m", model, "-t", TEXT, "-t", "pleural effusion", "-o", table, "--sr", sr, "--key-objects", ko, "--slicer", marks)
+    assert status == 0, err
+    assert all(str(p) in out for p in (sr, ko, marks))
+    groups, rows = hd.sr.srread(sr).content.get_image_measurement_groups(), json.loads(table.read_text())
+    assert [g.tracking_identifier for g in groups] == [r["text"] for r in rows] == [TEXT, "pleural effusion"]
+    for g, r in zip(groups, rows): assert abs({m.name.value: float(m.value) for m in g.get_measurements()}["depth"] - r["depth_mm"]) < 1e-3
+    assert pydicom.dcmread(ko).Modality == "KO" and any(m["name"].startswith(TEXT) for m in json.loads(marks.read_text())["markups"])
+    assert all(oct(p.stat().st_mode & 0o777) == "0o600" for p in (sr, ko))
+    if shutil.which("dciodvfy"):
+        for p in (sr, ko): assert "Error" not in subprocess.run(["dciodvfy", p], capture_output=True, text=True).stderr
+
+
+def test_findings_for_readers(ctvlm, phantom, model, tmp_path):
+    status, out, err = ctvlm("classify", main_series(phantom), "-m", model, "-f", "Pleural effusion", "--sr", tmp_path / "sr.dcm")
+    assert status == 0 and f"DICOM: {tmp_path / 'sr.dcm'}" in out, err
+    [group] = hd.sr.srread(tmp_path / "sr.dcm").content.get_image_measurement_groups()
+    assert group.tracking_identifier == "Pleural effusion" and {m.name.value for m in group.get_measurements()} == {"score", "sigmoid"}
+
+
+REFUSED = [  # words, what is said
+    (["NIFTI", "--sr", "sr.dcm"], "is no folder of a DICOM series.*-o answer.json"),
+    (["SCAN", "--sr", "sr.txt"], r"--sr .*sr.txt does not end in \.dcm"),
+    (["SCAN", "--slicer", "marks.json"], r"--slicer .*marks.json does not end in \.mrk\.json"),
+    (["SCAN", "NIFTI", "--sr", "sr.dcm"], "--sr is about one scan, 2 were given"),
+    (["SCAN", "--send"], "--send needs a scan from a server"),
+]
+
+
+@pytest.mark.parametrize("words, said", REFUSED, ids=[" ".join(w) for w, _ in REFUSED])
+def test_what_cannot_be_is_one_line(ctvlm, phantom, model, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    if "NIFTI" in words: phantom[0].write_nifti(tmp_path / "scan.nii.gz")
+    before = set(tmp_path.iterdir())
+    words = [{"NIFTI": tmp_path / "scan.nii.gz", "SCAN": main_series(phantom)}.get(w, w) for w in words]
+    status, out, err = ctvlm("localize", *words, "-m", model, "-t", TEXT, "-o", "a.csv", "-q")
+    assert status == 2 and not out and re.search(said, err.splitlines()[-1]), err
+    assert set(tmp_path.iterdir()) == before                        # nothing is written
+
+
+def test_from_the_archive_and_back(ctvlm, archive, phantom, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    address = archive.address(phantom[0].scan.main.uid)
+    ask = ("localize", address, "-m", model, "-t", TEXT, "-o", "a.json", "--send", "-q")
+    before = len(archive.rest("/instances"))
+    status, out, err = ctvlm(*ask)
+    assert status == 0 and len(re.findall("^stored: ", out, re.M)) == 2, out + err
+    status, out, err = ctvlm(*ask)
+    assert status == 0 and len(re.findall("^was there already: ", out, re.M)) == 2 and "stored:" not in out, out + err
+    assert len(archive.rest("/instances")) == before + 2
+    [row] = json.loads(Path("a.json").read_text())
+    here = json.loads(ctvlm("localize", main_series(phantom), "-m", model, "-t", TEXT, "-o", "b.json", "--json", "-q")[1])[0]
+    assert row["depth_mm"] == here["depth_mm"]
+    kinds = {archive.rest(f"/instances/{i}/simplified-tags")["Modality"] for i in archive.rest("/instances")}
+    assert kinds == {"CT", "SR", "KO"}
+    status, out, err = ctvlm("classify", archive.address(), "--series", phantom[0].scan.main.number, "-m", model, "-f", "Pleural effusion", "--send", "-q")
+    assert status == 0 and "stored: " in out, err
+    status, out, err = ctvlm("classify", archive.address(), "-m", model, "-q")
+    assert status == 2 and "CT series of study" in err and "--series" in err
+
+
+def test_one_address_in_every_verb(ctvlm, archive, phantom, model, tmp_path):
+    address = archive.address(phantom[0].scan.main.uid)
+    status, _, err = ctvlm("embed", address, "-m", model, "-o", tmp_path / "e.safetensors", "-q")
+    assert status == 0 and (tmp_path / "e.safetensors").exists(), err
+    status, out, err = ctvlm("search", "a cyst", address, main_series(phantom), "-m", model, "--json", "-q")
+    assert status == 0 and len({r["similarity"] for r in json.loads(out)}) == 1, err
+    status, _, err = ctvlm("preprocess", address, "-o", tmp_path / "w.safetensors", "-q")
+    assert status == 0, err
+
+
+def test_a_table_of_addresses(ctvlm, archive, phantom, model, tmp_path):
+    "Two studies of an archive; a third that it has not is a row that failed. Kept by the UID: a second run fetches nothing."
+    other = PhantomCohort(4, seed=0, spacing=(12., 12., None))[2]
+    other.write_dicom(tmp_path / "other")
+    study = archive.upload(tmp_path / "other")
+    scans = [archive.address(phantom[0].scan.main.uid), archive.address(other.scan.main.uid, study=study), archive.address("1.2.3")]
+    pd.DataFrame(dict(study=["a", "b", "c"], patient=["a", "b", "c"], scan=scans, report=["Normal chest."] * 3)).to_csv(tmp_path / "reports.csv", index=False)
+    status, out, err = ctvlm("studies", tmp_path, "--as", "csv", "-o", tmp_path / "studies.parquet", "--json", "-q")
+    table = pd.read_parquet(tmp_path / "studies.parquet")
+    assert list(table.scan) == scans and list(table.file) == [s.rpartition("/")[2] for s in scans], err
+    embed = ("embed", tmp_path / "studies.parquet", "-m", model, "-o", tmp_path / "features", "--workers", 0, "--json", "-q")
+    status, out, err = ctvlm(*embed)
+    found = json.loads(out)
+    assert status == 1 and (found["present"], found["computed"], found["failed"]) == (2, 2, 1), out + err
+    found = json.loads(ctvlm(*embed)[1])
+    assert (found["present"], found["computed"], found["failed"]) == (2, 0, 1)
+
+
+def test_a_wrong_address_is_refused(ctvlm, tmp_path):
+    pd.DataFrame(dict(study=["a"], patient=["a"], scan=["dicomweb://host/studies/x"], report=["Normal chest."])).to_csv(tmp_path / "reports.csv", index=False)
+    ctvlm("studies", tmp_path, "--as", "csv", "-o", tmp_path / "studies.parquet", "-q")
+    assert "is no address" in (tmp_path / "studies.refused.csv").read_text()
+
+
+def test_what_the_radiologist_wrote(ctvlm, phantom, tmp_path):
+    study, folder = phantom
+    (tmp_path / "report.txt").write_text(study.report.text)
+    status, out, err = ctvlm("mine", tmp_path / "report.txt", "--dicom", folder, "--sr", tmp_path / "sr.dcm", "--json", "-q")
+    said = json.loads(out)
+    groups = hd.sr.srread(tmp_path / "sr.dcm").content.get_image_measurement_groups()
+    assert status == 0 and said["references"] == len(groups) >= 1, err
+    assert {g.tracking_identifier for g in groups} <= {r.snippet for r in mine_report(study.report.text)}
+    uids = {pydicom.dcmread(f, stop_before_pixels=True).SOPInstanceUID for f in (folder / f"series-{said['series']:03d}").iterdir()}
+    assert {g.source_images[0].referenced_sop_instance_uid for g in groups} <= uids
+    (tmp_path / "none.txt").write_text("Normal chest.")
+    for k in (1, 2): PhantomCohort(4, seed=0, spacing=(24., 24., None))[k].write_dicom(tmp_path / "two" / str(k))
+    for words, line in ((["none.txt", "--dicom", folder], "no reference of the report"), (["report.txt"], "add --dicom STUDY"), (["report.txt", "--dicom", tmp_path / "two"], "holds 2 studies")):
+        status, out, err = ctvlm("mine", tmp_path / words[0], *words[1:], "--sr", tmp_path / "other.dcm", "-q")
+        assert status == 2 and line in err and not (tmp_path / "other.dcm").exists(), err
+
+
+# ---- nothing leaks
+
+WHO = dict(PatientName="Zwiebelfisch^Ottokar", PatientID="ZWBF4711", PatientBirthDate="19120323", OtherPatientIDs="ZWBF4712", PatientAddress="Zwiebelgasse", ReferringPhysicianName="Zwiebelarzt")
+MARKERS = "Zwiebel", "Ottokar", "ZWBF", "19120323", "1912-03-23"
+
+
+def leaks(content): return [m for m in MARKERS if m.casefold().encode() in (content if isinstance(content, bytes) else content.encode()).lower()]
+
+
+@pytest.fixture(scope="module")
+def marked(phantom, tmp_path_factory):
+    "The study of a patient whose name, number and birth date are nowhere else."
+    folder = tmp_path_factory.mktemp("marked") / "study"
+    shutil.copytree(phantom[1], folder)
+    for f in folder.rglob("*.dcm"):
+        ds = pydicom.dcmread(f)
+        for name, value in WHO.items(): setattr(ds, name, value)
+        ds.save_as(f)
+    return folder
+
+
+def test_the_marker_would_be_found(marked):
+    assert leaks(next(marked.rglob("*.dcm")).read_bytes())
+
+
+def test_nothing_leaks(ctvlm, phantom, marked, model, tmp_path, temporary, monkeypatch):
+    "Of every verb that reads DICOM: what it prints, what it writes, and how it calls that; also of a series that cannot be read."
+    out = tmp_path / "out"
+    out.mkdir(); monkeypatch.chdir(out)
+    (out / "report.txt").write_text(phantom[0].report.text)
+    pd.DataFrame(dict(study=[phantom[0].study], patient=["p"], report=[phantom[0].report.text])).to_csv(out / "reports.csv", index=False)
+    scan = marked / main_series(phantom).name
+    broken = marked.parent / "broken"
+    if not broken.exists():
+        shutil.copytree(scan, broken)
+        f = sorted(broken.iterdir())[3]
+        f.write_bytes(f.read_bytes()[:-5000])
+        sorted(broken.iterdir())[1].unlink()
+    said, statuses = {}, {}
+    verbs = [("check", marked, broken, "-o", "check.csv"), ("series", marked), ("series", marked, "--json"), ("preprocess", scan, "-o", "w.safetensors"),
+             ("localize", scan, "-m", model, "-t", TEXT, "-o", "a.csv", "-o", "a.json", "-o", "a.png", "--slicer", "a.mrk.json"), ("localize", scan, "-m", model, "-t", TEXT, "--json"),
+             ("localize", broken, "-m", model, "-t", TEXT), ("classify", scan, "-m", model, "-o", "c.csv"), ("classify", marked, "-m", model, "--json"), ("embed", scan, "-m", model, "-o", "e.safetensors"),
+             ("embed", scan, "-m", model, "--json"), ("mine", "reports.csv", "--dicom", marked, "-o", "pairs.parquet"), ("mine", "report.txt", "--dicom", marked, "--sr", "asked.dcm"),
+             ("search", "cyst", scan, "-m", model), ("localize", scan, "-m", model, "-t", TEXT, "-o", "b.json", "--sr", "sr.asked.dcm", "--key-objects", "ko.asked.dcm")]
+    for n, words in enumerate(verbs):
+        status, *printed = ctvlm(*words)
+        statuses[n] = status
+        assert not leaks("".join(printed)), words
+    assert [n for n, s in statuses.items() if s == 3] == [] and statuses[4] == 0 and statuses[14] == 0, statuses
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert {"a.csv", "a.json", "a.png", "a.mrk.json", "c.csv", "check.csv", "w.safetensors", "e.safetensors", "pairs.parquet", "asked.dcm", "ko.asked.dcm", "sr.asked.dcm"} <= {p.name for p in files}
+    for p in files:
+        asked = p.name.endswith("asked.dcm")                        # these hold the patient, and only their owner reads them
+        assert bool(leaks(p.read_bytes())) == asked and not leaks(p.name), p.name
+        if asked: assert oct(p.stat().st_mode & 0o777) == "0o600"
+
+
+def test_a_table_of_dicom_studies(ctvlm, marked, model, tmp_path):
+    "The number of the patient is what keeps patients apart in a table of studies; the name and the birth date are not."
+    shutil.copytree(marked, tmp_path / "root" / "study")
+    uid = str(pydicom.dcmread(next(marked.rglob("*.dcm")), stop_before_pixels=True).StudyInstanceUID)
+    pd.DataFrame(dict(study=[uid], report=["Normal chest."])).to_csv(tmp_path / "reports.csv", index=False)
+    status, *printed = ctvlm("studies", tmp_path / "root", "--as", "dicom", "--reports", tmp_path / "reports.csv", "-o", tmp_path / "studies.parquet")
+    assert not leaks("".join(printed)), printed
+    table = pd.read_parquet(tmp_path / "studies.parquet")
+    assert len(table) and not {"Zwiebel", "Ottokar", "19120323"} & set(leaks(table.to_csv()))
+    status, *printed = ctvlm("embed", tmp_path / "studies.parquet", "-m", model, "-o", tmp_path / "features", "--workers", 0)
+    assert status == 0 and not leaks("".join(printed)), printed
+    assert not [p for p in (tmp_path / "features").rglob("*.safetensors") if leaks(p.read_bytes())]
