@@ -1,6 +1,6 @@
 """Run notebooks from top to bottom and keep their outputs in place.
 
-Cells marked `#| eval: false`, or with a flag of `tst_flags` in settings.ini (`#| cuda`, `#| slow`), keep the
+Cells marked `#| eval: false`, or with a flag of `tst_flags` in settings.ini (`#| cuda`, `#| slow`, `#| orthanc`), keep the
 outputs that they have, unless the flag is named with --flags."""
 import argparse, re, sys, time
 from pathlib import Path
