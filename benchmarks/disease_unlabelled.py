@@ -16,7 +16,8 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 
 from ctvlm.core import InputError, seed_everything
-from ctvlm.data import FeatureStore, label_matrix, read_studies, rule_labels, scan_key
+from ctvlm.data import FeatureStore, label_matrix, labels_with_silence, read_studies, rule_labels, scan_key
+from ctvlm.disease import SILENT
 from ctvlm.demo import DEMO_PATIENTS, demo_model, demo_text
 from ctvlm.findings import FINDINGS, prompts_for
 from ctvlm.metrics import classification_metrics
@@ -55,13 +56,6 @@ def cohort(run, sizes):
     prompts = [(prompts_for(f).positive[0], prompts_for(f).negative[0]) for f in found]
     sentences = model.embed_text([side for pair in prompts for side in pair]).unflatten(0, (-1, 2))
     return studies, found, torch.tensor(truth), torch.from_numpy(label_matrix(studies, found)).long(), scans, sentences
-
-
-def silent(labels, found, group):
-    "Unknown labels of findings whose organ or region the report speaks of, `(n, Q)` bool."
-    key = [getattr(FINDINGS[f], group) for f in found]
-    same = torch.tensor([[a == b for b in key] for a in key])                                   # (Q, Q)
-    return (labels < 0) & ((labels >= 0).float() @ same.float() > 0)
 
 
 def balanced(labels, most=20.):
@@ -156,7 +150,7 @@ def main():
     never = [f for f, (yes, no, _) in census.items() if yes and not no]
     out = {"patients": sizes, "seeds": args.seeds, "census": census, "never_denied": never, "forms": {}}
     for name, (form, group, grid) in FORMS.items():
-        seen, runs = silent(labels, found, group), []
+        seen, runs = torch.from_numpy(labels_with_silence(studies, found, group) == SILENT), []
         for seed in range(args.seeds):
             tried = []
             for options in grid:

@@ -780,7 +780,7 @@ def train(
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Train on a table of studies with its window features; start several processes with `accelerate launch -m ctvlm.cli train ...`."
-    from ctvlm.data import Batches, FeatureStore, label_matrix, read_studies
+    from ctvlm.data import Batches, FeatureStore, labels_with_silence, read_studies
     from ctvlm.disease import census_text
     from ctvlm.findings import FINDINGS
     from ctvlm.rewriting import augment_report
@@ -793,7 +793,7 @@ def train(
     data = Batches(table, FeatureStore(features, loaded), loaded.processor.tokenizer, batch_size, findings, augment=augment_report,
         variants=10, workers=workers, seed=settings.seed, model=loaded, folder=output)
     if not quiet and findings and os.environ.get("RANK", "0") == "0":                          # the first process speaks for all
-        print(census_text(label_matrix(table, findings), findings), file=sys.stderr)
+        print(census_text(labels_with_silence(table, findings), findings, settings.silence), file=sys.stderr)
     evaluate = _validation(held_out, features, findings) if validate and len(held_out) else None
     with redirect_stdout(sys.stderr):                                # standard output is for the answer
         log = run(loaded, data, settings, output, evaluate, quiet=quiet, extend=extend, start=start, about=f"{table.patient.nunique()} patients of {studies.name}")

@@ -127,8 +127,9 @@ def demo_features(
 
 # %% ../nbs/14b_demo.ipynb #7b153ce4
 DEMO_PATIENTS = {"train": 1100, "val": 80, "test": 100}
+# `demo_cohort` has taken silence as denial already: none is left to be weighed
 DEMO_TRAINING = dict(epochs=3, effective_batch=16, learning_rate=1e-3, final_learning_rate=1e-5, warmup_epochs=0.5, weight_decay=5e-2, layer_decay=0.5,
-                     siglip=1., disease=6., localization=0.5, start_bias=-2.7, checkpoint_every=200, trackers=(), frozen=("window_encoder",))
+                     siglip=1., disease=6., localization=0.5, silence=0., start_bias=-2.7, checkpoint_every=200, trackers=(), frozen=("window_encoder",))
 DEMO_FIRST = dict(localization=0., epochs=11) # what is different in the first stage
 
 # %% ../nbs/14b_demo.ipynb #0968473c

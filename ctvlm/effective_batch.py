@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .core import stable_rng
 from .siglip import gather_rows, process_count, siglip_loss
 from .localization import localization_loss
-from .disease import disease_prompt_loss, draw_phrasings
+from .disease import disease_prompt_loss, draw_phrasings, positive_weights
 
 # %% ../nbs/09a_effective_batch.ipynb #709a5665
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Objective:
     sigma:float=2.                    # width of the depth target, in bins of 12 mm
     tau:float=0.1                     # temperature over depth
     smoothing:float=0.                # of disease labels
+    silence:float=0.3                 # how much of a denial it is that a report covers the region and does not mention the finding
     text_tokens:int=8192              # most tokens of texts embedded at once, padding included
     seed:int=0                        # of all random draws
 
@@ -206,6 +207,12 @@ def _questions(prompts, config, step): # this process's share of the questions i
     share = drawn.tensor_split(process_count())[dist.get_rank() if process_count() > 1 else 0].flatten(0, 1)
     return unpadded(share[..., 0], share[..., 1])
 
+def _weights(prompts, config, device): # of present findings and of questions, `(Q,)` or `None`
+    weights = {k: prompts.get(k) for k in ("pos_weight", "question_weight")}
+    if prompts.get("labels") is not None:
+        weights["pos_weight"] = positive_weights(torch.as_tensor(prompts["labels"]), silence=config.silence)
+    return {k: w if w is None else torch.as_tensor(w, device=device) for k, w in weights.items()}
+
 def effective_batch_backward(
     model,
     batches:list,          # micro-batches of this process; may be empty where others still have some
@@ -241,8 +248,9 @@ def effective_batch_backward(
         if config.siglip > 0: out["siglip"] = config.siglip, siglip_loss(get("image")[long], get("text")[where["text"]], model.t, model.b)
         if prompts and config.disease > 0:
             image, prompt = (F.normalize(_Together.apply(x), dim=-1) for x in (get("disease"), get("prompt")[where["prompt"]]))
-            weight = {k: torch.as_tensor(prompts[k], device=device) if prompts.get(k) is not None else None for k in ("pos_weight", "question_weight")}
-            out["disease"] = config.disease, disease_prompt_loss(image, prompt.unflatten(0, (-1, 2)), gather_rows(labels)[0], model.t, **weight, smoothing=config.smoothing)
+            out["disease"] = config.disease, disease_prompt_loss(
+                image, prompt.unflatten(0, (-1, 2)), gather_rows(labels)[0], model.t,
+                **_weights(prompts, config, device), smoothing=config.smoothing, silence=config.silence)
         return out
 
     shared = [model.t, model.b]

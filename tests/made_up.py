@@ -22,7 +22,7 @@ def batch(scans, seed, windows=False):
     N, S = int(grid.prod(1).sum()), scans + 1
     which = torch.randint(0, scans, (S,), generator=g)
     text = lambda n, L: (torch.randint(1, VOCAB, (n, L), generator=g), (torch.arange(L) < torch.randint(8, L + 1, (n, 1), generator=g)).long())
-    out = dict(grid=grid, labels=torch.randint(-1, 2, (scans, QUESTIONS), generator=g), snippet_scan=which, snippet_bin=torch.rand(S, generator=g) * 8 * grid[which, 2] - 0.5)
+    out = dict(grid=grid, labels=torch.randint(-2, 2, (scans, QUESTIONS), generator=g), snippet_scan=which, snippet_bin=torch.rand(S, generator=g) * 8 * grid[which, 2] - 0.5)
     for name, (ids, mask) in (("report", text(scans, 24)), ("snippet", text(S, 9))): out |= {f"{name}_ids": ids, f"{name}_mask": mask}
     if windows: return out | dict(windows=torch.rand(N, 1, 16, 16, 32, generator=g).half())
     return out | dict(cls=torch.randn(N, 24, generator=g).half(), depth_tokens=torch.randn(N, 8, 24, generator=g).half())

@@ -811,7 +811,7 @@ def test_a_batch_is_what_the_contract_says(hospital, filled, tokenizer):
     for b in batches:
         B, N, S = len(b["study"]), int(b["grid"].prod(1).sum()), len(b["snippet_scan"])
         assert b["cls"].shape == (N, 24) and b["depth_tokens"].shape == (N, 8, 24) and b["patch_mask"].shape == (N, 8) and b["grid"].dtype == torch.long
-        assert b["report_ids"].shape == b["report_mask"].shape and b["labels"].tolist() == [[1, -1]] * B and S == B == len(b["snippet_text"])
+        assert b["report_ids"].shape == b["report_mask"].shape and b["labels"].tolist() == [[1, -2]] * B and S == B == len(b["snippet_text"])
         for i, (study, depth, place) in enumerate(zip(b["study"], b["snippet_depth_mm"].tolist(), b["snippet_bin"].tolist())):
             n = int(study[1:])
             w = make_windows(load_volume(hospital.scan[n]), model.config.fit, model.config.window_spec)
@@ -934,6 +934,22 @@ def test_scans_of_one_study_share_a_report(hospital, filled, tokenizer):
     for change, says in ((dict(), "other findings"), (dict(findings="x", labels=[{}, {"Emphysema": 1}]), "other labels"), (dict(findings="x"), "other pairs")):
         with pytest.raises(InputError, match=says): Batches(two.assign(**change), filled[0], tokenizer)
         with pytest.raises(InputError, match=says): to_table(two.assign(**change))
+
+
+def test_silence_where_the_report_covers_the_region(hospital, filled, tokenizer):
+    findings = ("Lung nodule", "Emphysema", "Hepatic cyst")
+    labels = [{"Lung nodule": 1}, {"Lung nodule": 0, "Emphysema": -1}, {"Emphysema": -1}, {"Hepatic cyst": 0}, {"Lung nodule": 1}]
+    some = hospital.iloc[[0, 1, 2, 4, 5]].assign(labels=labels)                 # 3 cannot be read
+    some.loc[some.index[-1], ["findings", "impression"]] = ""                    # no report, hence no silence
+    expected = [[1, -2, -1], [0, -1, -1], [-1, -1, -1], [-1, -1, 0], [1, -1, -1]] # -1, left open, is not silence
+    assert data.labels_with_silence(some, findings).tolist() == expected
+    assert data.labels_with_silence(some.assign(labels=[{"Lung nodule": 1}] * 5), ("Lung nodule", "Pleural effusion"), "organ").max(0).tolist() == [1, -1]
+    def handed_out(**options):
+        batches = Batches(some, filled[0], tokenizer, findings=findings, **options)
+        return {s: l for b in batches for s, l in zip(b["study"], b["labels"].tolist())}, batches.prompts["labels"]
+    train, table = handed_out()
+    assert train == dict(zip(some.study, expected)) and sorted(table.tolist()) == sorted(expected)
+    assert handed_out(training=False)[0] == {s: [max(-1, v) for v in l] for s, l in train.items()} # evaluation: not known
 
 
 def test_a_study_without_a_report_trains_no_contrast(hospital, filled, tokenizer):

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from ctvlm.core import InputError
-from ctvlm.disease import (disease_prompt_loss, draw_phrasings, label_census, mean_phrasings,
+from ctvlm.disease import (SILENT, disease_prompt_loss, draw_phrasings, label_census, mean_phrasings,
                            positive_weights)
 from ctvlm.depth import (DepthCalibration, conformal_quantile, expected_error_mm, fit_temperature, flatness,
                          posterior_set)
@@ -365,7 +365,7 @@ def test_smoothed_targets_are_where_they_should_be(w, s, label): # w = 20, s = 0
 
 @pytest.mark.parametrize("change, message", [
     (dict(prompts=torch.zeros(2, 3, 4)), "prompts .2, 3, 4."), (dict(prompts=torch.zeros(2, 2, 5)), "prompts .2, 2, 5."),
-    (dict(labels=torch.tensor([[1, 2]] * 3)), "labels from 1 to 2"), (dict(labels=torch.full((3, 2), -2)), "labels from -2"),
+    (dict(labels=torch.tensor([[1, 2]] * 3)), "labels from 1 to 2"), (dict(labels=torch.full((3, 2), -3)), "labels from -3"),
     (dict(pos_weight=torch.ones(1)), r"pos_weight of shape \(1,\)"), (dict(question_weight=torch.ones(3)), "question_weight of shape"),
     (dict(image=2 * F.normalize(torch.ones(3, 4), dim=1)), "images of length 2.00"), (dict(image=F.normalize(torch.ones(3, 4), dim=1) / 2), "images of length 0.50"),
     (dict(prompts=torch.ones(2, 2, 4)), "prompts of length 2.00")])
@@ -398,6 +398,37 @@ def test_disease_unknown_is_not_no():
     with pytest.raises(InputError, match=r"\(3, 5\).*2 questions"): disease_prompt_loss(image, prompts, torch.zeros(3, 5), T)
 
 
+@pytest.mark.parametrize("fault", ["none", "silence counts whole in the divisor", "positives weigh as without silence"])
+def test_silence_is_a_denial_of_its_weight(fault):
+    g = torch.Generator().manual_seed(3)
+    image, prompts = (F.normalize(torch.randn(*n, 4, generator=g, dtype=torch.float64), dim=-1) for n in ((60,), (3, 2)))
+    labels = torch.randint(-2, 2, (60, 3), generator=g)
+    labels[labels[:, 2] == 0, 2] = SILENT                                      # the last finding is never denied
+    d = T.double().exp() * image @ (prompts[:, 0] - prompts[:, 1]).T
+    each = (labels >= 0).double() + 0.3 * (labels == SILENT)
+    yes, no = (each * (labels == 1)).sum(0), (each * ((labels == 0) | (labels == SILENT))).sum(0)
+    balance = no / yes if "positives" not in fault else (labels == 0).sum(0) / yes
+    terms = each * torch.where(labels == 1, balance * F.softplus(-d), F.softplus(d))
+    expected = terms.sum() / ((each > 0).sum() if "divisor" in fault else each.sum())
+    found = disease_prompt_loss(image, prompts, labels, T, positive_weights(labels, silence=0.3), silence=0.3)
+    assert (abs(float(found / expected) - 1) < 1e-6) == (fault == "none")
+
+
+def test_silence_is_unknown_unless_it_weighs():
+    g = torch.Generator().manual_seed(4)
+    image, prompts = F.normalize(torch.randn(9, 4, generator=g), dim=-1), F.normalize(torch.randn(3, 2, 4, generator=g), dim=-1)
+    silent = torch.randint(-2, 2, (9, 3), generator=g)
+    silent[0] = SILENT
+    unknown = silent.masked_fill(silent == SILENT, -1)
+    image[0] = math.nan                                                        # reaches no gradient
+    loss = lambda labels: lambda v, p: disease_prompt_loss(v, p, labels, T, positive_weights(labels))
+    for x, y in zip(value_and_gradients(loss(silent), image, prompts), value_and_gradients(loss(unknown), image, prompts)):
+        assert torch.equal(x, y) and x.isfinite().all()
+    labels = torch.tensor([[1, 1]] * 4 + [[0, SILENT]] * 8)
+    assert positive_weights(labels).tolist() == [2, 0] and positive_weights(labels, silence=0.25).tolist() == [2, 0.5]
+    assert label_census(labels, ("a", "b"))[1] == ("b",) and label_census(labels, ("a", "b"), 0.25)[1] == ()
+
+
 def test_disease_extreme_scores_are_finite():
     v = torch.eye(2, requires_grad=True)
     loss = disease_prompt_loss(v, torch.stack([torch.eye(2), -torch.eye(2)], 1), 1 - torch.eye(2).long(), torch.tensor(6.))
@@ -417,5 +448,5 @@ def test_what_is_never_denied_dilutes_nothing(): # 23 of the 57 questions of 200
     loss = lambda q: float(disease_prompt_loss(image, prompts[q], labels[:, q], T, positive_weights(labels[:, q])))
     assert positive_weights(labels)[2] == 0 and loss([0, 1, 2]) == pytest.approx(loss([0, 1]), rel=1e-6)
     rows, dumb = label_census(labels, ("a", "b", "c"))
-    assert dumb == ("c",) and rows[0] == dict(finding="c", positive=4, negative=0, unknown=2)
+    assert dumb == ("c",) and rows[0] == dict(finding="c", positive=4, negative=0, silent=0, unknown=2)
     with pytest.raises(InputError, match="2 findings"): label_census(labels, ("a", "b"))

@@ -122,7 +122,8 @@ def plain_losses(model, batches, prompts, config):
             cos = unit(s.slices[scan][s.valid[scan]]) @ snippet
             target = torch.softmax(-(torch.arange(len(cos), dtype=cos.dtype) - place)**2 / (2 * config.sigma**2), 0)
             each.append(-(target * torch.log_softmax(cos / config.tau, 0)).sum())
-    return dict(siglip=siglip, disease=terms[labels >= 0].sum() / (labels >= 0).sum(), localization=torch.stack(each).mean())
+    known = (labels >= 0) + config.silence * (labels == -2).to(terms)                      # silence is a weak denial
+    return dict(siglip=siglip, disease=(known * terms).sum() / known.sum(), localization=torch.stack(each).mean())
 
 
 def plain_step(model, batches, prompts, config):
@@ -141,7 +142,7 @@ def plain_step(model, batches, prompts, config):
 
 
 FAULTS = {"none": {}, "weight of the disease loss": dict(disease=1.), "weight of localization": dict(localization=1.), "clipping": dict(clip=1e-9), "layer-wise factor": dict(layer_decay=1.),
-          "weight decay": dict(weight_decay=0.), "short reports": dict(shortest_report=1), "pos_weight": "pos_weight", "question_weight": "question_weight", "share of the snippets": "share"}
+          "weight decay": dict(weight_decay=0.), "short reports": dict(shortest_report=1), "silence": dict(silence=0.), "pos_weight": "pos_weight", "question_weight": "question_weight", "share of the snippets": "share"}
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_step_is_the_plain_one(tmp_path, monkeypatch, nothing_random, fault):
@@ -161,6 +162,16 @@ def test_one_step_is_the_plain_one(tmp_path, monkeypatch, nothing_random, fault)
     moved = {n: float((expected[n] - begin[n]).abs().max()) for n in expected}
     off = max(float((p.detach() - expected[n]).abs().max()) / moved[n] for n, p in model.named_parameters() if moved[n] > 0)
     assert (off < 1e-4) == (fault == "none"), off
+
+
+@pytest.mark.parametrize("silence", [0., 0.3])
+def test_present_findings_weigh_by_the_labels_of_the_training_set(silence): # and by what silence weighs
+    labels = torch.tensor([[1, 1, 1], [0, 0, -2], [0, -2, -2], [-1, -2, -2], [-2, -1, -1]])
+    given = {k: v for k, v in made_up.prompts().items() if k != "pos_weight"}
+    losses = []
+    for more in (dict(labels=labels), dict(pos_weight=torch.tensor([2 + silence, 1 + 2 * silence, 3 * silence])), dict(pos_weight=torch.tensor([2., 1., 0.]))):
+        losses.append(effective_batch_backward(made_up.model(), [made_up.batch(6, 0)], given | more, replace(CONFIG, silence=silence), 0, CPU)["disease"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and (abs(losses[0] - losses[2]) > 1e-4) == (silence > 0), losses
 
 
 def test_short_reports_are_left_out():
