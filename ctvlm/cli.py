@@ -392,10 +392,14 @@ def check(
 
 @app.command()
 def series(
-    folder:Annotated[Path, typer.Argument(help="Folder of DICOM files.")],
+    folder:Annotated[Path, typer.Argument(help="Folder of DICOM files, or address of a study.")],
     as_json:AsJson=False,
 ):
-    "List the series of a DICOM folder; `--series` takes one."
+    "List the series of a DICOM folder, or of a study on a server; `--series` takes one."
+    if (address := address_of(folder)) is not None:
+        from ctvlm.dicomweb import connect, find_series, parse_address
+        where = parse_address(address)
+        return say(find_series(connect(where.base), where), as_json)
     from ctvlm.dicom import series_table
     _check_there(folder)
     say(series_table(folder).to_dict("records"), as_json)

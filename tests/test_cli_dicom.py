@@ -117,6 +117,8 @@ def test_one_address_in_every_verb(ctvlm, archive, phantom, model, tmp_path):
     assert status == 0 and len({r["similarity"] for r in json.loads(out)}) == 1, err
     status, _, err = ctvlm("preprocess", address, "-o", tmp_path / "w.safetensors", "-q")
     assert status == 0, err
+    status, out, err = ctvlm("series", archive.address(), "--json")
+    assert status == 0 and {r["number"] for r in json.loads(out)} == {s.number for s in phantom[0].scan.series}, err
 
 
 def test_a_table_of_addresses(ctvlm, archive, phantom, model, tmp_path):

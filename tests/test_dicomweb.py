@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("dicomweb_client", reason="pip install 'ctvlm[dicom]'")
 from ctvlm.core import InputError
-from ctvlm.dicomweb import TOKEN, connect, fetch_series, find_series, parse_address, send
+from ctvlm.dicomweb import TOKEN, connect, fetch_series, fetched, find_series, parse_address, send
 from ctvlm.preprocessing import load_volume
 from orthanc import free_port
 
@@ -126,3 +126,25 @@ def test_what_is_sent_is_there_once(archive, proxy, phantom):
     proxy.asked.clear()
     with pytest.raises(InputError, match="503"): send([ds], address, backoff=.01)
     assert [m for m, _ in proxy.asked].count("POST") == 1    # not repeated by itself: nobody knows what arrived
+
+
+def test_what_a_killed_process_left_is_removed(archive, phantom, tmp_path, monkeypatch):
+    "Not what another process still reads."
+    import os, subprocess, sys, tempfile
+    address = archive.address(main_series(phantom).uid)
+    code = f"import os, sys\nfrom ctvlm.dicomweb import fetched\nwith fetched({address!r}): print('there', flush=True); sys.stdin.read()"
+    def start():
+        process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "there\n"
+        return process, next(p for p in tmp_path.iterdir() if p not in seen)
+    seen = set()
+    killed, left = start()
+    seen.add(left)
+    running, kept = start()
+    killed.kill(); killed.wait()
+    assert list(left.rglob("*.dcm")) and left.stat().st_mode & 0o77 == 0
+    for folder in (left, kept): os.utime(folder, (0, 0))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with fetched(address): assert not left.exists() and list(kept.rglob("*.dcm"))
+    running.communicate("")
+    assert running.returncode == 0 and not list(tmp_path.iterdir())
