@@ -49,7 +49,7 @@ def cohort(tmp_path_factory):
 def store(cohort):
     "The cohort's table of studies is made and its features are stored: the store."
     table = cohort / "studies.parquet"
-    counts = json.loads(run("studies", cohort / "cohort", "--as", "phantoms", "-o", table, "--test", 0.5, "--json", "--quiet"))
+    counts = json.loads(run("studies", cohort / "cohort", "--as", "phantoms", "-o", table, "--validation", 0.25, "--test", 0.25, "--json", "--quiet"))
     assert counts["volumes"] == 4 and counts["patients"] == 4
     stored = json.loads(run("embed", table, "--model", cohort / "model", "-o", cohort / "features", "--workers", 0, "--json", "--quiet"))
     assert (stored["present"], stored["failed"]) == (4, 0)
