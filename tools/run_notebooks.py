@@ -22,8 +22,9 @@ def skipped(cell, flags):
 
 
 def keep(output):
-    "Outputs that are the same on every run: no standard error, no progress bars."
-    return not (output.output_type == "stream" and output.name == "stderr")
+    "Outputs that are the same on every run: no standard error, no progress bars, no widgets, whose state is not kept."
+    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return not widget and not (output.output_type == "stream" and output.name == "stderr")
 
 
 def run(path, flags):
