@@ -417,3 +417,19 @@ def test_names_with_and_without_prefix():
     ours = place_adapters(rename({f"model.{k}": v for k, v in state.items()}), AdapterSizes(1, 0.5), merged=True)
     assert ours.keys() == place_adapters(rename(state), AdapterSizes(1, 0.5), merged=True).keys() and ours["t"].shape == ()
     assert torch.equal(ours["text_encoder.model.layers.0.self_attn.q_proj.base_layer.weight"], torch.full((2, 2), 0.5))
+
+
+def test_the_model_that_ships():
+    "It loads, knows its tokenizer and whom its intervals hold for, is small enough for a wheel, and the wheel's list has it."
+    from pathlib import Path
+    import ctvlm
+    from ctvlm.model import ready_model
+    from ctvlm.phantoms import PhantomCohort
+    folder = Path(ctvlm.__file__).parent / "data" / "tiny"
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 8e6
+    assert '"data/tiny/*"' in (folder.parents[2] / "setup.py").read_text()
+    model = ready_model("cpu")
+    assert model.config.calibration.calibrated and "drawn patients" in model.config.calibration.promise
+    volume = PhantomCohort(2, seed=77, spacing=(6., 6., 3.), languages=("en",))[0].volume
+    a, = model.localize(volume, "pleural effusion on the left")
+    assert volume.depths_mm[0] - 6 <= a.depth_mm <= volume.depths_mm[-1] + 6 and a.interval_mm[0] <= a.depth_mm <= a.interval_mm[1]
