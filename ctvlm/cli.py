@@ -697,7 +697,8 @@ def view(
         say({"url": url}, True) if as_json else print(url)
         _hint("open this address in a browser of this machine; Ctrl-C ends it", quiet)
         sys.stdout.flush()
-    shipped = Path(__file__).parent/"data"/"tiny"                   # what `ready_model` loads
+    import ctvlm
+    shipped = Path(ctvlm.__file__).parent/"data"/"tiny"             # what `ready_model` loads
     serve(scan, model or shipped, _text_of(report) if report is not None else "", device=device, window=window, port=port, browser=browser, ready=ready, **how)
 
 # %% ../nbs/15_cli.ipynb #48cf427f

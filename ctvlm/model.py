@@ -618,7 +618,8 @@ def ready_model(
     device:str|None=None, # "cpu", "cuda", "cuda:1", "mps"; the best one present if `None`
 )->CTVLMModel:            # ready to answer
     "The `tiny` model that ships with the package; it has seen drawn patients only."
-    folder = Path(__file__).parent/"data"/"tiny"
+    import ctvlm
+    folder = Path(ctvlm.__file__).parent/"data"/"tiny"
     if not folder.is_dir():
         raise InputError(f"this installation has no model in {folder}: install ctvlm anew, or load one with CTVLMModel.from_pretrained")
     return CTVLMModel.from_pretrained(folder).to(pick_device(device)).eval()
