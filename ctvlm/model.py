@@ -204,6 +204,7 @@ class DepthAnswer(Answer):
     scan:str
     cut:int=0                  # tokens of the text that the encoder could not read
     calibrated_on:str=""       # who the interval holds for; nobody if empty
+    set_mm:tuple=()            # `(lower, upper)` of each place, where the text fits more than one; promised as the interval is
 
     @property
     def line(self): # one sentence
@@ -370,12 +371,13 @@ def localize(self:CTVLMModel,
     interval, words = _interval(c, p, e.bin_depths_mm, depth)                           # (S, 2)
     interval, doubt = interval.clamp(low, high).tolist(), c.abstains(similarity, valid).tolist()
     whom = c.population if c.calibrated else ""
+    places = [tuple(tuple(np.clip(part, low, high).tolist()) for part in s) for s in c.set_mm(p, e.bin_depths_mm)]
     def number(mm):
         if e.image_numbers is None: return None
         return int(e.image_numbers[np.abs(e.depths_mm - mm).argmin()])
     bins = e.bin_depths_mm.numpy()
-    return [DepthAnswer(text, d, number(d), tuple(i), words, a, bins, q, e.name, n, whom)
-            for text, d, i, a, q, n in zip(texts, depth.tolist(), interval, doubt, p.numpy(), cut)]
+    return [DepthAnswer(text, d, number(d), tuple(i), words, a, bins, q, e.name, n, whom, s if len(s) > 1 else ())
+            for text, d, i, a, q, n, s in zip(texts, depth.tolist(), interval, doubt, p.numpy(), cut, places)]
 
 # %% ../nbs/10_model.ipynb #4a31d383
 @lru_cache
@@ -604,12 +606,13 @@ def _with_tokenizer(model, folder): # where the folder holds one; else it is fet
     return model
 
 def localize(
-    model,          # a `CTVLMModel`, or what `load_any` reads
+    model,          # a `CTVLMModel`, what `load_any` reads, or `None` for the one that ships
     scan,           # a path, a `CTVolume`, or what `embed` returned
     texts,          # a finding in words, or several
     **options,      # to the method
 )->list:            # of `DepthAnswer`
     "At which depth of a scan each text lies, in one line."
+    if model is None: model = ready_model()
     if not isinstance(model, CTVLMModel): model = load_any(model)
     return model.localize(scan, texts, **options)
 

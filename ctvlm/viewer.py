@@ -260,6 +260,8 @@ def answer_words(
     "The depth of an answer in words, with its doubt."
     image = "" if answer.image_number is None else f", image {answer.image_number}"
     where = f"{answer.depth_mm:.0f} mm{image}"
+    places = " or ".join(f"{low:.0f} to {high:.0f}" for low, high in getattr(answer, "set_mm", ()))
+    if places: where += f" (it fits {places} mm)"
     return f"not in this scan, best guess {where}" if getattr(answer, "abstains", False) else where
 
 def promise(

@@ -329,3 +329,24 @@ def test_importing_leaves_the_process_as_it_was():
     import subprocess, sys
     code = "import transformers.utils.logging as l, ctvlm.model; assert l.is_progress_bar_enabled()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_text_that_fits_two_places_names_both(monkeypatch):
+    "Two peaks: `set_mm` holds two intervals, shorter together than the interval, and the words name them; one peak: none."
+    from ctvlm.viewer import answer_words
+    model, v = perturbed(), volume(90)
+    promised = DepthCalibration(tau=0.1, coverage=0.9, stretch=1., mass=0.9, flat=None, least=None, n_patients=99,
+                                population="drawn patients", bin_mm=model.config.calibration.bin_mm)
+    model.config.interval_calibration = promised.to_dict()
+    def peaks(*bins):
+        def posterior(self, similarity, valid):
+            p = torch.full(similarity.shape, 1e-4)
+            p[:, list(bins)] = 1.
+            return p / p.sum(1, keepdim=True)
+        monkeypatch.setattr(DepthCalibration, "posterior", posterior)
+        return model.localize(v, "a cyst in the liver")[0]
+    two, one = peaks(3, 20), peaks(10)
+    assert len(two.set_mm) == 2 and one.set_mm == ()
+    assert sum(b - a for a, b in two.set_mm) < two.interval_mm[1] - two.interval_mm[0]
+    assert "it fits" in answer_words(two) and "it fits" not in answer_words(one)
+    assert [tuple(part) for part in two.to_dict()["set_mm"]] == list(two.set_mm)
