@@ -101,6 +101,7 @@ def _group(source, text, about, measurements, said, depth_mm):
         finding_type=_code("text", text), algorithm_id=algorithm, measurements=measurements, source_images=images,
         qualitative_evaluations=[hd.sr.QualitativeEvaluation(_code("answer", "Answer"), _code(*said))])
 
+# %% ../nbs/14a_structured_reports.ipynb #5e4172d2
 def _answer_group(source, answer, about): # of a `DepthAnswer`
     from pydicom.sr.codedict import codes
     mm, (low, high) = codes.UCUM.Millimeter, answer.interval_mm
@@ -121,6 +122,7 @@ def _reference_group(source, pair): # of a mined pair
     measured = [_measured(source, "depth", "Depth of the cited image (scanner z)", pair["depth_mm"], codes.UCUM.Millimeter, pair["depth_mm"])]
     return _group(source, pair["snippet"], MINED, measured, ("cited", "cited in the report"), pair["depth_mm"])
 
+# %% ../nbs/14a_structured_reports.ipynb #d4e54dc7
 def to_sr(
     answers:list,       # of `DepthAnswer` and `FindingAnswer`
     source:Source,
