@@ -669,7 +669,7 @@ if __name__ == "__main__": ctvlm.cli.main()
 
 def embed(tmp_path, hospital, *words, launcher=(), marker=""):
     "Start `ctvlm embed` with a light encoder, as a process; one that is killed at its third scan if there is a marker to leave."
-    (tmp_path / "run.py").write_text(RUN.format(tests=str(Path(__file__).parent), marker=str(marker)))
+    with write_atomically(tmp_path / "run.py") as t: t.write_text(RUN.format(tests=str(Path(__file__).parent), marker=str(marker)))   # another may just read it
     write_studies(hospital, tmp_path / "t.parquet")
     words = [sys.executable, *launcher, tmp_path / "run.py", "embed", tmp_path / "t.parquet", "-m", "light", "-o", tmp_path / "f", "--json", "--quiet", *words]
     return subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
