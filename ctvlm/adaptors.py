@@ -18,7 +18,7 @@ from .dicomweb import is_address, parse_address
 from .findings import CT_RATE_CLASSES, FINDINGS
 from .preprocessing import check_forms, check_geometry
 from .studies import (
-    STUDY_SCHEMA, _pair, processes, report_text, rule_labels, rules_version, scan_content,
+    STUDY_SCHEMA, _pair, plain_words, processes, report_text, rule_labels, rules_version, scan_content,
     split_patients, write_studies)
 from .tables import Table, write_table
 
@@ -675,7 +675,7 @@ def held_out_twice(
 )->dict: # counts of `reports` and `scans` of the held-out patients that the training patients have as well
     "What stands in training and in another split under different names: equal reports, and scans of equal content."
     held = studies.split != "train"
-    text = (studies.findings + "\n" + studies.impression).map(lambda t: " ".join(t.split()).casefold())
+    text = (studies.findings + "\n" + studies.impression).map(plain_words)
     size = studies.scan.map(lambda s: Path(s).stat().st_size if Path(s).is_file() else -1)
     twin = size.map(size.value_counts()) > 1
     content = pd.Series([scan_content(s) if t and n > 0 else "" for s, t, n in zip(studies.scan, twin, size)], studies.index, dtype=object)

@@ -957,6 +957,29 @@ def test_a_study_without_a_report_trains_no_contrast(hospital, filled, tokenizer
     assert int(b["report_mask"].sum()) <= 1                                   # ten or fewer are left out of the contrastive loss
 
 
+def test_equal_reports_and_one_patient_share_a_number(hospital, filled, tokenizer, monkeypatch):
+    "The same number in every process, order, world and after a resume; a report that is not there equals nobody's."
+    some = hospital.iloc[[0, 1, 2, 4, 5, 6]].assign(
+        findings=["No abnormality.", "no  abnormality.", "A nodule.", "", "", "B."],
+        impression="", patient=["p1", "p2", "P 7", "p 7", "p5", "p6"])
+    def handed_out(rank=0, world=1, state=None, **options):
+        monkeypatch.setenv("RANK", str(rank)); monkeypatch.setenv("WORLD_SIZE", str(world))
+        b = Batches(some, filled[0], tokenizer, batch_size=2, **options)
+        if state: b.load_state_dict(state)
+        return {s: tuple(numbers) for x in b for s, numbers in zip(x["study"], x["same"].tolist())}
+    one = handed_out()
+    report, patient = ({s: numbers[k] for s, numbers in one.items()} for k in (0, 1))
+    assert report["s0"] == report["s1"] and len(set(report.values())) == 4 and report["s4"] == report["s5"] == -1
+    assert patient["s2"] == patient["s4"] and len(set(patient.values())) == 5 and min(patient.values()) >= 0
+    assert handed_out(0, 2) | handed_out(1, 2) == one == handed_out(training=False) == handed_out(augment=shout, workers=1)
+    first = Batches(some, filled[0], tokenizer, batch_size=2)
+    next(iter(first))
+    rest = handed_out(state=first.state_dict())
+    assert len(rest) == 4 and rest.items() <= one.items()
+    row = next(some.itertuples())                                              # a number that another machine would give, too
+    assert data.same_numbers(row) == list(one["s0"]) == [7729656092446502489, 646136361345103179]
+
+
 def test_one_scan_of_several_per_report(hospital, filled, tmp_path, tokenizer):
     "Three reconstructions share a report: one is drawn per epoch, all of them come in evaluation."
     twins = hospital.iloc[[0, 1, 2, 4]].assign(study=["a", "a", "a", "b"], patient=["a", "a", "a", "b"], findings="Nodule.", pairs=[[]] * 4)
