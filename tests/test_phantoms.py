@@ -183,7 +183,7 @@ def test_nothing_of_a_lung_lies_outside_of_the_ribs():
 
 def test_segments_of_the_liver():
     "A cyst just in front of the cava lies in segment I; the numbers from I to VIII all occur."
-    from ctvlm.phantoms import _segment
+    from ctvlm.pathology import _segment
     a = PhantomCohort(1)[0].anatomy
     assert "segment I of" in _segment(a, a.at(20, 4, 30, breath=1))[0] and "segment IV" in _segment(a, a.at(20, 60, 30, breath=1))[0]
     grid = [_segment(a, a.at(x, y, z, breath=1))[0] for x in (-30, 20, 80) for y in (0, 60) for z in (-20, 60)]

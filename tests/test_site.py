@@ -70,7 +70,7 @@ def test_anchors_lead_to_one_place(pages):
     for name, page in pages.items():
         ids = Counter(t["id"] for t in page.find_all(id=True))
         assert not [i for i, n in ids.items() if n > 1], name
-    assert pages["api/phantoms.html"].find(id="PHRASES") and pages["api/mining.html"].find(id="WORDS")
+    assert pages["api/reports.html"].find(id="PHRASES") and pages["api/mining.html"].find(id="WORDS")
 
 
 def test_names_in_prose_lead_to_the_name(site, pages):
