@@ -23,6 +23,15 @@ def value_and_gradients(
     return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients))]
 
 # %% ../nbs/07_siglip.ipynb #e4efa55b
+def _neither(
+    groups:Tensor, # `(N, K)` integers of all scans
+    rows:slice,    # the scans whose rows are asked for
+)->Tensor:         # `(rows, N)`, true where a pair is neither positive nor negative
+    "Different scans that share any of their groups."
+    shared = (groups[rows, None] == groups).any(-1)
+    shared.diagonal(rows.start).fill_(False)
+    return shared
+
 def _pairs(
     x:Tensor,      # `(n, E)` unit image embeddings, our rows
     y:Tensor,      # `(N, E)` unit text embeddings, all columns
@@ -31,19 +40,25 @@ def _pairs(
     first:int,     # the column that belongs to row 0
     wanted:tuple=(True, True, True), # which gradients are asked for: on x, y, b
     cells:int=2**22, # logits held at a time
+    groups:Tensor|None=None, # `(N, K)` integers; pairs with one in common count for nothing
 )->tuple:          # sums over our rows: loss, and its gradients on x, y, b (or `None`)
     "Sum of the pair losses of a block of rows, and its gradients, a few rows at a time."
     loss = x.new_zeros(())
     gx, gy, gb = (torch.zeros_like(v) if w else None for v, w in zip((x, y, loss), wanted))
     rows = max(1, cells // max(1, len(y)))
     for i in range(0, len(x), rows):
-        some = x[i:i + rows]
-        z = (some @ y.T).mul_(scale).add_(b)                     # (rows, N) logits
-        z.diagonal(first + i).neg_()                             # -y * logit: the positives turned round
-        loss += F.softplus(z).sum()
+        some, diagonal = x[i:i + rows], first + i
+        z = (some @ y.T).mul_(scale).add_(b)              # (rows, N) logits
+        z.diagonal(diagonal).neg_()                       # -y * logit: the positives turned round
+        cost = F.softplus(z)
+        if groups is not None:
+            neither = _neither(groups, slice(diagonal, diagonal + len(some)))
+            cost.masked_fill_(neither, 0)
+        loss += cost.sum()
         if not any(wanted): continue
         g = z.sigmoid_()
-        g.diagonal(first + i).neg_()                             # (rows, N) dloss/dlogit
+        g.diagonal(diagonal).neg_()                       # (rows, N) dloss/dlogit
+        if groups is not None: g.masked_fill_(neither, 0)
         if gx is not None: torch.mm(g, y, out=gx[i:i + rows])
         if gy is not None: gy.addmm_(g.T, some)
         if gb is not None: gb += g.sum()
@@ -79,13 +94,18 @@ def _anywhere(flags, device): # bools of this process -> whether they are true o
 class _SigLIP(torch.autograd.Function):
     "Loss of unit vectors with its gradients in closed form, over all processes."
     @staticmethod
-    def forward(ctx, x, y, t, b, wanted, across, averaged):
+    def forward(ctx, x, y, t, b, groups, wanted, across, averaged):
         many = across and process_count() > 1
         columns, first = gather_rows(y) if many else (y, 0)                     # (N, E)
         N = max(1, len(columns))
-        if many: wanted = _anywhere(wanted, x.device)       # all must take part in the same sums
+        if many:                                            # all must take part in the same sums
+            *wanted, given, missing = _anywhere((*wanted, groups is not None, groups is None), x.device)
+            if given and missing:
+                raise InputError("found groups on some processes and none on others, "
+                    "expected them everywhere or nowhere: an empty batch brings (0, K) of them")
+            if given: groups = gather_rows(groups)[0]                           # (N, K)
         on_x, on_y, on_t, on_b = wanted
-        loss, gx, gy, gb = _pairs(x, columns, t.exp(), b, first, (on_x or on_t, on_y, on_b))
+        loss, gx, gy, gb = _pairs(x, columns, t.exp(), b, first, (on_x or on_t, on_y, on_b), groups=groups)
         gt = (x * gx).sum() if on_t else None
         if many:
             for part in (loss, gy, gt, gb):
@@ -101,7 +121,7 @@ class _SigLIP(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None, None
+        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None, None, None
 
 # %% ../nbs/07_siglip.ipynb #7437dc16
 def siglip_loss(
@@ -111,16 +131,22 @@ def siglip_loss(
     b:Tensor,      # bias
     across:bool=True,    # over all processes, where `torch.distributed` runs
     averaged:bool=False, # for DistributedDataParallel, which averages gradients instead of adding them
+    groups:Tensor|None=None, # `(n, K)` integers (report, patient): scans that share one are no pair
 )->Tensor:         # scalar, the same on every process
     "Sigmoid contrastive loss over all pairs, divided by their diagonal; no N x N tensor is kept."
     if zimg.shape != ztxt.shape or zimg.ndim != 2:
         raise InputError(f"found image embeddings {tuple(zimg.shape)} and text embeddings "
             f"{tuple(ztxt.shape)}, expected the same (n, E): give one report per scan")
+    if groups is not None:
+        if groups.ndim != 2 or len(groups) != len(zimg) or groups.is_floating_point():
+            raise InputError(f"found groups {tuple(groups.shape)} of {groups.dtype}, expected integers "
+                f"({len(zimg)}, K): give K numbers per scan, such as one for its report and one for its patient")
+        groups = groups.to(zimg.device, torch.long)
     wanted = tuple(torch.is_grad_enabled() and v.requires_grad for v in (zimg, ztxt, t, b))
     with torch.autocast(zimg.device.type, enabled=False):   # 16 bits are not enough for exp(t) cos + b
         exact = torch.float64 if zimg.dtype == torch.float64 else torch.float32
         x, y = (F.normalize(z.to(exact), dim=-1) for z in (zimg, ztxt))         # (n, E)
-        return _SigLIP.apply(x, y, t.to(exact), b.to(exact), wanted, across, averaged)
+        return _SigLIP.apply(x, y, t.to(exact), b.to(exact), groups, wanted, across, averaged)
 
 # %% ../nbs/07_siglip.ipynb #14f70210
 def _process(rank, world, folder, function, args):
@@ -139,7 +165,8 @@ def run_processes(
         torch.multiprocessing.spawn(_process, (world, folder, function, args), nprocs=world)
         return [torch.load(f"{folder}/{r}.pt", weights_only=True) for r in range(world)]
 
-def share_of_loss(rank, world, zimg, ztxt, t, b, cuts):
-    "`siglip_loss` and its gradients on the rows `cuts[rank]:cuts[rank + 1]`, for trying out processes."
+def share_of_loss(rank, world, zimg, ztxt, t, b, cuts, groups=None):
+    "`siglip_loss` and its gradients on the rows `cuts[rank]:cuts[rank + 1]`, to try out processes."
     mine = slice(cuts[rank], cuts[rank + 1])
-    return value_and_gradients(siglip_loss, zimg[mine], ztxt[mine], t, b)
+    rows = None if groups is None else groups[mine]
+    return value_and_gradients(lambda *z: siglip_loss(*z, groups=rows), zimg[mine], ztxt[mine], t, b)

@@ -13,7 +13,7 @@ from ctvlm.depth import (DepthCalibration, conformal_quantile, expected_error_mm
                          posterior_set)
 from ctvlm.localization import (decode_depth, depth_posterior, depth_target, localization_loss,
                                 posterior_interval_mm, posterior_median_mm, posterior_quantile_mm)
-from ctvlm.siglip import _pairs, siglip_loss, value_and_gradients
+from ctvlm.siglip import _pairs, run_processes, share_of_loss, siglip_loss, value_and_gradients
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent.parent/"shared"/"golden"/"half_patch"
@@ -103,6 +103,82 @@ def test_siglip_computes_what_is_asked_for(asked, monkeypatch):
     if not asked: assert not loss.requires_grad
     else: loss.backward()
     for k in asked: close(z[k].grad, want[1 + k], 1e-5)
+
+
+GROUPS = torch.tensor([[5, 0], [5, 1], [6, 2], [7, 2], [8, 3], [5, 4], [9, 3]])  # report, patient of seven scans
+
+
+def seven(scale=30., bias=-6.):
+    g = torch.Generator().manual_seed(3)
+    common = torch.randn(7, 5, generator=g, dtype=torch.float64)
+    z = [common + 0.7 * torch.randn(7, 5, generator=g, dtype=torch.float64) for _ in range(2)]
+    return *z, torch.tensor(scale, dtype=torch.float64).log(), torch.tensor(bias, dtype=torch.float64)
+
+
+def grouped(zimg, ztxt, t, b, groups=GROUPS):
+    return siglip_loss(zimg, ztxt, t, b, groups=groups)
+
+
+def pair_by_pair(zimg, ztxt, t, b):
+    cosine, loss = F.normalize(zimg, dim=-1) @ F.normalize(ztxt, dim=-1).T, 0
+    for i, (report, patient) in enumerate(GROUPS.tolist()):
+        for j, (other, somebody) in enumerate(GROUPS.tolist()):
+            if i == j: loss = loss - F.logsigmoid(t.exp() * cosine[i, j] + b)
+            elif report != other and patient != somebody: loss = loss - F.logsigmoid(-t.exp() * cosine[i, j] - b)
+    return loss / 7
+
+
+@pytest.mark.parametrize("scale, bias", [(10., -10.), (100., -16.)])
+def test_same_report_or_patient_is_no_negative(scale, bias):
+    z = seven(scale, bias)
+    for x, y in zip(value_and_gradients(grouped, *z), value_and_gradients(pair_by_pair, *z)): close(x, y, 1e-11)
+    assert torch.autograd.gradcheck(grouped, [x.requires_grad_() for x in z])
+
+
+def test_one_report_for_all_leaves_the_diagonal(): # and the divisor is the number of rows
+    x, y, t, b = seven()
+    few = [0, 1, 5]                                                               # of report 5
+    loss = siglip_loss(x[few], y[few], t, b, groups=GROUPS[few])
+    close(loss, F.softplus(-(t.exp() * F.cosine_similarity(x[few], y[few]) + b)).mean(), 1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
+def test_groups_in_uneven_chunks(rows):
+    x, y, t, b = seven()
+    x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    whole = _pairs(x, y, t.exp(), b, 0, groups=GROUPS)
+    for p, q in zip(_pairs(x, y, t.exp(), b, 0, cells=rows * 7, groups=GROUPS), whole): close(p, q, 1e-12)
+    parts = [_pairs(x[a:z], y, t.exp(), b, a, cells=rows * 7, groups=GROUPS) for a, z in ((0, 3), (3, 7))]
+    for k, q in enumerate(whole):
+        close(torch.cat([p[k] for p in parts]) if k == 1 else sum(p[k] for p in parts), q, 1e-12)
+
+
+def test_without_groups_not_one_bit_changes():
+    z = [x.float() for x in seven()]
+    strangers = value_and_gradients(lambda *z: grouped(*z, torch.arange(14).view(7, 2)), *z)
+    for x, y in zip(value_and_gradients(siglip_loss, *z), strangers): assert torch.equal(x, y)
+    assert not torch.equal(siglip_loss(*z), grouped(*z))
+
+
+def half_grouped(rank, world, *z):
+    try: siglip_loss(*z, groups=GROUPS if rank else None)
+    except InputError as e: return str(e)
+
+
+def test_groups_over_processes(): # report 5 and patient 3 are on both; the second split leaves a process empty
+    z = seven(100., -16.)
+    one = value_and_gradients(grouped, *z)
+    for cuts in ([0, 3, 7], [0, 0, 7]):
+        shares = run_processes(2, share_of_loss, *z, cuts, GROUPS)
+        for value, _, _, gt, gb in shares:
+            for x, y in zip((value, gt, gb), (one[0], *one[3:])): close(x, y, 1e-11)
+        for k in (1, 2): close(torch.cat([s[k] for s in shares]), one[k], 1e-11)
+    assert all("on some processes" in said for said in run_processes(2, half_grouped, *z))
+
+
+@pytest.mark.parametrize("groups", [GROUPS[:6], GROUPS[:, 0], GROUPS.double()])
+def test_groups_are_integers_of_every_scan(groups):
+    with pytest.raises(InputError, match=r"expected integers \(7, K\)"): grouped(*seven(), groups)
 
 
 # Localization
