@@ -19,7 +19,7 @@ import hashlib, itertools, json, logging, math, os, shutil, tempfile, warnings
 from collections import defaultdict
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
-from .core import InputError, Notice, stable_rng, write_atomically
+from .core import InputError, Notice, PrivateFolder, stable_rng, write_atomically
 from .findings import FINDINGS, prompts_for
 from .text import tokenize
 from .studies import (
@@ -211,7 +211,7 @@ def _say(left_out): # what a table asked for and does not get
 
 def _private_folder(below):
     "A folder for texts that nobody else may read; what killed processes of this machine left there is removed."
-    if below is None: return tempfile.TemporaryDirectory(prefix="ctvlm-")
+    if below is None: return PrivateFolder("texts")
     Path(below).mkdir(parents=True, exist_ok=True)
     for left in Path(below).glob("texts-*"):
         if not alive(left.name.split("-")[1:3]): shutil.rmtree(left, ignore_errors=True)

@@ -7,12 +7,12 @@ __all__ = ['SCHEME', 'LOOPBACK', 'TOKEN', 'RETRIED', 'REMEDIES', 'Address', 'is_
            'find_series', 'choose', 'fetch_series', 'fetched', 'send']
 
 # %% ../nbs/00c_dicomweb.ipynb #d45cb65e
-import fcntl, os, shutil, tempfile, time
-from contextlib import contextmanager, suppress
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
-from .core import InputError, legible
+from .core import InputError, PrivateFolder, legible, needed
 
 # %% ../nbs/00c_dicomweb.ipynb #12d60a57
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ TOKEN = "CTVLM_DICOMWEB_TOKEN" # a token, or the whole of an Authorization heade
 
 # %% ../nbs/00c_dicomweb.ipynb #7d9f7142
 def _libraries():
-    try: import dicomweb_client, requests
-    except ImportError: raise InputError("scans from an archive need dicomweb-client: pip install 'ctvlm[dicom]'") from None
-    return dicomweb_client, requests
+    client = needed("dicomweb_client", "dicom", "a scan from an archive")
+    return client, needed("requests", "dicom", "a scan from an archive")
 
 RETRIED = 408, 429, 500, 502, 503, 504
 
@@ -141,34 +140,13 @@ def fetch_series(
     if wanted: raise InputError(f"{len(wanted)} of {n} images of series {series} did not come: the series is incomplete, try again later")
     return folder
 
-_LEFT = "ctvlm-series-"
-
-def _hold(folder): # a lock that ends with this process, however it ends
-    held = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-    try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: os.close(held); raise
-    return held
-
-def _clear(): # what killed processes left behind: nobody holds it
-    for left in Path(tempfile.gettempdir()).glob(f"{_LEFT}*"):
-        with suppress(OSError):
-            about = left.lstat()
-            if about.st_uid != os.getuid() or time.time() - about.st_mtime < 60: continue   # of others, or just being made
-            held = _hold(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(held)
-
 @contextmanager
 def fetched(
     scan:str,              # an address
     number:int|str|None=None, # as in `fetch_series`
 ):                         # the folder
     "A series in a private folder that is there as long as the block runs."
-    _clear()
-    with tempfile.TemporaryDirectory(prefix=_LEFT) as folder:
-        held = _hold(folder)
-        try: yield fetch_series(scan, Path(folder)/"series", number)
-        finally: os.close(held)
+    with PrivateFolder("series") as folder: yield fetch_series(scan, Path(folder)/"series", number)
 
 # %% ../nbs/00c_dicomweb.ipynb #d656b1cb
 def send(

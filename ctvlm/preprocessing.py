@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
 import numpy as np
-from .core import CTVolume, InputError, check_output, is_straight, legible, pick_device, progress, write_output
+from .core import CTVolume, InputError, PrivateFolder, check_output, is_straight, legible, pick_device, progress, write_output
 from .dicom import DicomImage, choose_series, dicom_images, read_headers
 from .tables import escape_cell
 
@@ -504,7 +504,7 @@ def read_zip(
     "Read a zipped DICOM folder; archives that reach outside their own folder are refused."
     try: archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as e: raise InputError(f"{path.name} cannot be unpacked ({_first_line(e)}): download it again") from None
-    with archive, tempfile.TemporaryDirectory() as folder:
+    with archive, PrivateFolder("zip") as folder:
         for m in archive.infolist():
             name = m.filename.replace("\\", "/")
             if stat.S_ISLNK(m.external_attr >> 16): raise InputError(f"{path.name}: {legible(m.filename)} is a symbolic link, expected plain files: zip the files themselves")
