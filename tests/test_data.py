@@ -966,18 +966,17 @@ def test_equal_reports_and_one_patient_share_a_number(hospital, filled, tokenize
         monkeypatch.setenv("RANK", str(rank)); monkeypatch.setenv("WORLD_SIZE", str(world))
         b = Batches(some, filled[0], tokenizer, batch_size=2, **options)
         if state: b.load_state_dict(state)
-        return {s: tuple(numbers) for x in b for s, numbers in zip(x["study"], x["same"].tolist())}
+        return {s: tuple(numbers) for x in b for s, numbers in zip(x["study"], x["groups"].tolist())}
     one = handed_out()
     report, patient = ({s: numbers[k] for s, numbers in one.items()} for k in (0, 1))
-    assert report["s0"] == report["s1"] and len(set(report.values())) == 4 and report["s4"] == report["s5"] == -1
-    assert patient["s2"] == patient["s4"] and len(set(patient.values())) == 5 and min(patient.values()) >= 0
+    assert report["s0"] == report["s1"] and len(set(report.values())) == 5
+    assert patient["s2"] == patient["s4"] and len(set(patient.values())) == 5
     assert handed_out(0, 2) | handed_out(1, 2) == one == handed_out(training=False) == handed_out(augment=shout, workers=1)
     first = Batches(some, filled[0], tokenizer, batch_size=2)
     next(iter(first))
     rest = handed_out(state=first.state_dict())
     assert len(rest) == 4 and rest.items() <= one.items()
-    row = next(some.itertuples())                                              # a number that another machine would give, too
-    assert data.same_numbers(row) == list(one["s0"]) == [7729656092446502489, 646136361345103179]
+    assert one["s0"] == (7729656092446502489, 646136361345103179)               # as another machine would say
 
 
 def test_one_scan_of_several_per_report(hospital, filled, tmp_path, tokenizer):
