@@ -47,7 +47,7 @@ def test_every_page_has_the_same_navigation(site, pages):
     sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
     contents = [page.select_one(".menu nav") for page in pages.values()]
     assert [s.text for s in contents[0].find_all("strong")] == [e["section"] for e in sidebar if isinstance(e, dict)]
-    lists = {tuple((a.text, target(site, name, a["href"])[0]) for a in nav.find_all("a")) for name, nav in zip(pages, contents)}
+    lists = {tuple((a.text, target(site, name, a["href"])[0]) for a in nav.select("a:not(.here a)")) for name, nav in zip(pages, contents)}
     assert len(lists) == 1 and {path for _, path in next(iter(lists))} == {site / name for name in pages}
     for name, nav in zip(pages, contents):
         [here] = nav.select("[aria-current]")
@@ -159,11 +159,38 @@ def test_pages_in_a_browser(open_page, name, width):
     page.screenshot(path=PICTURES / f"{name.replace('/', '-').removesuffix('.html')}-{width}.png")
 
 
+CHARACTERS = """() => [...document.querySelectorAll('details.code pre')].map(pre => {
+  const ruler = pre.appendChild(Object.assign(document.createElement('span'), {textContent: '0'.repeat(100)}));
+  ruler.style.cssText = 'position: absolute; white-space: pre';
+  const character = ruler.getBoundingClientRect().width / 100, style = getComputedStyle(pre);
+  ruler.remove();
+  return Math.floor((pre.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight)) / character);
+})"""
+SCROLLS = "() => [...document.querySelectorAll('pre')].filter(p => p.scrollWidth > p.clientWidth + 1).map(p => p.textContent.slice(0, 60))"
+
+
+@pytest.mark.parametrize("name", ["index.html", "core.html", "siglip.html"])
+def test_a_line_of_code_fits_the_page(open_page, name):
+    page = open_page(name, 1280 - 15)                                      # a window of 1280 px, less its scroll bar
+    found = page.evaluate(CHARACTERS)
+    assert found and min(found) >= 100, f"{name} shows {min(found)} characters of code"
+    assert page.locator(".menu [aria-current]").is_visible()
+
+
+def test_the_sections_of_a_page_are_always_at_hand(open_page):
+    for width, seen, other in ((1280, ".menu .here", ".toc"), (1600, ".toc", ".menu .here")):
+        page = open_page("siglip.html", width)
+        assert page.locator(seen).is_visible() and not page.locator(other).is_visible(), width
+        page.locator(seen).get_by_text("Exercises").click()
+        assert page.url.endswith("#Exercises")
+
+
 def test_no_page_runs_off_a_phone(open_page, site, pages):
     page = open_page("index.html", 390)
     for name in pages:
         page.goto((site / name).as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 390 and not page.evaluate(WIDER), name
+        assert not page.evaluate(SCROLLS), name                             # code and what it prints wrap
     assert not page.errors
 
 

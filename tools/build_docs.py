@@ -185,9 +185,19 @@ def entries(sidebar):
 
 
 def navigation(sidebar, pages, current):
-    "The sidebar of _quarto.yml as nested lists."
-    link = lambda p: f'<li><a href="{current.up}{pages[p].name}"{" aria-current=page" if p == current.notebook else ""}>{html.escape(pages[p].title)}</a></li>'
-    return "".join(f"<ul>{link(e)}</ul>" if isinstance(e, str) else f"<strong>{html.escape(e['section'])}</strong><ul>{''.join(map(link, e['contents']))}</ul>" for e in sidebar)
+    "The sidebar of _quarto.yml as nested lists; below the current page its sections, for windows too narrow for a third column."
+    here = "".join(f'<li><a href="#{anchor}">{html.escape(text)}</a></li>' for level, text, anchor, _ in current.sections[1:] if level == 2)
+    sections = f'<ul class="here">{here}</ul>' if here else ""
+
+    def link(notebook):
+        page, mark, below = pages[notebook], "", ""
+        if notebook == current.notebook: mark, below = " aria-current=page", sections
+        return f'<li><a href="{current.up}{page.name}"{mark}>{html.escape(page.title)}</a>{below}</li>'
+
+    def part(entry):
+        if isinstance(entry, str): return f"<ul>{link(entry)}</ul>"
+        return f"<strong>{html.escape(entry['section'])}</strong><ul>{''.join(map(link, entry['contents']))}</ul>"
+    return "".join(map(part, sidebar))
 
 
 def on_this_page(page):
