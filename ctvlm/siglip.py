@@ -24,11 +24,11 @@ def value_and_gradients(
 
 # %% ../nbs/07_siglip.ipynb #e4efa55b
 def _neither(
-    groups:Tensor, # `(N, K)` integers of all scans
+    groups:Tensor, # `(N, K)` integers of all scans; negative: unknown, shared with nobody
     rows:slice,    # the scans whose rows are asked for
 )->Tensor:         # `(rows, N)`, true where a pair is neither positive nor negative
     "Different scans that share any of their groups."
-    shared = (groups[rows, None] == groups).any(-1)
+    shared = ((groups[rows, None] == groups) & (groups >= 0)).any(-1)
     shared.diagonal(rows.start).fill_(False)
     return shared
 
@@ -131,7 +131,7 @@ def siglip_loss(
     b:Tensor,      # bias
     across:bool=True,    # over all processes, where `torch.distributed` runs
     averaged:bool=False, # for DistributedDataParallel, which averages gradients instead of adding them
-    groups:Tensor|None=None, # `(n, K)` integers (report, patient): scans that share one are no pair
+    groups:Tensor|None=None, # `(n, K)` integers (report, patient): scans that share one are no pair; -1: unknown
 )->Tensor:         # scalar, the same on every process
     "Sigmoid contrastive loss over all pairs, divided by their diagonal; no N x N tensor is kept."
     if zimg.shape != ztxt.shape or zimg.ndim != 2:
