@@ -1,4 +1,4 @@
-# make demo | make test | make docs | make lab      (each sets up .venv first; nothing else is needed)
+# make demo | make test | make gpu | make docs | make lab      (each sets up .venv first; nothing else is needed)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test docs lab notebooks clean
+.PHONY: demo test gpu docs lab notebooks clean
 .DELETE_ON_ERROR:
 
 $(READY): settings.ini setup.py constraints.txt
@@ -23,6 +23,10 @@ test: $(READY)
 	$(BIN)/python tools/check_export.py
 	cd nbs && $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --path .
 	$(BIN)/python -m pytest tests
+
+# With a graphics card: tests, benchmarks and cells that need one. make gpu PART=encoder; GPU_PYTHON=python3 takes the Python that is there.
+gpu: $(if $(GPU_PYTHON),,$(READY))
+	$(or $(GPU_PYTHON),$(BIN)/python) tools/gpu.py $(PART)
 
 docs: $(READY)
 	$(BIN)/python tools/build_docs.py

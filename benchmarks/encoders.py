@@ -2,7 +2,7 @@
 
     python benchmarks/encoders.py                       4 windows of `large` on this machine, the tiny model's training
     python benchmarks/encoders.py --scan FOLDER         also: a question to a full-size model with random weights (goal: 90 s, 8,192 MiB on 2 cores)
-    python benchmarks/encoders.py --device cuda         batch sweep, with and without compile, memory (goal: half of the measured peak)
+    python benchmarks/encoders.py --device cuda         plain, compiled, prepared; memory (goal: 60 % of the measured peak at 64 windows)
 
 With --results the lines go to benchmarks/results/encoders_cpu.jsonl, or encoders_cuda.jsonl, for chapter 10.
 """
@@ -13,6 +13,7 @@ import torch, transformers
 
 from ctvlm.core import pick_device, seed_everything, write_atomically
 from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor, fast_dtype
+from ctvlm.prepared import PreparedEncoder
 from ctvlm.text import train_tokenizer
 from ctvlm.vision import EncoderSizes, WindowEncoder
 
@@ -52,17 +53,22 @@ def flop_per_window(encoder): # multiply and add count as two
     return s.depth * block + 2 * (L - 1) * s.width * encoder.patch[0] * encoder.patch[1] * encoder.patch[2]
 
 
-def window_encoder(device, dtype, batches, compiled=False):
-    encoder = WindowEncoder(EncoderSizes()).eval().requires_grad_(False).to(device, dtype)
-    if compiled:
-        for block in encoder.blocks: block.compile()
+def window_encoder(device, dtype, batches, form="plain"):
+    "`form`: plain, compiled, prepared, or prepared and compiled (chapter 05a)."
+    compiled = "compiled" in form
+    encoder = WindowEncoder(EncoderSizes()).eval().requires_grad_(False).to(device)
+    if "prepared" in form: encoder = PreparedEncoder(encoder, dtype, compiled)
+    else:
+        encoder = encoder.to(dtype)
+        for block in encoder.blocks if compiled else (): block.compile()
+    flop = flop_per_window(WindowEncoder(EncoderSizes()))
     for n in batches:
         if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         windows = torch.rand(n, 1, *encoder.window, device=device).half()
         with torch.inference_mode(): took = seconds(lambda: encoder.features(windows), device, 10 if device.type == "cuda" else 2)
-        peak, rate = matmul_peak(device, dtype), n * flop_per_window(encoder) / took
+        peak, rate = matmul_peak(device, dtype), n * flop / took
         more = {"gpu_mib": round(torch.cuda.max_memory_allocated() / 2**20)} if device.type == "cuda" else {}
-        report("window encoder, large", dtype=str(dtype)[6:], windows=n, compiled=compiled, windows_per_s=round(n / took, 3), tflops=round(rate / 1e12, 3), matmul_peak_tflops=round(peak / 1e12, 3), share_of_peak=round(rate / peak, 3), **more)
+        report("window encoder, large", dtype=str(dtype)[6:], windows=n, form=form, windows_per_s=round(n / took, 3), tflops=round(rate / 1e12, 3), matmul_peak_tflops=round(peak / 1e12, 3), share_of_peak=round(rate / peak, 3), **more)
 
 
 def tiny_training(device, dtype):
@@ -99,7 +105,8 @@ def main():
     report("versions", date=str(datetime.date.today()), machine=torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(), cores=os.cpu_count(), load=round(os.getloadavg()[0], 1),
            torch=torch.__version__, transformers=transformers.__version__)
     if device.type == "cuda":
-        for compiled in (False, True): window_encoder(device, dtype, (1, 4, 16, 32, 64, 128), compiled)
+        window_encoder(device, dtype, (1, 16, 64, 128))
+        for form in ("compiled", "prepared", "prepared and compiled"): window_encoder(device, dtype, (16, 64), form)
     else:
         window_encoder(device, dtype, (4,))
         for kind in sorted({torch.float32, dtype}, key=str): tiny_training(device, kind)
