@@ -49,7 +49,7 @@ def figure(volume, ks):
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    from ctvlm.viewer import _gray, plot_posterior
+    from ctvlm.pictures import _gray, plot_posterior
     a, (X, Y, _) = volume.array, volume.array.shape
     fig, axes = plt.subplots(1, 4, figsize=(16, 5), dpi=100, layout="constrained")
     images = [ax.imshow(_gray(s.T, "soft tissue"), cmap="gray", vmin=0, vmax=255, origin="lower", aspect="auto") for ax, s in zip(axes, (a[:, :, ks[0]], a[:, Y // 2], a[X // 2]))]

@@ -7,6 +7,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 from ctvlm import viewer
+from ctvlm.reader import _marked
 from ctvlm.core import CTVolume, InputError
 from ctvlm.evaluation import evaluate_classification, evaluate_localization, evaluate_retrieval, Embedded, worst_cases
 from ctvlm.viewer import *
@@ -282,7 +283,7 @@ def test_report_with_references(scan):
 
 
 def test_marked_pieces():
-    assert viewer._marked("a nodule (4/38).", [(2, 8, "asserted"), (10, 14, "reference"), (0, 16, "denied")]) == [
+    assert _marked("a nodule (4/38).", [(2, 8, "asserted"), (10, 14, "reference"), (0, 16, "denied")]) == [
         ["a ", "denied"], ["nodule", "asserted"], [" (", "denied"], ["4/38", "reference"], [").", "denied"]]
 
 

@@ -58,12 +58,13 @@ for (const name of ["planes", "report"]) { window[name] = Model(state[name]); (a
 def alone(tmp_path_factory):
     "A page with both widgets and no Python behind them."
     pytest.importorskip("anywidget")
-    from ctvlm import viewer
+    import ctvlm
+    from ctvlm import reader as parts, viewer
     from ctvlm.core import CTVolume
     array = np.random.default_rng(0).integers(-200, 300, size=(64, 64, 40)).astype(np.float32)
     reader = viewer.explore(CTVolume(array, np.diag([5., 5, 8, 1])), ["Nodule in the lung.", "Lesion of the liver."], None)
     state = lambda widget, names: {n: base64.b64encode(getattr(widget, n)).decode() if n == "png" else getattr(widget, n) for n in names.split()}
-    page = ALONE % {"css": viewer._PLANES_CSS + viewer._REPORT_CSS, "wide": reader.picture.layout.max_width, "source": json.dumps({"planes": viewer._PLANES_JS, "report": viewer._REPORT_JS}),
+    page = ALONE % {"css": (Path(ctvlm.__file__).parent/"data"/"reader.css").read_text(), "wide": reader.picture.layout.max_width, "source": json.dumps({"planes": parts._PLANES_JS, "report": parts._REPORT_JS}),
                     "state": json.dumps({"planes": state(reader.picture, "panels sizes windows window png alt at texts labels drawn steps clicked pointed windowed probed"), "report": state(reader.report, "sentences said busy chosen reference asked presses")})}
     path = tmp_path_factory.mktemp("alone") / "reader.html"
     path.write_text(page)
