@@ -183,7 +183,7 @@ def test_an_answer_that_abstains_says_so_first(model):
 @pytest.mark.parametrize("width,dtype,on", [(264, torch.float32, True), (48, torch.float32, False),
                                             (264, torch.float16, False), (264, torch.bfloat16, False)])
 def test_bfloat16_only_where_it_gains(monkeypatch, width, dtype, on):
-    monkeypatch.setattr("ctvlm.model.fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("ctvlm.answers.fast_dtype", lambda device: torch.bfloat16)
     sizes = dict(width=width, depth=1, heads=2, layer_scale=1.)
     m = perturbed(window_encoder=sizes, scan_encoder={**sizes, "width": 48, "heads": 2}).to(dtype)
     with m._ask(): assert torch.is_autocast_enabled("cpu") == on

@@ -21,7 +21,7 @@ def imports_of(path):
 
 def test_every_chapter_is_there():
     assert [p.stem for p in CHAPTERS if p.stem[2] == "_"] == ["00_core", "01_anatomy", "02_mining", "03_findings", "04_preprocessing", "05_vision", "06_text",
-        "07_siglip", "08_localization", "09_disease", "10_model", "11_studies", "12_training", "13_metrics", "14_pictures", "15_cli"]
+        "07_siglip", "08_localization", "09_disease", "10_answers", "11_studies", "12_training", "13_metrics", "14_pictures", "15_cli"]
 
 
 @pytest.mark.parametrize("module", sorted(NUMBER))
