@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from transformers import (AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, BatchFeature,
                           ProcessorMixin)
 from .core import CTVolume, InputError, Notice
-from .findings import FINDINGS, Prompts, prompts_for
+from .findings import FINDINGS, Prompts, fold, prompts_for
 from .preprocessing import WindowSpec, Windows, load_volume, make_windows
 from .text import from_hub, tokenize, train_tokenizer
 from .localization import decode_depth, depth_similarity, posterior_interval_mm
@@ -406,8 +406,8 @@ def _aliases(): # what the catalogue's findings are called, lower case -> name
             others.setdefault(_key(alias), set()).add(f.name)
     return {k: min(v) for k, v in others.items() if len(v) == 1} | names
 
-def _key(words): # without case, article and hyphens
-    plain = " ".join(re.split(r"[\s_-]+", words.strip())).casefold()
+def _key(words): # without case, article, hyphens, and what differs between spellings
+    plain = " ".join(fold(w) for w in re.split(r"[\s_-]+", words.strip()))
     return re.sub(r"^an? ", "", plain)
 
 def catalogue_name(

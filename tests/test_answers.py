@@ -257,6 +257,7 @@ def test_a_name_of_the_catalogue_in_any_case(model, given):
     assert (a.finding, a.source) == ("Pleural effusion", "catalogue")
     assert a == model.classify(volume(), "Pleural effusion", style="single")[0]
     assert catalogue_name(given) == a.finding and catalogue_name("a coin") is None
+    assert catalogue_name("Pleuraerguss") == "Pleural effusion"     # however the catalogue spells it
     for alias in ("Herzverbreiterung", "cardiac enlargement"):
         assert catalogue_name(alias) == "Cardiomegaly"
     assert model.classify(volume(), "a coin")[0].source == "free text"
