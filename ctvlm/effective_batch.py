@@ -11,7 +11,7 @@ import contextlib, itertools, math
 from dataclasses import dataclass
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor, nn
-from .core import stable_rng
+from .core import InputError, stable_rng
 from .siglip import gather_rows, process_count, siglip_loss
 from .localization import localization_loss
 from .disease import disease_prompt_loss, draw_phrasings, positive_weights
@@ -20,64 +20,79 @@ from .disease import disease_prompt_loss, draw_phrasings, positive_weights
 @dataclass(frozen=True)
 class Objective:
     "The numbers that belong to the losses."
-    siglip:float=1.                   # weights of the three losses; 0 leaves a loss out
+    siglip:float=1.          # weights of the three losses; 0 leaves a loss out
     disease:float=0.5
     localization:float=0.004
-    shortest_report:int=11            # tokens; shorter reports say nothing and stay out of the contrast
-    sigma:float=2.                    # width of the depth target, in bins of 12 mm
-    tau:float=0.1                     # temperature over depth
-    smoothing:float=0.                # of disease labels
-    silence:float=0.3                 # how much of a denial it is that a report covers the region and does not mention the finding
-    text_tokens:int=8192              # most tokens of texts embedded at once, padding included
-    seed:int=0                        # of all random draws
+    shortest_report:int=11   # tokens; shorter reports stay out of the contrast
+    mask_false_negatives:bool=False # of equal reports and of one patient
+    sigma:float=2.           # width of the depth target, in bins of 12 mm
+    tau:float=0.1            # temperature over depth
+    smoothing:float=0.       # of disease labels
+    silence:float=0.3        # share of a denial, where a report covers the region
+    text_tokens:int=8192     # most tokens of texts embedded at once, padding included
+    seed:int=0               # of all random draws
 
 # %% ../nbs/09a_effective_batch.ipynb #75cd65c8
-def _exact(x): return x if x.dtype == torch.float64 else x.float() # 16 bits are not enough for a loss
+def _exact(x): # 16 bits are not enough for a loss
+    return x if x.dtype == torch.float64 else x.float()
 
 @contextlib.contextmanager
 def replayed(
     seed:int,            # the same seed gives the same draws
     device:torch.device, # where the work runs
 ):
-    "Random numbers that depend on `seed` only; afterwards the outer stream goes on as if nothing had been drawn."
+    "Random numbers that depend on `seed` only; the outer stream goes on as if none were drawn."
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 # %% ../nbs/09a_effective_batch.ipynb #ba8afb66
+def _push(parts, first, upstream, embed, device): # <e, g> of each part, the last one first
+    for i in reversed(range(len(parts))):
+        kept = first.pop()
+        embedded, own = embed(i, True) if kept is None else kept
+        pushed = torch.zeros((), device=device) if own is None else own
+        for name, g in upstream[i].items():
+            pushed = pushed + (_exact(embedded[name]) * g).sum()
+        if pushed.requires_grad: pushed.backward()
+        del embedded, own, pushed, kept           # the graph goes before the next comes
+
 def cached_backward(
-    parts:list,          # functions `(graph) -> ({name: (n, E)}, own loss or None)`; own losses are wanted with `graph`
+    parts:list,          # functions `(graph) -> ({name: (n, E)}, own loss or None)`
     losses,              # `({name: (N, E)}) -> {loss: (weight, value)}`
     shared:list,         # parameters that `losses` uses itself, such as t and b
     seed:int,            # of all random draws
     device:torch.device,
-    keep:int=1,          # how many parts, the last ones, keep the graph of the first pass and have no second
+    keep:int=1,          # how many of the last parts keep the first pass's graph
     autocast=contextlib.nullcontext, # context of the encoders' precision
 )->tuple:                # {loss: value}, {loss: norm of its gradient on the embeddings}
     "Add the gradient of all losses to `.grad` of every parameter, embedding one part at a time."
     shared = [p for p in shared if p.requires_grad]
     def embed(i, graph):
-        with replayed(seed + i, device), autocast(), torch.set_grad_enabled(graph): return parts[i](graph)
+        with replayed(seed + i, device), autocast(), torch.set_grad_enabled(graph):
+            return parts[i](graph)
     first = [embed(i, i >= len(parts) - keep) for i in range(len(parts))]
-    rows, leaves = [{name: len(x) for name, x in embedded.items()} for embedded, _ in first], {}
+    rows = [{name: len(x) for name, x in embedded.items()} for embedded, _ in first]
+    leaves = {}                                # all embeddings of a name, without graph
     for name in dict.fromkeys(name for r in rows for name in r):
-        leaves[name] = torch.cat([_exact(embedded[name].detach()) for embedded, _ in first if name in embedded]).requires_grad_()
+        all_of_it = [_exact(embedded[name].detach()) for embedded, _ in first if name in embedded]
+        leaves[name] = torch.cat(all_of_it).requires_grad_()
     tensors, values, norms = [*leaves.values(), *shared], {}, {}
     total = [torch.zeros_like(x) for x in tensors]
     for name, (weight, value) in losses(leaves).items():
         gradients = torch.autograd.grad(value * weight, tensors, allow_unused=True)
-        values[name], norms[name] = value.detach(), sum((g**2).sum() for g in gradients[:len(leaves)] if g is not None)**0.5
+        on_embeddings = [g for g in gradients[:len(leaves)] if g is not None]
+        values[name] = value.detach()
+        norms[name] = sum((g**2).sum() for g in on_embeddings)**0.5
         for x, g in zip(total, gradients):
             if g is not None: x += g
     for p, g in zip(shared, total[len(leaves):]): p.grad = g if p.grad is None else p.grad + g
-    upstream = {name: g.split([r[name] for r in rows if name in r]) for name, g in zip(leaves, total)}       # dL/de, cut into parts
-    upstream = {name: iter(pieces) for name, pieces in upstream.items()}
-    upstream = [{name: next(upstream[name]) for name in r} for r in rows]
-    for i in reversed(range(len(parts))):
-        embedded, own = first.pop() if i >= len(parts) - keep else embed(i, True)
-        pushed = sum([(_exact(embedded[name]) * g).sum() for name, g in upstream[i].items()], torch.zeros((), device=device) if own is None else own)  # <e, g>
-        if pushed.requires_grad: pushed.backward()
-        del embedded, own, pushed                                                # the graph goes before the next one comes
+    sizes = {name: [r[name] for r in rows if name in r] for name in leaves}
+    pieces = {name: iter(g.split(sizes[name])) for name, g in zip(leaves, total)}
+    upstream = [{name: next(pieces[name]) for name in r} for r in rows] # dL/de of each part
+    again = max(0, len(parts) - keep)
+    first[:again] = [None] * again                             # these have no graph
+    _push(parts, first, upstream, embed, device)
     return values, norms
 
 # %% ../nbs/09a_effective_batch.ipynb #5a12aa5e
@@ -88,15 +103,18 @@ def length_groups(
     "Texts of similar length together, padded on the right."
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     groups, now = [], []
-    for i in order:                                                # ascending: the text to come is the longest
-        if now and (len(now) + 1) * len(rows[i]) > tokens: groups.append(now); now = []
+    for i in order:                         # ascending: the text to come is the longest
+        if now and (len(now) + 1) * len(rows[i]) > tokens:
+            groups.append(now)
+            now = []
         now.append(i)
     if now: groups.append(now)
     out = []
     for g in groups:
-        ids = nn.utils.rnn.pad_sequence([rows[i] for i in g], batch_first=True)                       # (n, L)
+        ids = nn.utils.rnn.pad_sequence([rows[i] for i in g], batch_first=True) # (n, L)
         length = torch.tensor([len(rows[i]) for i in g], device=ids.device)
-        out.append((g, ids, (torch.arange(ids.shape[1], device=ids.device) < length[:, None]).long()))
+        mask = torch.arange(ids.shape[1], device=ids.device) < length[:, None]  # (n, L)
+        out.append((g, ids, mask.long()))
     return out
 
 def unpadded(
@@ -107,37 +125,46 @@ def unpadded(
     return [row[keep.bool()] for row, keep in zip(ids, mask)]
 
 # %% ../nbs/09a_effective_batch.ipynb #fb250890
-def _scans(model, batch, slices): # ScanEmbeddings of a micro-batch, from windows or from cached features
+def _scans(model, batch, slices): # ScanEmbeddings, from windows or from cached features
     rest = dict(grid=batch["grid"], patch_mask=batch.get("patch_mask"), slices=slices)
-    if "windows" not in batch: return model.encode_features(batch["cls"], batch["depth_tokens"], **rest)
-    some = max(1, 8192 // math.prod(model.window_encoder.grid)) if model.device.type == "cpu" else None   # tokens that a processor's cache holds
+    if "windows" not in batch:
+        return model.encode_features(batch["cls"], batch["depth_tokens"], **rest)
+    if model.device.type != "cpu": return model.encode_scan(batch["windows"], **rest)
+    some = max(1, 8192 // math.prod(model.window_encoder.grid)) # tokens that fit a cache
     return model.encode_scan(batch["windows"], chunk=some, **rest)
 
-def _localized(model, out, here, config, snippets, seen): # backward through the snippets; what is left to do is a loss of the slices
-    slices = _exact(out.slices.detach()).requires_grad_()                                             # (B, D, P)
+def _localized(model, out, here, config, snippets, seen):
+    "Backward through the snippets; what is left to do is a loss of the slices."
+    slices = _exact(out.slices.detach()).requires_grad_()                    # (B, D, P)
     def note(g): seen["squares"] = seen.get("squares", 0) + (g.float()**2).sum()
-    for rows, ids, mask in length_groups(unpadded(here["snippet_ids"], here["snippet_mask"]), config.text_tokens):
+    texts = unpadded(here["snippet_ids"], here["snippet_mask"])
+    for rows, ids, mask in length_groups(texts, config.text_tokens):
         rows = torch.tensor(rows, device=ids.device)
         which = here["snippet_scan"][rows]
-        snippet = model.encode_text(ids, mask, head="snippet")                                        # (n, P)
+        snippet = model.encode_text(ids, mask, head="snippet")                  # (n, P)
         if snippet.requires_grad: snippet.register_hook(note)
-        loss = localization_loss(slices[which], snippet, here["snippet_bin"][rows], out.valid[which],
-                                 config.sigma, config.tau, padding_free=True) * (len(rows) / snippets)
-        (config.localization * loss).backward()                    # this group's graph goes before the next one comes
+        loss = localization_loss(
+            slices[which], snippet, here["snippet_bin"][rows], out.valid[which],
+            config.sigma, config.tau, padding_free=True) * (len(rows) / snippets)
+        (config.localization * loss).backward() # this group's graph goes before the next comes
         seen["loss"] = seen.get("loss", 0) + loss.detach()
     note(slices.grad)
     return (_exact(out.slices) * slices.grad).sum()
+
+def _on(device, batch): # its tensors there
+    def move(x): return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+    return {name: move(x) for name, x in batch.items()}
 
 def scan_part(
     model, batch,
     config:Objective,
     snippets:int,  # of the whole effective batch, over all processes
-    seen:dict,     # collects the localization loss and the gradients on slices and snippets
+    seen:dict, # collects the localization loss and the gradients on slices and snippets
     device:torch.device,
 ):                 # a part for `cached_backward`
     "Scans of one micro-batch; with a graph, also slices and snippets."
     def part(graph):
-        here = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        here = _on(device, batch)
         which = here.get("snippet_scan")
         local = graph and which is not None and len(which) > 0 and config.localization > 0
         out = _scans(model, here, local)
@@ -145,17 +172,20 @@ def scan_part(
         return {"image": out.scan, "disease": out.disease}, own
     return part
 
+# %% ../nbs/09a_effective_batch.ipynb #2ff8c075
 def text_parts(
     model,
     rows:list,   # token ids of each text
     tokens:int,  # per group
     name:str,    # of the embeddings
     device:torch.device,
-)->tuple:        # parts for `cached_backward`, and where row i is found among their rows
+)->tuple:       # parts for `cached_backward`, and where row i is found among their rows
     "Texts in groups of similar length, through the first head."
     groups = length_groups(rows, tokens)
     def part(ids, mask):
-        def embed(graph): return {name: model.encode_text(ids.to(device), mask.to(device), head="report")}, None
+        def embed(graph):
+            here = ids.to(device), mask.to(device)
+            return {name: model.encode_text(*here, head="report")}, None
         embed.tokens = ids.numel()
         return embed
     where = torch.empty(len(rows), dtype=torch.long)
@@ -164,10 +194,11 @@ def text_parts(
 
 # %% ../nbs/09a_effective_batch.ipynb #ea66aee0
 class _Together(torch.autograd.Function):
-    "Rows of all processes; the gradient on ours, because every process computes the same loss from them."
+    "Rows of all processes; the gradient on ours: every process computes the same loss from them."
     @staticmethod
     def forward(ctx, x):
-        everyone, ctx.first = gather_rows(x); ctx.n = len(x)
+        everyone, ctx.first = gather_rows(x)
+        ctx.n = len(x)
         return everyone.clone()
     @staticmethod
     def backward(ctx, grad): return grad[ctx.first:ctx.first + ctx.n]
@@ -183,84 +214,128 @@ def over_processes(
     dist.all_reduce(x, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
     return float(x)
 
+def _buckets(parameters, size=2**24): # of about so many numbers, for one message each
+    bucket, held = [], 0
+    for p in parameters:
+        if bucket and held + p.numel() >= size:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(p)
+        held += p.numel()
+    if bucket: yield bucket
+
 def add_gradients(
     parameters:list, # trained, the same on every process
 )->None:
     "Add the shares of the gradient that the processes hold."
     if process_count() == 1 or not parameters: return
-    has = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device).int()
+    device = parameters[0].device
+    has = torch.tensor([p.grad is not None for p in parameters], device=device).int()
     dist.all_reduce(has, dist.ReduceOp.MAX)
     used = [p for p, h in zip(parameters, has.tolist()) if h]
     for p in used:
         if p.grad is None: p.grad = torch.zeros_like(p)
-    while used:
-        bucket, size = [], 0
-        while used and (not bucket or size + used[0].numel() < 2**24): bucket.append(used.pop(0)); size += bucket[-1].numel()
+    for bucket in _buckets(used):
         flat = torch.cat([p.grad.flatten() for p in bucket])
         dist.all_reduce(flat)
         for p, g in zip(bucket, flat.split([p.numel() for p in bucket])): p.grad = g.view_as(p)
 
 # %% ../nbs/09a_effective_batch.ipynb #e8916c14
-def _questions(prompts, config, step): # this process's share of the questions in one phrasing: token rows, positive and negative in turn
-    generator = torch.Generator().manual_seed(int(stable_rng(config.seed, "phrasing", step).integers(2**62)))  # the same on every process
-    drawn = draw_phrasings(torch.stack([torch.as_tensor(prompts[k]) for k in ("ids", "mask")], -1), generator)  # (Q, 2, L, 2)
-    share = drawn.tensor_split(process_count())[dist.get_rank() if process_count() > 1 else 0].flatten(0, 1)
+def _questions(prompts, config, step):
+    "Token rows of this process's questions in one phrasing, positive and negative in turn."
+    rng = stable_rng(config.seed, "phrasing", step)          # the same on every process
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    both = [torch.as_tensor(prompts[k]) for k in ("ids", "mask")]         # (Q, K, 2, L)
+    drawn = draw_phrasings(torch.stack(both, -1), generator)  # (Q, 2, L, 2)
+    rank = dist.get_rank() if process_count() > 1 else 0
+    share = drawn.tensor_split(process_count())[rank].flatten(0, 1)
     return unpadded(share[..., 0], share[..., 1])
 
 def _weights(prompts, config, device): # of present findings and of questions, `(Q,)` or `None`
     weights = {k: prompts.get(k) for k in ("pos_weight", "question_weight")}
     if prompts.get("labels") is not None:
-        weights["pos_weight"] = positive_weights(torch.as_tensor(prompts["labels"]), silence=config.silence)
-    return {k: w if w is None else torch.as_tensor(w, device=device) for k, w in weights.items()}
+        labels = torch.as_tensor(prompts["labels"])
+        weights["pos_weight"] = positive_weights(labels, silence=config.silence)
+    there = {k: torch.as_tensor(w, device=device) for k, w in weights.items() if w is not None}
+    return dict.fromkeys(weights) | there
 
+def _labels(batches, prompts, device): # of this process's scans, `(n, Q)`
+    if prompts and batches: return torch.cat([b["labels"].to(device) for b in batches])
+    Q = len(prompts["ids"]) if prompts else 0
+    return torch.zeros(0, Q, dtype=torch.long, device=device)
+
+def _groups(batches, device): # of report and patient of this process's scans, `(n, 2)`
+    if any("groups" not in b for b in batches):
+        raise InputError(
+            "found micro-batches without 'groups', expected two integers per scan, of its "
+                             "report and of its patient: give them, or mask_false_negatives=False")
+    if not batches: return torch.zeros(0, 2, dtype=torch.long, device=device)
+    return torch.cat([b["groups"] for b in batches]).to(device)
+
+def _kept(parts, batches, config): # how many of the last parts are embedded once
+    if len(batches) != 1: return 1
+    together = itertools.accumulate(p.tokens for p in reversed(parts))
+    return 1 + sum(n <= config.text_tokens for n in together)
+
+# %% ../nbs/09a_effective_batch.ipynb #57070b20
 def effective_batch_backward(
     model,
-    batches:list,          # micro-batches of this process; may be empty where others still have some
+    batches:list,   # micro-batches of this process; may be empty where others have some
     prompts:dict|None,     # see `train`
     config:Objective,
     step:int,              # for the random draws
     device:torch.device,
     autocast=contextlib.nullcontext,
-    keep:int|None=None,    # parts that are embedded once; `None`: what fits beside one micro-batch, see below
+    keep:int|None=None, # parts that are embedded once; `None`: as many as fit, see below
 )->dict:                   # what the log shows
-    "Leave the gradient of one effective batch, over all processes, in `.grad`; return losses, their gradients' norms, counts."
+    "Leave the gradient of one effective batch, over all processes, in `.grad`; return what it was."
+    add_up = lambda x: over_processes(x, device=device)
     rank = dist.get_rank() if process_count() > 1 else 0
     seed = int(stable_rng(config.seed, "step", step, rank).integers(2**62))
-    snippets = int(over_processes(sum(len(b.get("snippet_scan", ())) for b in batches), device=device))
-    seen, where = {}, {}
-    parts = []
+    snippets = int(add_up(sum(len(b.get("snippet_scan", ())) for b in batches)))
     reports = [r for b in batches for r in unpadded(b["report_ids"], b["report_mask"])]
-    long = torch.tensor([len(r) >= config.shortest_report and config.siglip > 0 for r in reports], dtype=torch.bool, device=device)
+    long = [len(r) >= config.shortest_report and config.siglip > 0 for r in reports]
     asked = _questions(prompts, config, step) if prompts and config.disease > 0 else []
-    for name, rows in (("text", [r for r, k in zip(reports, long.tolist()) if k]), ("prompt", asked)):
+    seen, where, parts = {}, {}, []
+    wanted = [r for r, is_long in zip(reports, long) if is_long]
+    for name, rows in (("text", wanted), ("prompt", asked)):
         more, where[name] = text_parts(model, rows, config.text_tokens, name, device)
         parts += more
-    if keep is None:                                               # the last part; beside a lone micro-batch as much text as one group may have
-        together = itertools.accumulate(p.tokens for p in reversed(parts))
-        keep = 1 + (sum(n <= config.text_tokens for n in together) if len(batches) == 1 else 0)
-    parts += [scan_part(model, b, config, snippets, seen, device) for b in batches]                  # the dearest last, see `keep`
-    labels = torch.cat([b["labels"].to(device) for b in batches]) if prompts and batches else torch.zeros(0, len(prompts["ids"]) if prompts else 0, dtype=torch.long, device=device)
+    if keep is None: keep = _kept(parts, batches, config)
+    parts += [scan_part(model, b, config, snippets, seen, device) for b in batches]
+    long = torch.tensor(long, dtype=torch.bool, device=device)
+    groups = _groups(batches, device)[long] if config.mask_false_negatives else None # (n, 2)
+    labels = _labels(batches, prompts, device)
 
     def losses(e):
-        width = int(over_processes(max((x.shape[1] for x in e.values()), default=0), "max", device))
-        get = lambda name: e[name] if name in e else torch.zeros(0, width, device=device, requires_grad=True)
+        widest = max((x.shape[1] for x in e.values()), default=0)
+        width = int(over_processes(widest, "max", device))
+        nothing = lambda: torch.zeros(0, width, device=device, requires_grad=True)
+        embedded = lambda name: e[name] if name in e else nothing()
         out = {}
-        if config.siglip > 0: out["siglip"] = config.siglip, siglip_loss(get("image")[long], get("text")[where["text"]], model.t, model.b)
+        if config.siglip > 0:
+            image, text = embedded("image")[long], embedded("text")[where["text"]]
+            contrast = siglip_loss(image, text, model.t, model.b, groups=groups)
+            out["siglip"] = config.siglip, contrast
         if prompts and config.disease > 0:
-            image, prompt = (F.normalize(_Together.apply(x), dim=-1) for x in (get("disease"), get("prompt")[where["prompt"]]))
+            both = embedded("disease"), embedded("prompt")[where["prompt"]]
+            scan, prompt = (F.normalize(_Together.apply(x), dim=-1) for x in both)
             out["disease"] = config.disease, disease_prompt_loss(
-                image, prompt.unflatten(0, (-1, 2)), gather_rows(labels)[0], model.t,
-                **_weights(prompts, config, device), smoothing=config.smoothing, silence=config.silence)
+                scan, prompt.unflatten(0, (-1, 2)), gather_rows(labels)[0], model.t,
+                **_weights(prompts, config, device),
+                smoothing=config.smoothing, silence=config.silence)
         return out
 
     shared = [model.t, model.b]
     values, norms = cached_backward(parts, losses, shared, seed, device, keep, autocast)
-    add_gradients([p for p in model.parameters() if p.requires_grad and not any(p is q for q in shared)])
-    values["localization"] = over_processes(seen.get("loss", 0.), device=device)
-    norms = {k: over_processes(v**2, device=device)**0.5 for k, v in norms.items()} | {"localization": over_processes(seen.get("squares", 0.), device=device)**0.5}
-    scans = over_processes(sum(len(b["grid"]) for b in batches), device=device)
-    return {**{k: float(v) for k, v in values.items()}, **{f"grad_{k}": float(v) for k, v in norms.items()},
-            "scans": int(scans), "pairs": int(over_processes(long.sum(), device=device)), "snippets": snippets}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    add_gradients([p for p in trained if not any(p is q for q in shared)])
+    values["localization"] = add_up(seen.get("loss", 0.))
+    norms = {k: add_up(v**2)**0.5 for k, v in norms.items()}
+    norms["localization"] = add_up(seen.get("squares", 0.))**0.5
+    out = {k: float(v) for k, v in values.items()} | {f"grad_{k}": v for k, v in norms.items()}
+    scans = int(add_up(sum(len(b["grid"]) for b in batches)))
+    return out | dict(scans=scans, pairs=int(add_up(long.sum())), snippets=snippets)
 
 # %% ../nbs/09a_effective_batch.ipynb #f4d0a8f9
 def noise_batch(
@@ -268,19 +343,30 @@ def noise_batch(
     seed:int,
     windows:bool=False, # windows of 16 x 16 x 32 voxels; else features, 24 wide
 )->dict:
-    "A micro-batch of noise in the format of chapter 11, for trying out: B scans, B snippets, three questions."
+    "A micro-batch of noise as `Batches` hands it out: B scans, B snippets, three questions."
     g = torch.Generator().manual_seed(seed)
-    grid, which = torch.randint(1, 3, (B, 3), generator=g), torch.randint(0, B, (B,), generator=g)
-    batch = dict(grid=grid, labels=torch.randint(-1, 2, (B, 3), generator=g),
-                 snippet_scan=which, snippet_bin=torch.rand(B, generator=g) * 8 * grid[which, 2] - 0.5)
+    grid = torch.randint(1, 3, (B, 3), generator=g)
+    which = torch.randint(0, B, (B,), generator=g)
+    labels = torch.randint(-1, 2, (B, 3), generator=g)
+    batch = dict(grid=grid, labels=labels, snippet_scan=which,
+                 snippet_bin=torch.rand(B, generator=g) * 8 * grid[which, 2] - 0.5)
     for name, L in (("report", 20), ("snippet", 6)):
         batch[f"{name}_ids"] = torch.randint(1, 40, (B, L), generator=g)
-        batch[f"{name}_mask"] = (torch.arange(L) < torch.randint(L // 2, L + 1, (B, 1), generator=g)).long()
+        length = torch.randint(L // 2, L + 1, (B, 1), generator=g)
+        batch[f"{name}_mask"] = (torch.arange(L) < length).long()
     N = int(grid.prod(1).sum())
-    if windows: return batch | dict(windows=torch.rand(N, 1, 16, 16, 32, generator=g).half())
-    return batch | dict(cls=torch.randn(N, 24, generator=g).half(), depth_tokens=torch.randn(N, 8, 24, generator=g).half())
+    if windows: batch["windows"] = torch.rand(N, 1, 16, 16, 32, generator=g).half()
+    else:
+        batch["cls"] = torch.randn(N, 24, generator=g).half()
+        batch["depth_tokens"] = torch.randn(N, 8, 24, generator=g).half()
+    return batch | dict(groups=torch.randint(0, 8, (B, 2), generator=g)) # few reports, few patients
 
-def noise_prompts(phrasings:int=2)->dict:
+def noise_prompts(
+    phrasings:int=2, # of each question
+)->dict:          # `ids`, `mask` `(3, K, 2, 5)`, `pos_weight`, `question_weight` `(3,)`
     "Three questions of noise in the format of `train`."
-    ids = torch.randint(1, 40, (3, phrasings, 2, 5), generator=torch.Generator().manual_seed(1))
-    return dict(ids=ids, mask=torch.ones_like(ids), pos_weight=torch.tensor([1., 5, 20]), question_weight=torch.tensor([1., 1, 5]))
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 40, (3, phrasings, 2, 5), generator=g)
+    weights = dict(
+        pos_weight=torch.tensor([1., 5, 20]), question_weight=torch.tensor([1., 1, 5]))
+    return dict(ids=ids, mask=torch.ones_like(ids), **weights)

@@ -84,6 +84,7 @@ _ALLOWED = {                                                       # field -> wh
     **dict.fromkeys(("shortest_report", "evaluate_every", "patience", "seed"), _whole(0)),
     "smoothing": ("a number from 0 to below 0.5", lambda x: _number(x) and 0 <= x < 0.5),
     "silence": ("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1),
+    "mask_false_negatives": ("true or false", lambda x: isinstance(x, bool)),
     "ema": ("a number from 0 to below 1", lambda x: _number(x) and 0 <= x < 1),
     "layer_decay": ("a number above 0, at most 1", lambda x: _number(x) and 0 < x <= 1),
     "divergence": ("a number above 1", lambda x: _number(x) and x > 1),

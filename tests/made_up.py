@@ -24,6 +24,7 @@ def batch(scans, seed, windows=False):
     text = lambda n, L: (torch.randint(1, VOCAB, (n, L), generator=g), (torch.arange(L) < torch.randint(8, L + 1, (n, 1), generator=g)).long())
     out = dict(grid=grid, labels=torch.randint(-2, 2, (scans, QUESTIONS), generator=g), snippet_scan=which, snippet_bin=torch.rand(S, generator=g) * 8 * grid[which, 2] - 0.5)
     for name, (ids, mask) in (("report", text(scans, 24)), ("snippet", text(S, 9))): out |= {f"{name}_ids": ids, f"{name}_mask": mask}
+    out["groups"] = torch.randint(0, 6, (scans, 2), generator=torch.Generator().manual_seed(seed))   # few reports, few patients
     if windows: return out | dict(windows=torch.rand(N, 1, 16, 16, 32, generator=g).half())
     return out | dict(cls=torch.randn(N, 24, generator=g).half(), depth_tokens=torch.randn(N, 8, 24, generator=g).half())
 

@@ -1,5 +1,6 @@
 "Many processes equal one: in the loss, in every gradient, in a whole training run."
 import json, os, subprocess, sys, tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest, torch, torch.distributed as dist
@@ -54,10 +55,10 @@ def asked(rank, world):
 CONFIG = TrainingConfig(epochs=2, effective_batch=12, learning_rate=1e-2, warmup_epochs=0.5, localization=0.3, checkpoint_every=100, trackers=())
 
 
-def effective(batches):
+def effective(batches, mask=False):
     "Log and gradients of an effective batch; in eval mode nothing is random."
-    model = made_up.model().eval()
-    log = effective_batch_backward(model, batches, made_up.prompts(), CONFIG, step=3, device=torch.device("cpu"))
+    model, config = made_up.model().eval(), replace(CONFIG, mask_false_negatives=mask)
+    log = effective_batch_backward(model, batches, made_up.prompts(), config, step=3, device=torch.device("cpu"))
     return log, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -73,7 +74,6 @@ def trained(rank, world, folder):
 def disagree(rank, world, folder):
     "What each process says when process 1 cannot read the checkpoint, and when it comes to other weights."
     import ctvlm.training as t
-    from dataclasses import replace
     t.train(made_up.model(), made_up.Data(22, rank=rank, world=world), replace(CONFIG, epochs=1), folder)
     (Path(folder)/"model").exists() and rank == 0 and (Path(folder)/"model").rename(Path(folder)/"first")
     said, real = [], (t._sha256, t._take)
@@ -103,7 +103,8 @@ def everything(rank, world, folder):
     z, cuts = embeddings("late"), CUTS[world][1]
     out["wrapped"] = wrapped(rank, z[0][cuts[rank]:cuts[rank + 1]], z[1][cuts[rank]:cuts[rank + 1]])
     batches = [made_up.batch(n, seed=n, windows=n == 2) for n in (2, 3, 4)]
-    out["effective"] = effective(batches[rank::world])                  # with 4 processes, the last has no scan at all
+    for mask in (False, True):                                          # with 4 processes, the last has no scan at all
+        out["effective", mask] = effective(batches[rank::world], mask)
     out["trained"] = trained(rank, world, folder)
     return out
 
@@ -148,15 +149,23 @@ def test_under_data_parallel(processes):
         for x, y in zip(p["wrapped"], [loss.detach(), *(p.grad for p in model.towers.parameters())], strict=True): same(x, y)
 
 
-def test_effective_batch(processes):
+@pytest.mark.parametrize("mask", [False, True])
+def test_effective_batch(processes, mask):
     world = len(processes)
     batches = [made_up.batch(n, seed=n, windows=n == 2) for n in (2, 3, 4)]
-    log, gradients = effective([b for rank in range(world) for b in batches[rank::world]])
+    log, gradients = effective([b for rank in range(world) for b in batches[rank::world]], mask)
+    assert (log["siglip"] != effective(batches)[0]["siglip"]) == mask     # there was something to mask
     for p in processes:
-        found, g = p["effective"]
+        found, g = p["effective", mask]
         for name in log: assert found[name] == pytest.approx(log[name], rel=1e-5), name
         assert g.keys() == gradients.keys()
         for name in g: torch.testing.assert_close(g[name], gradients[name], rtol=1e-4, atol=1e-5 * max(1., float(gradients[name].abs().max())), msg=name)
+
+
+def test_masking_wants_to_know_what_is_equal():
+    without = {k: v for k, v in made_up.batch(3, seed=1).items() if k != "groups"}
+    effective([without])
+    with pytest.raises(InputError, match="without 'groups', expected two integers per scan"): effective([without], mask=True)
 
 
 def test_training(processes, tmp_path, monkeypatch):
