@@ -158,7 +158,7 @@ def _dicom_images(self:PhantomStudy, series):
     spacing = (*(self.spacing or (None, None))[:2], None)
     if series.plane is None:   # the localizer: the body seen from the front
         v = render(self.anatomy, self.scan, replace(series, plane="axial", first=self.scan.high, step=5., count=int((self.scan.high - self.scan.low) / 5) + 1), (5., 5., None))
-        front = np.rint(v.array.mean(1) * 2 + 1000)
+        front = np.rint(np.clip(v.array.mean(1) * 2 + 1000, -1024, 3071))
         v = CTVolume(np.repeat(front[:, None], 2, 1), v.affine); planes = [0]
     else:
         v = render(self.anatomy, self.scan, series, spacing)
@@ -190,6 +190,9 @@ def _dicom_header(self:PhantomStudy, series):
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
     ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "1", "-1024", "HU"
+    if (scan.outside or 0) < -1024:   # twelve bits do not hold it
+        ds.PixelRepresentation, ds.BitsStored, ds.HighBit, ds.RescaleIntercept = 1, 16, 15, "0"
+        ds.add_new("PixelPaddingValue", "SS", int(scan.outside))
     ds.WindowCenter, ds.WindowWidth = (str(v) for v in HU_WINDOWS["lung" if series.kernel == "lung" else "soft tissue"])
     return ds
 
@@ -211,7 +214,7 @@ def write_dicom(self:PhantomStudy,
                 ds.ImagePositionPatient, ds.ImageOrientationPatient = [f"{v:.4f}" for v in position], [str(v) for v in orientation]
                 ds.PixelSpacing, ds.SliceLocation = [f"{v:.6g}" for v in spacing], f"{position[1 if series.plane == 'coronal' else 2]:.4f}"
                 ds.Rows, ds.Columns = hu.shape
-                ds.PixelData = (np.clip(hu, -1024, 3071) + 1024).astype("<u2").tobytes()
+                ds.PixelData = (hu - float(ds.RescaleIntercept)).astype("<i2").tobytes()
                 ds.file_meta = meta = FileMetaDataset()
                 meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, ds.SOPClassUID, ds.SOPInstanceUID
                 ds.save_as(t / f"image-{k:04d}.dcm", enforce_file_format=True)

@@ -7,7 +7,7 @@ __all__ = ['Series', 'Scan', 'plan_scan', 'render']
 
 # %% ../nbs/01b_scanner.ipynb #0092e4d9
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np
 from .core import CTVolume, stable_rng
 from .anatomy import Anatomy, Half, Stack, Stroke, draw
@@ -36,6 +36,7 @@ class Scan:
     series:tuple          # localizer, axial soft tissue, second axial, coronal
     date:datetime.date
     frame_of_reference:str
+    outside:float|None    # HU outside of the reconstruction circle; `None`: the square is filled
     @property
     def main(self): return self.series[1] # the axial soft-tissue series
 
@@ -44,15 +45,15 @@ def _uid(seed, *name): return "2.25." + str(int.from_bytes(stable_rng(seed, *nam
 def _coverage(a, rng):
     "Lowest and highest scanned point, in the patient's own mm, as the region is usually scanned."
     apex, base, dome, region = a.at(0, 0, 302)[2], a.at(0, 0, -5, breath=.5)[2], a.lung["right"].b.top, a.traits.region
-    top = apex + rng.uniform(4, 60) if "chest" in region else dome + rng.uniform(4, 75)
-    if region == "chest": return base - rng.uniform(8, 110), top
+    top = apex + rng.uniform(-4, 70) if "chest" in region else dome + rng.uniform(-8, 110)
+    if region == "chest": return base - rng.uniform(0, 130), top
     return (a.at(0, 0, -318)[2] - rng.uniform(0, 22) if rng.random() < .8 else a.at(0, 0, -150)[2] + rng.uniform(-25, 25)), top   # some end at the iliac crest
 
 def _cropped(a, low, high):
-    "One scan in three begins or ends anywhere: 50 to 90 % of the usual length, 140 mm at the least."
+    "Every second scan begins or ends anywhere: 40 to 95 % of the usual length, 130 mm at the least."
     rng, length = stable_rng(a.seed, "crop", a.i), high - low
-    if rng.random() > 1 / 3: return low, high
-    kept = min(length, max(140., length * rng.uniform(.5, .9)))
+    if rng.random() > .5: return low, high
+    kept = min(length, max(130., length * rng.uniform(.4, .95)))
     low += rng.choice([0., 1., rng.random()]) * (length - kept)   # above, below or at both ends
     return low, low + kept
 
@@ -65,9 +66,12 @@ def plan_scan(
     lung_below = high - a.lung["right"].low[2]   # how much lung is scanned
     sharp = "bone" if a.traits.region == "abdomen" or lung_below < 60 else "lung"
     shift = tuple(map(float, (rng.normal(0, 8), rng.normal(-10, 14), rng.uniform(-1150, 350))))
-    width = a.skin.high[0] - a.skin.low[0] + 60 * (not a.traits.arms_up)
-    pixel = float(np.clip((width + rng.uniform(10, 60)) / 512, .6, .9).round(3))
-    step = float(rng.choice([1, 1.25, 1.5, 2, 2.5, 3, 5], p=[.08, .08, .10, .20, .12, .24, .18]))
+    tight = rng.random() < .5   # the field of view is set to the ribs, or to the skin
+    half = rng.uniform(.86, 1.02) * a.skin.high[0] if tight else a.skin.high[0] + rng.uniform(5, 60) + 30 * (not a.traits.arms_up)
+    half = max(half, 156 * a.scale[0] + abs(shift[0]))   # whatever is reported lies inside
+    pixel = float(np.clip(2 * half / 512, .6, .9).round(3))
+    step = float(rng.choice([.6, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5], p=[.05, .07, .08, .10, .18, .12, .20, .04, .16]))
+    if high - low > 400: step = max(step, 1.)
     fine = float(rng.choice([1, 1.25, 1.5] if step > 1.5 else [2, 3]))
     low, high = round(float(low) + shift[2], 1), round(float(high) + shift[2], 1)
     floor = low if sharp == "bone" else max(low, a.lung["right"].low[2] - 25 + shift[2])   # a lung series ends below the lungs
@@ -80,15 +84,53 @@ def plan_scan(
               Series(n + int(rng.integers(1, 3)), f"Axial {sharp}", "axial", sharp, top, fine, int((top - floor) / fine) + 1, uid(2)),
               Series(int(rng.choice([n + 3, 601, 602])), "Coronal", "coronal", "soft", round(front, 1), 3., int((front - back) / 3) + 1, uid(3)))
     date = datetime.date(2021, 1, 4) + datetime.timedelta(int(rng.integers(1500)))
-    return Scan(shift, pixel, 512, low, high, series, date, _uid(a.seed, "frame of reference", a.i))
+    outside = None if rng.random() < .4 else float(rng.choice([-1024, -2000, -3024]))
+    return Scan(shift, pixel, 512, low, high, series, date, _uid(a.seed, "frame of reference", a.i), outside)
 
 # %% ../nbs/01b_scanner.ipynb #a7295e47
 def _table(a):
-    "The patient table: a curved shell under the back, filled with foam."
-    back = float(a.skin.low[1])
-    rows = [(z, 0, back + 54, 235, 62) for z in (-600, 600)]
-    below = Half((0, -1, 0), -(back + 22))
-    return [Stroke(-2, -450., Stack(rows) & below), Stroke(-1, -900., Stack(np.array(rows) - (0, 0, 0, 6, 6)) & below)]
+    "What the patient lies on, and under: a curved or flat table of its own width, a mattress, a blanket; or none in view."
+    rng = stable_rng(a.seed, "table", a.i)
+    back, kind, skin = float(a.skin.low[1]) - rng.uniform(0, 22), rng.choice(["curved", "flat", "tray", "none"], p=[.4, .25, .2, .15]), rng.uniform(3, 7)
+    wide, hollow = rng.uniform(190, 260), float(rng.uniform(-980, -850))
+    def shell(y, rx, ry, power, cut):
+        rows, below = [(z, 0, y, rx, ry) for z in (-900, 900)], Half((0, -1, 0), -cut)
+        inner = Stack(np.array(rows) - (0, 0, 0, skin, skin), power)
+        return [Stroke(-4, float(rng.uniform(-550, 100)), Stack(rows, power) & below), Stroke(-3, hollow, inner & below)]
+    strokes = []
+    if kind in ("curved", "tray"): strokes += shell(back + 54, wide, 62, 2., back + 22)
+    if kind == "flat": strokes += shell(back - 14, wide, 12, 8., back + 1)
+    if kind == "tray": strokes += [replace(s, layer=s.layer - 2) for s in shell(back - 20, .6 * wide, 45, 4., back + 10)]
+    if rng.random() < .3:   # a blanket
+        rows = a.skin.rows + (0, 0, 4, rng.uniform(8, 30), rng.uniform(6, 14))
+        strokes += [Stroke(-2, -820., Stack(rows, 2.3)), Stroke(-1, -1000., Stack(rows - (0, 0, 0, 3, 3), 2.3))]
+    return strokes
+
+def _streaks(a, image, x, y, z, rng):
+    "Dark and bright rays around metal, in the slices that it lies in."
+    x, y = x.astype(np.float32)[:, None], y.astype(np.float32)[None]
+    for name, stroke in a.strokes.items():
+        if not name.startswith("Medical material") or "course" in name: continue
+        strength, rays, turn = rng.uniform(0, 220), int(rng.integers(3, 9)), rng.uniform(0, 6)
+        for part in stroke.solid.parts:
+            slices = np.flatnonzero((z > part.low[2]) & (z < part.high[2]))
+            if not len(slices): continue
+            dx, dy = x - np.float32((part.low + part.high)[0] / 2), y - np.float32((part.low + part.high)[1] / 2)
+            rays_hu = strength * np.sin(rays * np.arctan2(dy, dx) + turn) / (1 + (dx * dx + dy * dy) / 40**2)
+            image[:, :, slices] += rays_hu.astype(np.float32)[:, :, None]
+
+def _noise(a, image, z, series, share, rng):
+    "Noise of the kernel's strength and grain, more of it at shoulders and hips, where rays pass through much bone."
+    soft = series.kernel == "soft"
+    strength = np.exp(rng.uniform(*np.log((4, 26)))) if soft else rng.uniform(25, 55)   # HU in slices of 3 mm
+    grains, white, bony = int(rng.integers(0, 4)) if soft else 0, rng.uniform(.55, .9), rng.uniform(0, 1.3)
+    sigma = min(60., strength * (3 / series.step)**.45) * min(1., share)**white
+    noise = rng.standard_normal(image.shape, dtype=np.float32)
+    if share > .5:   # voxels as small as the grain
+        for axis in [0, 1] * grains: noise = (np.roll(noise, 1, axis) + 2 * noise + np.roll(noise, -1, axis)) / np.float32(6**.5)
+    wide = np.exp(-((z / a.scale[2] - 235) / 35)**2) + np.exp(-((z / a.scale[2] + 275) / 45)**2)
+    along = rng.standard_normal(image.shape[1:], dtype=np.float32) * (.6 * bony * wide).astype(np.float32)   # rays from side to side
+    image += (noise * (1 + bony * wide).astype(np.float32) + along) * np.float32(sigma)
 
 def render(
     a:Anatomy, scan:Scan, series:Series,
@@ -101,13 +143,15 @@ def render(
     stack = np.sort(series.position(np.arange(1, series.count + 1)))
     if series.plane == "coronal": x, y, z = across(sx), stack, np.arange(scan.low + sx / 2, scan.high, sx)
     else: x, y, z = across(sx), across(sy), np.arange(stack[0], stack[-1] + 1e-6, sz) if sz else stack
-    image = draw([*a.strokes.values(), *_table(a)], *(v - s for v, s in zip((x, y, z), scan.shift)), max(sx, 1.4 if series.kernel == "soft" else .8))
-    rng = stable_rng(a.seed, "noise", a.i, series.uid)
-    sigma = {"soft": 10., "lung": 38., "bone": 30.}[series.kernel] * rng.uniform(.7, 1.3) * min(1., scan.pixel / sx)**.7 * (3 / max(series.step, 1.))**.4
-    noise = rng.standard_normal(image.shape, dtype=np.float32)
-    if series.kernel == "soft" and sx < 1.5: # coarse grain
-        for axis in (0, 1): noise = (np.roll(noise, 1, axis) + 2 * noise + np.roll(noise, -1, axis)) / np.float32(6**.5)
-    image += np.float32(sigma) * noise
+    rng, soft = stable_rng(a.seed, "noise", a.i, series.uid), series.kernel == "soft"
+    own = [v - s for v, s in zip((x, y, z), scan.shift)]
+    image = draw([*a.strokes.values(), *_table(a)], *own, max(sx, rng.uniform(1., 1.9) if soft else .8))
+    _streaks(a, image, *own, rng)
+    image *= np.float32(rng.normal(1, .006))
+    image += np.float32(rng.normal(0, 4))   # no scanner is calibrated to the last HU
+    _noise(a, image, own[2], series, scan.pixel / sx, rng)
     np.clip(np.rint(image, out=image), -1024, 3071, out=image)
+    if scan.outside is not None and series.plane == "axial":
+        image[np.add.outer(x.astype(np.float32)**2, y.astype(np.float32)**2) > (scan.matrix * scan.pixel / 2)**2] = scan.outside
     affine = np.diag([x[1] - x[0], y[1] - y[0], z[1] - z[0], 1.]); affine[:3, 3] = x[0], y[0], z[0]
     return CTVolume(image, affine, np.array([series.image_at(v) for v in z]) if series.plane == "axial" else None)
