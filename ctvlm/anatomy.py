@@ -283,7 +283,7 @@ class Anatomy:
         self.seed, self.i, self.traits = seed, i, traits
         t, rng = traits, stable_rng(seed, "frame", i)
         tall, wide, sex = t.height_cm / 172, .90 + .10 * t.bmi / 25, 1. if t.sex == "M" else .96
-        self.scale = np.array([tall**.5 * wide * sex * rng.normal(1, .02), tall**.5 * wide * sex * rng.normal(1, .03), tall * rng.normal(1, .015)])
+        self.scale = np.array([tall**.5 * wide * sex * rng.normal(1, .03), tall**.5 * wide * sex * rng.normal(1.03, .05), tall * rng.normal(1, .02)])
         self.fat = float(np.clip((t.bmi - 17) * 1.7 + (5 if t.sex == "F" else 0) + rng.normal(0, 3), 6, 46)) # mm under the skin
         self.lift = t.breath_mm
         self.low, self.high = -np.inf, np.inf   # the scanned part, set by the scan
@@ -322,11 +322,19 @@ def _body(self:Anatomy):
         breasts.append(Ellipsoid(centre, radii))
         glands.append(Ellipsoid(centre + (0, .3 * radii[1], 0), radii * rng.uniform(.35, .7)))
     fat = -102. + rng.normal(0, 4)
-    self.add("body", BODY, fat, Union(self.skin, *breasts))
+    def mottled(mean, depth, size): # fat holds vessels and septa, muscle holds fat
+        (kx, ky, kz), p, q = rng.uniform(.6, 1.4, 3) * 2 * np.pi / size, *rng.uniform(0, 6, 2)
+        def hu(x, y, z):
+            coarse = np.sin(kx * x + p) * np.sin(ky * y + q) * np.sin(kz * z + p)
+            return mean + .7 * depth * (coarse + np.sin(.37 * kx * x + q) * np.sin(.53 * ky * y) * np.sin(.41 * kz * z + q))
+        return hu
+    self.add("body", BODY, mottled(fat, rng.uniform(0, 25), 45), Union(self.skin, *breasts))
     if glands: self.add("breast glands", BODY + .05, float(rng.uniform(-70, 40)), Union(*glands))
     lean = self.hu((52, 58, 64), "muscle") - .5 * max(self.traits.age - 50, 0) * rng.random()   # muscle turns to fat with age
-    self.add("muscle", WALL, lean, self.frame)
-    self.add("abdominal fat", CAVITY, fat + 3., self.hollow)
+    self.add("muscle", WALL, mottled(lean - 6, rng.uniform(5, 28), 35), self.frame)
+    self.add("abdominal fat", CAVITY, mottled(fat + 12, rng.uniform(5, 45), 30), self.hollow)
+    hollows = [Ellipsoid(self.at(s * 128, -4 + rng.normal(0, 5), 216), np.array([12, 26, 34]) * self.scale * rng.uniform(.6, 1.25)) for s in (1, -1)]
+    self.add("axillary fat", WALL + .1, fat, Union(*hollows))
 
 @patch
 def _arms(self:Anatomy):
@@ -462,12 +470,12 @@ def _airways(self:Anatomy):
     for name, tube in self.bronchi.items():
         self.add(name, CHEST + .4, -985., tube, organ=name == "trachea")
         self.add(name + " wall", CHEST + .35, 10., tube.grown(1.3))
-    self.add("mediastinal fat", INLUNG + .5, -85., self.fit(Stack(MEDIASTINUM, 2.5)))
+    self.add("mediastinal fat", INLUNG + .5, float(self.vary("mediastinum").uniform(-100, -40)), self.fit(Stack(MEDIASTINUM, 2.5)))
 
 def _tree(root, tips, thin, rng):
     "Tubes from `root` to all `tips`: tips are halved along their longest axis, and a tube is as thick as what it feeds."
-    radius = thin * len(tips)**.37
-    if len(tips) == 1: return [Tube([root, tips[0]], [radius, .7 * radius])]
+    radius = thin * len(tips)**.33
+    if len(tips) == 1: return [Tube([root, tips[0]], [radius, .8 * radius])]
     fork = root + rng.uniform(.35, .5) * (tips.mean(0) - root) + rng.normal(0, 3, 3)
     order = np.argsort(tips[:, np.ptp(tips, axis=0).argmax()])
     cut = int(np.clip(len(tips) * rng.uniform(.3, .7), 1, len(tips) - 1))
@@ -478,7 +486,7 @@ def _tree(root, tips, thin, rng):
 def _vessels(self:Anatomy):
     "Vessels that branch into the lungs and the liver."
     rng = stable_rng(self.seed, "vessels", self.i)
-    count, thin = int(rng.integers(90, 200)), rng.uniform(1., 1.45)
+    count, thin = int(rng.integers(140, 320)), rng.uniform(1.1, 1.7)
     for sign, lung in zip((1, -1), self.lung.values()):
         root = self.at(sign * 34, -10, 160)
         tips = rng.uniform(np.maximum(lung.low, root - 200), np.minimum(lung.high, root + 200), (6 * count, 3))
@@ -503,9 +511,10 @@ def _spine(self:Anatomy):
     heights = (-180, -100, -40, 0, 50, 100, 150, 200, 250, 290, 345, 430)
     stack = lambda dy, rx, ry: self.fit(Stack([(z, 0, y(z) + dy * r(z), rx * r(z), ry * r(z)) for z in heights], 2.4))
     self.marrow = marrow = float(np.clip(300 - 2.2 * self.traits.age, 90, 260))   # bone fades with age
+    disc, plate = self.vary("spine").uniform((75, 40), (120, 200))   # discs, and how much denser than marrow their plates are
     def density(x, y, z):
         f = level(z)
-        return np.select([f < .2, (f < .28) | (f > .93)], [85, marrow + 200], marrow).astype(np.float32)
+        return np.select([f < .2, (f < .28) | (f > .93)], [disc, marrow + plate], marrow).astype(np.float32)
     arches = lambda x, y, z: ((level(z) > .25) & (level(z) < .85)).astype(np.float32)
     self.add("vertebrae", BONE, density, stack(0, 1.1, .9), organ=True)
     self.add("vertebral arches", BONE + .05, marrow + 220, Pattern(stack(-1.55, 1.1, .75), arches))

@@ -102,7 +102,15 @@ def _consolidation(a, rng):
 def _atelectasis(a, rng):
     side, sign, de = _side(rng)
     top = a.lung[side].b.top
-    if rng.random() < .5:   # plates above the diaphragm
+    form = rng.random()
+    if form < .2:           # a whole lower lobe without air, shrunk against the spine
+        lobe = a.lobe[f"{side} lower lobe"]
+        normal, edge = np.array([-sign * .7, -.6, -.35]), a.at(sign * rng.uniform(50, 80), -20, 0) + (0, 0, a.lung[side].b.top)
+        solid = lobe & Half(normal, normal @ edge)
+        kind, words = "collapse", (f"of the {side} lower lobe", f"des {de} Unterlappens")
+        middle = float(a.lung[side].b.top + rng.uniform(-5, 25))
+        return _planted(words, solid, Stroke(INLUNG + .15, a.hu((40, 85, 95)), solid), depth=middle, kind=kind)
+    if form < .55:          # plates above the diaphragm
         centre = np.array([sign * 72 * a.scale[0], rng.uniform(-35, 0), top + rng.uniform(4, 14)])
         plate = lambda j: Ellipsoid(centre + (0, -14 * j, 13 * j), (rng.uniform(34, 46), rng.uniform(24, 34), 4.), (rng.uniform(-25, 5), sign * rng.uniform(-15, 15), 0))
         solid, kind, words = Union(*map(plate, range(3))) & a.lung[side], "plate", (f"at the {side} base", f"{SIDES[side][1]} basal")
@@ -165,7 +173,7 @@ def _sequela(a, rng):
 @plants("Pleural effusion", .2, "lung bases")
 def _effusion(a, rng):
     side, _, _ = _side(rng)
-    lung, thick = a.lung[side], rng.uniform(28, 62)
+    lung, thick = a.lung[side], rng.uniform(28, 62) if rng.random() < .7 else rng.uniform(62, 115)   # up to half of the side
     back, base = float(lung.low[1]), float(lung.b.back)
     normal = np.array([0, -1., -.45])   # thick behind and below, thin above
     fluid = lung & Half(normal, normal @ (0, back + thick, base + 30))
@@ -284,6 +292,7 @@ def _liver(a):
 @plants("Hepatic cyst", .22, "liver")
 def _liver_cyst(a, rng):
     r = rng.uniform(12, 28)
+    if abs(a.strokes["liver"].hu - 4) < 20: return None   # not seen in a liver as dark as water
     if (p := _spot(a, rng, _liver(a), r * .8)) is None: return None
     ball = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3))
     return _planted(_segment(a, p), ball, Stroke(BELLY + .02, 4., ball & a.hollow), 2 * r)
@@ -293,7 +302,8 @@ def _liver_lesion(a, rng):
     r = rng.uniform(14, 28)
     if (p := _spot(a, rng, _liver(a), r * .8)) is None: return None
     ball, core = Ellipsoid(p, r * rng.uniform(.9, 1.1, 3)), Ellipsoid(p + rng.normal(0, 1.5, 3), r * .55)
-    hu = a.hu((26, 150, 66))
+    hu, liver = a.hu((26, 150, 66)), a.strokes["liver"].hu
+    if abs(hu - liver) < 30: hu = liver + (30 if hu > liver else -30)   # or nobody would see it
     strokes = {"": Stroke(BELLY + .03, hu, ball & a.hollow), "core": Stroke(BELLY + .031, a.hu((18, 60, 38)), core & a.hollow)}
     bright = "hyper" if a.traits.phase == 1 else "dense"   # a fatty liver can be darker than what lies in it
     return _planted(_segment(a, p), ball, strokes, 2 * r, kind="hypo" if hu < a.strokes["liver"].hu else bright)
@@ -427,7 +437,14 @@ def organ_heights(a:Anatomy)->dict: # place -> lower and upper end, in the patie
     def both(n): return tuple(f(h[f"right {n}"][k], h[f"left {n}"][k]) for k, f in ((0, min), (1, max)))
     def between(low, high): return float(low * a.scale[2]), float(high * a.scale[2])
     lungs, dome = both("lung"), a.lung["right"].b.top
-    return h | {"lungs": lungs, "kidneys": both("kidney"), "adrenals": both("adrenal gland"), "lung bases": (lungs[0] + 8, dome + 8),
+    aorta, apex = a.strokes["aorta"].solid.points[:, 2], 26 * a.scale[2]
+    domes = {f"{side} dome": (a.lung[side].b.top - 15, a.lung[side].b.top + 3) for side in a.lung}
+    ends = {f"{side} apex": (h[f"{side} lung"][1] - apex, h[f"{side} lung"][1]) for side in a.lung}
+    bases = {f"{side} base": (h[f"{side} lung"][0] + 8, a.lung[side].b.top + 8) for side in a.lung}
+    bases = {name: (float(low), float(high)) for name, (low, high) in (domes | ends | bases).items()}
+    marks = {"carina": between(176, 192), "hila": between(142, 178), "aortic arch": (float(aorta[2]) - 8, float(aorta[3]) + 13),
+             "aortic root": (float(aorta[0]) - 14, float(aorta[0]) + 14), "aortic bifurcation": between(-148, -126)}
+    return h | bases | marks | {"lungs": lungs, "kidneys": both("kidney"), "adrenals": both("adrenal gland"), "lung bases": (lungs[0] + 8, dome + 8),
                 "upper lobes": (between(165, 0)[0], lungs[1]), "central lungs": between(105, 195), "lower mediastinum": (dome - 10, dome + 60),
                 "upper abdomen": (h["liver"][0], dome), "abdominal aorta": between(-130, 0), "umbilicus": between(-140, -95), "pelvis": between(-245, -150)}
 
@@ -442,6 +459,16 @@ FOCAL = "Lung nodule", "Hepatic cyst", "Hepatic lesion", "Renal cyst", "Kidney s
 def _apart(p, q):
     a, b = p.strokes[""].solid, q.strokes[""].solid
     return (a.low >= b.high).any() or (b.low >= a.high).any()
+
+def _drowned(effusion, p, a, rng):
+    "Whether `effusion` hides a third of what is seen of a finding of the lungs."
+    solid = p.strokes[""].solid
+    low, high = solid.low.copy(), solid.high.copy()
+    low[2], high[2] = max(low[2], a.low), min(high[2], a.high)
+    if PLANTERS[p.finding][1] not in ("lungs", "lung bases", "upper lobes") or (low >= high).any(): return False
+    points = rng.uniform(low, high, (400, 3))
+    points = points[solid.contains(points)]
+    return len(points) > 0 and effusion.strokes[""].solid.contains(points).mean() > .33
 
 def examined(a:Anatomy, finding:str)->bool: # or its label is unknown
     "Whether enough of its organ is scanned to say that `finding` is there or not."
@@ -462,6 +489,7 @@ def plant(
                 p = function(a, rng)
                 if p is None or not a.low + 3 <= p.depth_mm <= a.high - 3: continue
                 if min(p.high_mm, a.high) - max(p.low_mm, a.low) < .6 * (p.high_mm - p.low_mm): continue
+                if finding == "Pleural effusion" and any(_drowned(p, q, a, rng) for q in planted): continue
                 if finding not in FOCAL or all(_apart(p, q) for q in planted if q.finding in FOCAL): break
             else: continue
             planted.append(replace(p, finding=finding))
