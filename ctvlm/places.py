@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'PLACES', 'QUALIFIERS', 'PARTS', 'HELD_BACK', 'Place', 'extent_of', 'seen', 'unseen', 'part_of',
-           'place_texts', 'draw_sentences']
+           'place_texts', 'dressed', 'draw_sentences']
 
 # %% ../nbs/03b_places.ipynb #64bb9f43
 import csv, hashlib, math
@@ -130,8 +130,12 @@ def place_texts(
     texts += _catalogue_names(p.catalogue, language)
     return tuple(t for t in texts if part_of(t) == part)
 
-# %% ../nbs/03b_places.ipynb #c259de49
-def _dressed(text, language, rng):
+# %% ../nbs/03b_places.ipynb #d6a6565a
+def dressed(
+    text:str,
+    language:str, # "en" or "de"
+    rng:np.random.Generator,
+)->str:
     "A sentence as it stands, with a qualifier, or as a full sentence."
     kind = rng.random()
     if kind < .3: text = f"{rng.choice(QUALIFIERS[language])} {text}"
@@ -154,5 +158,5 @@ def draw_sentences(
     while len(drawn) < n and here:
         name, language = str(rng.choice(list(here))), str(rng.choice(languages))
         texts = place_texts(name, language, part)
-        if texts: drawn.append((_dressed(str(rng.choice(texts)), language, rng), here[name]))
+        if texts: drawn.append((dressed(str(rng.choice(texts)), language, rng), here[name]))
     return drawn

@@ -28,7 +28,7 @@ from ctvlm.core import pick_device, progress, seed_everything, stable_rng, write
 from ctvlm.demo import DEMO_SIZES
 from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor
 from ctvlm.phantoms import AIR, PLANTERS, PhantomCohort, Stroke, draw
-from ctvlm.places import PLACES, draw_sentences, place_texts
+from ctvlm.places import PLACES, draw_sentences, dressed, extent_of, place_texts
 from ctvlm.preprocessing import make_windows
 from ctvlm.vision import EncoderSizes, WindowEncoder, start_patches
 
@@ -283,15 +283,25 @@ def meanings():
             if side == "positive": same += others + [f"{n[0].upper()}{n[1:]}." for n in others]
             else: same += [f"No {n}." for n in f.en if "*" not in n] + [f"Kein Hinweis auf {n}." for n in f.de if "*" not in n]
             found.append(same)
-    where = [texts for name in PLACES if len(texts := place_texts(name, "en", "train") + place_texts(name, "de", "train")) > 1]
+    where = {name: texts for name in PLACES if len(texts := place_texts(name, "en", "train") + place_texts(name, "de", "train")) > 1}
     return found, where
+
+BANDS = np.arange(-360, 361, 24)   # mm from the thoracolumbar junction, from the thighs to the neck
+
+def usual_heights(names): # `(places, bands)`
+    "How likely each place lies in each band of the usual body, from drawn patients."
+    cohort = PhantomCohort(30, SEEDS["studies"], spacing=SPEC.spacing)
+    def middle(name, study): return sum(extent_of(PLACES[name], study.organ_heights)) / 2 - study.scan.shift[2]
+    z = np.array([np.mean([middle(name, study) for study in cohort]) for name in names])
+    weight = np.exp(-((z[:, None] - BANDS) / 30)**2 / 2)
+    return torch.from_numpy(weight / weight.sum(1, keepdims=True)).float()
 
 def new_model(studies, words, sizes):
     "A model with a tokenizer of its own."
     from ctvlm.data import report_text
     from ctvlm.text import train_tokenizer
     train = studies[studies.split == "train"]
-    texts = [report_text(r.findings, r.impression) for r in train.itertuples()] + [t for group in words for texts in group for t in texts]
+    texts = [report_text(r.findings, r.impression) for r in train.itertuples()] + [t for texts in (*words[0], *words[1].values()) for t in texts]
     tokenizer = train_tokenizer(texts, 2048)
     seed_everything(SEEDS["studies"])
     about = (f"{train.patient.nunique()} drawn patients (phantoms), its window encoder on what fills the scans of {sizes.patients} others,"
@@ -302,39 +312,58 @@ def new_model(studies, words, sizes):
     return model
 
 def learn_words(model, words, steps, device):
-    "Teach the text encoder which sentences mean the same; the loss of every step."
+    "Teach the text encoder which sentences mean the same, and how high places lie in the usual body; the losses of every step."
     model.to(device)
-    learned = [*model.text_encoder.parameters(), *model.report_head.parameters()]
+    (found, where), names = words, list(words[1])
+    usual, height = usual_heights(names).to(device), nn.Linear(CONFIG.projection_dim, len(BANDS)).to(device)
+    learned = [*model.text_encoder.parameters(), *model.report_head.parameters(), *height.parameters()]
     optimizer = torch.optim.AdamW(learned, lr=2e-3, betas=(.9, .95), weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=.15, cycle_momentum=False)
-    losses, (found, where) = [], words
+    losses = []
     for step in progress(range(steps), what="words"):
         rng = stable_rng(SEEDS["studies"], "words", step)
-        chosen = rng.choice(len(found) // 2, 40, replace=False)
-        groups = [found[k] for f in chosen for k in (2 * f, 2 * f + 1)] + [where[k] for k in rng.choice(len(where), 40, replace=False)]
+        chosen, places = rng.choice(len(found) // 2, 32, replace=False), rng.choice(len(where), 64, replace=False)
+        groups = [found[k] for f in chosen for k in (2 * f, 2 * f + 1)] + [where[names[k]] for k in places]
         pairs = [rng.choice(g, 2, replace=False) for g in groups]
-        u, v = (F.normalize(model.encode_text(**model.processor(text=[str(p[side]) for p in pairs])), dim=-1) for side in (0, 1))
+        u, v = (F.normalize(model.encode_text(**model.processor(text=[dressed(str(p[side]), "en", rng) if k >= 64 else str(p[side]) for k, p in enumerate(pairs)])), dim=-1) for side in (0, 1))
         logits, same = u @ v.T / .1, torch.arange(len(pairs), device=device)
-        value = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        meaning = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        high = sum(F.cross_entropy(10 * height(x[64:]), usual[places]) for x in (u, v)) / 2
         optimizer.zero_grad()
-        value.backward()
+        (meaning + high).backward()
         nn.utils.clip_grad_norm_(learned, 1.)
         optimizer.step()
         schedule.step()
-        losses.append(value.item())
+        losses.append((round(meaning.item(), 3), round(high.item(), 3)))
     model.snippet_head.load_state_dict(model.report_head.state_dict())   # it starts as a copy
     return losses
 
 
 # --- stage 5: features
 
+def make_windows_of(studies, run, workers): # the store of all scans, cut into windows
+    from ctvlm.features import FeatureStore, window_studies
+    made = window_studies(studies, SPEC, run/"windows", FIT, workers=workers)
+    if made["failed"]: sys.exit(f"{made['failed']} of {made['scans']} scans could not be drawn: {made['reasons']}")
+    return FeatureStore(made["store"])
+
 def make_features(model, studies, run, workers):
-    "The `FeatureStore` of all scans; their windows are kept beside it, because another encoder may want them."
-    from ctvlm.data import FeatureStore, embed_studies, scan_key
+    "The `FeatureStore` of all scans; those to learn from are seen as another scanner would see them."
+    from dataclasses import asdict
+    from ctvlm.features import FeatureStore, fingerprint
+    from ctvlm.studies import scan_key
     from ctvlm.vision import start_projections
-    made = embed_studies(studies, model, run/"features", workers=workers)
-    if made["failed"]: sys.exit(f"{made['failed']} of {made['scans']} scans could not be read: {made['reasons']}")
-    store = FeatureStore(made["store"])
+    drawn = make_windows_of(studies, run, workers)
+    store = FeatureStore.create(run/"features", fingerprint(SPEC, FIT, model), kind="features", fit=FIT, spec=asdict(SPEC),
+                                encoder=model.config.window_encoder, trained_on=model.config.trained_on)
+    for row in progress(studies.itertuples(), total=len(studies), what="features"):
+        key = scan_key(row)
+        if store.done(key, row.scan): continue
+        s = drawn.load(key)
+        windows = s.pop("windows").float()
+        if row.split == "train": windows = roughened(windows, stable_rng(SEEDS["studies"], "roughened", key))
+        with torch.inference_mode(): s["cls"], s["depth_tokens"] = (x.half().cpu() for x in model.encode_windows(windows, 64))
+        store.save(key, s, {k: v for k, v in drawn.header(key).items() if k != "checksum"})
     some = [store.load(scan_key(row)) for row in studies[studies.split == "train"].head(100).itertuples()]
     start_projections(model.scan_encoder, *(torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")))
     return store
@@ -456,48 +485,50 @@ def once(path, make): # a stage whose output is there is not done again
     if not path.exists(): make()
     return path
 
+STAGES = "patients", "encoder", "studies", "words", "windows", "table"
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, default=ROOT/"runs/tiny", help="folder of the run")
     parser.add_argument("--real", type=Path, help="folder with score_real.py and its scans")
     parser.add_argument("--keep", action="store_true", help="put the model into ctvlm/data/tiny and its table into benchmarks/results")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw patients")
-    parser.add_argument("--until", choices=("patients", "encoder", "studies", "features", "table"), default="table", help="last stage")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="only these: several machines or processes can share the work")
     for field, value in vars(Sizes()).items(): parser.add_argument(f"--{field}", type=type(value), default=value)
     a = parser.parse_args()
     run, sizes, device, began = a.run, Sizes(**{f: getattr(a, f) for f in vars(Sizes())}), pick_device(None), time.monotonic()
+    encoder = run/"encoder/encoder.safetensors"
+    def due(stage, output): # to be done now
+        if stage not in a.stages or output.exists(): return False
+        tell(began, stage)
+        return True
     from ctvlm.data import read_studies
-    if not (run/"encoder/encoder.safetensors").exists():
-        tell(began, "drawing patients")
+    if not encoder.exists() and "patients" in a.stages:
+        tell(began, "patients")
         patients(run/"patients", sizes.patients + sizes.judged, a.workers)
-        if a.until == "patients": return
-        tell(began, "training the window encoder")
-        pretrain(run/"encoder", run/"patients", sizes, device)
-    if a.until == "encoder": return
-    if not (run/"absent.json").exists():
-        tell(began, "drawing studies, mining and labelling their reports")
-        make_studies(run, sizes, a.workers)
-    if a.until == "studies": return
+    if due("encoder", encoder): pretrain(run/"encoder", run/"patients", sizes, device)
+    if due("studies", run/"absent.json"): make_studies(run, sizes, a.workers)
+    if not set(a.stages) & set(STAGES[3:]): return
     studies, places = (read_studies(run/f"{name}.parquet") for name in ("studies", "places"))
     absent = json.loads((run/"absent.json").read_text())
-    if not (run/"words/config.json").exists():
-        tell(began, "learning words")
+    if due("words", run/"words/config.json"):
         words = meanings()
         model = new_model(studies, words, sizes)
-        model.window_encoder.load_state_dict(load_file(run/"encoder/encoder.safetensors"))
         losses = learn_words(model, words, sizes.words, device)
-        with write_atomically(run/"words.json") as t: t.write_text(json.dumps([round(x, 4) for x in losses]))
+        with write_atomically(run/"words.json") as t: t.write_text(json.dumps(losses))
         with write_atomically(run/"words") as t: model.save_pretrained(t)
+    if "windows" in a.stages: make_windows_of(studies, run, a.workers)
+    if "table" not in a.stages: return
     model = CTVLMModel.from_pretrained(run/"words").to(device)
-    tell(began, "features of the windows")
+    model.window_encoder.load_state_dict(load_file(encoder))
+    tell(began, "features")
     store = make_features(model, studies, run, a.workers)
-    if a.until == "features": return
-    tell(began, "training on reports, findings and places")
+    tell(began, "scans and places")
     log = learn_scans(model, studies, places, store, run, sizes)
-    tell(began, "calibrating")
+    tell(began, "model")
     calibrate(model, studies, places, store, device)
     with write_atomically(run/"model") as t: model.save_pretrained(t)
-    tell(began, "the table")
+    tell(began, "table")
     metrics, place, more = final_table(model, studies, places, store, absent, device)
     curve = json.loads((run/"encoder/curve.json").read_text()) if (run/"encoder/curve.json").exists() else None
     losses = log.groupby(["stage", "epoch"], sort=False)[["siglip", "disease", "localization"]].mean().round(3).reset_index()
