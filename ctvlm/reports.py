@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PHRASES', 'PARAGRAPHS', 'HEADINGS', 'INDICATIONS', 'TECHNIQUE', 'NOTATIONS', 'CHANGES', 'DENIED_TOO', 'Reference',
-           'Report', 'write_report']
+           'Report', 'data_rows', 'place_rows', 'reworded', 'write_report']
 
 # %% ../nbs/01c_reports.ipynb #93ea74dd
-import datetime, re
+import csv, datetime, re
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
 import numpy as np
 from .core import stable_rng
 from .anatomy import Anatomy
@@ -356,6 +358,48 @@ def _wording(p, language): # the entry for a finding, or for its variant
     table = PHRASES[language]
     return table.get(f"{p.finding}/{p.kind}") or table.get(p.finding) or next(v for k, v in table.items() if k.split("/")[0] == p.finding)
 
+# %% ../nbs/01c_reports.ipynb #2058f62c
+_SIDES = { # the words of a row for one side
+    "left": dict(side="left", links="links", linken="linken"),
+    "right": dict(side="right", links="rechts", linken="rechten")}
+_BEFORE = ("in ", "at ", "of ", "on ", "around ", "below ") # what an English place begins with that stands behind a noun
+
+def data_rows(
+    name:str, # of a table in `ctvlm/data`
+)->list:      # of dicts, their lists still joined by ";"
+    "The rows of a table of words."
+    text = (files("ctvlm")/"data"/name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+def place_rows()->list: # of dicts; wordings are tuples
+    "The table of places, rows that name a side once for each side."
+    rows = []
+    for row in data_rows("phantom_places.csv"):
+        sided = "{" in "".join(row.values())
+        for words in _SIDES.values() if sided else [_SIDES["left"]]:
+            filled = {k: v.format(**words) for k, v in row.items()}
+            lists = {k: tuple(filled[k].split(";")) for k in ("english", "german")}
+            rows.append({**filled, **lists})
+    return rows
+
+@cache
+def _same_places(): # a place as planters say it in English -> English and German wordings
+    found = {}
+    for row in place_rows():
+        if row["same"] == "yes":
+            english = [w for w in row["english"] if w.startswith(_BEFORE)]
+            found |= {w: (english, row["german"]) for w in row["english"]}
+    return found
+
+def reworded(
+    place:tuple,              # in words: English, German
+    rng:np.random.Generator,
+)->tuple:                     # the same
+    "Half of the time the same place in other words."
+    others = _same_places().get(place[0])
+    if others is None or rng.random() < .5: return place
+    return tuple(str(rng.choice(words)) for words in others)
+
 # %% ../nbs/01c_reports.ipynb #32d2fa6a
 def _cite(p, scan, rng):
     "The series and image(s) that a radiologist would quote for `p`, and their depth."
@@ -440,6 +484,8 @@ def write_report(
 )->Report:
     "A radiology report with sections, denials, a comparison and references."
     rng, t, de = stable_rng(a.seed, "report", a.i), a.traits, language == "de"
+    words = stable_rng(a.seed, "words", a.i)
+    planted = [replace(p, place=reworded(p.place, words)) for p in planted]
     prior = scan.date - datetime.timedelta(int(rng.integers(60, 700))) if rng.random() < .45 else None
     body, references = _body(a, scan, planted, labels, language, prior, rng)
     impression, again = _impression(planted, references, language, rng)
