@@ -6,24 +6,30 @@
 __all__ = ['LEAST_VOXELS', 'mask_components', 'mask_pair', 'read_intervals', 'read_rexgrounding', 'write_as_rexgrounding',
            'structure_words', 'read_totalsegmentator', 'contour_components', 'read_dicom_masks']
 
-# %% ../nbs/11d_masks.ipynb #e71b8b4a
+# %% ../nbs/11d_masks.ipynb #5de49c36
 import json, math, re, warnings
 from collections import defaultdict
 from pathlib import Path
 import numpy as np, pandas as pd
 from .adaptors import READERS, Collection, read_rows
 from .core import InputError, Notice, needed, progress
-from .dicom import read_headers
+from .dicom import dicom_images
 
-# %% ../nbs/11d_masks.ipynb #2ccbbfdb
+# %% ../nbs/11d_masks.ipynb #01218add
 LEAST_VOXELS = 10 # of a component
 
+def _largest(z, area): # where the area is largest; of equal ones, next to the centroid
+    centroid = float((z * area).sum() / area.sum())
+    widest = z[np.isclose(area, area.max())]
+    off = np.round(np.abs(widest - centroid), 3)
+    return centroid, float(widest[off == off.min()].min())
+
 def _component(z, slices, half, voxel_ml): # of its voxels: their depths, and their slices
-    areas = np.bincount(slices - slices.min())
-    largest = slices == slices.min() + areas.argmax()
+    _, slices = np.unique(slices, return_inverse=True)
+    area = np.bincount(slices)
+    centroid, largest = _largest(np.bincount(slices, z) / area, area)
     return dict(low_mm=float(z.min() - half), high_mm=float(z.max() + half),
-                centroid_mm=float(z.mean()), largest_mm=float(z[largest].mean()),
-                volume_ml=float(len(z) * voxel_ml))
+                centroid_mm=centroid, largest_mm=largest, volume_ml=float(len(z) * voxel_ml))
 
 def mask_components(
     mask,   # `(X, Y, Z)`, in any order of axes; above one half is inside
@@ -45,7 +51,7 @@ def mask_components(
             found.append(_component(z, index[:, axis], half, voxel_ml))
     return sorted(found, key=lambda c: -c["volume_ml"]), small
 
-# %% ../nbs/11d_masks.ipynb #a50b8850
+# %% ../nbs/11d_masks.ipynb #dadcadf2
 def mask_pair(
     text:str,         # what lies there
     components,       # of `mask_components`; none: no depth
@@ -58,7 +64,7 @@ def mask_pair(
     return dict(snippet=text, cleaned=text, depth_mm=depth, prior=False, asserts=True, rule="",
                 status=status, source="mask", category=category, intervals=list(components))
 
-# %% ../nbs/11d_masks.ipynb #3e62d10d
+# %% ../nbs/11d_masks.ipynb #e4f7cd7c
 _NEEDED = ("study", "scan", "text", "z_low", "z_high")
 
 def _interval(row, where):
@@ -99,7 +105,7 @@ def read_intervals(
                   labels={}, label_version="none", split=row.get("split") or "train")
     return found.tables(quiet=quiet)
 
-# %% ../nbs/11d_masks.ipynb #ab7d59e7
+# %% ../nbs/11d_masks.ipynb #7507c53a
 _REX = ("MICCAI_challenge_dataset.json", "dataset.json")
 _HELD_OUT = ("train", "val", "test")
 
@@ -125,8 +131,8 @@ def _rex_masks(path, scan, n): # `(F, X, Y, Z)` and the scan's affine
     import nibabel
     masks, ct = nibabel.load(path), nibabel.load(scan)
     if len(masks.shape) != 4 or masks.shape[1:] != ct.shape[:3]: raise InputError(
-        f"{path.name} has the shape {masks.shape}, the scan {ct.shape[:3]}; expected the finding axis"
-        " first and then the scan's: check the file")
+        f"{path.name} has the shape {masks.shape}, the scan {ct.shape[:3]}; expected the finding"
+        " axis first and then the scan's: check the file")
     if masks.shape[0] != n: raise InputError(
         f"{path.name} holds {masks.shape[0]} masks for {n} findings: download it again")
     if not np.allclose(masks.affine, ct.affine, atol=1e-3): raise InputError(
@@ -145,7 +151,7 @@ def _rex_pairs(path, scan, entry, withheld):
     masks = np.asanyarray(masks)
     return [mask_pair(text, mask_components(masks[k], affine)[0], category(k)) for k, text in texts]
 
-# %% ../nbs/11d_masks.ipynb #7d8ed380
+# %% ../nbs/11d_masks.ipynb #3941bcd0
 def read_rexgrounding(
     root:str|Path,           # holds the JSON, `segmentations/`, and anywhere below it the scans
     scans:str|Path|None=None, # folder of CT-RATE's volumes, where they are kept elsewhere
@@ -179,7 +185,7 @@ def read_rexgrounding(
                 found.add(study, patient, scan, text, pairs=pairs, split=split)
     return found.tables(quiet=quiet)
 
-# %% ../nbs/11d_masks.ipynb #4bfe0db0
+# %% ../nbs/11d_masks.ipynb #7613e52f
 def write_as_rexgrounding(
     cohort,        # `PhantomCohort`
     root:str|Path, # a new folder
@@ -208,12 +214,13 @@ def write_as_rexgrounding(
     (root/_REX[0]).write_text(json.dumps(told))
     return root
 
-# %% ../nbs/11d_masks.ipynb #0778f9c1
+# %% ../nbs/11d_masks.ipynb #3f928cec
 def structure_words(
-    name:str, # "lung_upper_lobe_left", "vertebrae_L1"
-)->str:       # "left upper lobe of the lung", "vertebra L1"
+    name:str, # "lung_upper_lobe_left", "vertebrae_L1", "Kidney_R"
+)->str:       # "left upper lobe of the lung", "vertebra L1", "right kidney"
     "The name of a structure as one says it."
-    words = name.split("_")
+    words = [w if re.fullmatch(r"[A-Z]\d+", w) else w.lower() for w in re.split(r"[_\s]+", name)]
+    words = [dict(l="left", r="right").get(w, w) for w in words]
     side = [w for w in words if w in ("left", "right")]
     rest = [w for w in words if w not in ("left", "right")]
     if rest[0] == "vertebrae" and len(rest) > 1: return f"vertebra {rest[1]}"
@@ -259,10 +266,11 @@ def read_totalsegmentator(
             found.refuse(folder.name, scan, why)
         else:
             split = splits.get(folder.name, "train")
-            found.add(folder.name, folder.name, scan, pairs=pairs, labels={}, label_version="none", split=split)
+            found.add(folder.name, folder.name, scan, pairs=pairs, split=split,
+                      labels={}, label_version="none")
     return found.tables(quiet=quiet)
 
-# %% ../nbs/11d_masks.ipynb #7e94824d
+# %% ../nbs/11d_masks.ipynb #1051cebc
 def _ring_area(points): # mm2, by the shoelace formula
     x, y = points[:, 0], points[:, 1]
     return abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
@@ -279,13 +287,13 @@ def contour_components(
     for run in np.split(z, np.flatnonzero(np.diff(z) > 1.5 * step_mm) + 1):
         area = np.array([areas[v] for v in run])
         if not area.sum(): continue                                  # points and lines
+        centroid, largest = _largest(run, area)
         found.append(dict(low_mm=float(run[0] - step_mm / 2), high_mm=float(run[-1] + step_mm / 2),
-                          centroid_mm=float((run * area).sum() / area.sum()),
-                          largest_mm=float(run[area.argmax()]),
+                          centroid_mm=centroid, largest_mm=largest,
                           volume_ml=float(area.sum() * step_mm / 1000)))
     return sorted(found, key=lambda c: -c["volume_ml"])
 
-# %% ../nbs/11d_masks.ipynb #15885136
+# %% ../nbs/11d_masks.ipynb #97eb8d7c
 _RTSTRUCT, _SEG = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.5.1.4.1.1.66.4"
 
 def _drawn_on(ds): # UIDs of the series that an RTSTRUCT or SEG refers to
@@ -294,15 +302,13 @@ def _drawn_on(ds): # UIDs of the series that an RTSTRUCT or SEG refers to
               for s in study.get("RTReferencedSeriesSequence", ())]
     return {str(s.SeriesInstanceUID) for s in [*frames, *ds.get("ReferencedSeriesSequence", ())]}
 
-def _structure(label): return structure_words("_".join(label.split()) or "structure")
-
 def _contour_pairs(ds, step_mm):
     names = {r.ROINumber: str(r.ROIName) for r in ds.StructureSetROISequence}
     pairs = []
     for roi in ds.ROIContourSequence:
         drawn = [np.array(c.ContourData, float) for c in roi.get("ContourSequence", ())]
         rings = [points.reshape(-1, 3) for points in drawn]
-        words = _structure(names.get(roi.ReferencedROINumber, ""))
+        words = structure_words(names.get(roi.ReferencedROINumber, "").strip() or "structure")
         pairs.append(mask_pair(words, contour_components(rings, step_mm) if rings else []))
     return pairs
 
@@ -312,7 +318,7 @@ def _segment_pairs(path):
     for number in seg.segment_numbers:
         volume = seg.get_volume(segment_numbers=[number], combine_segments=True, relabel=True)
         components, _ = mask_components(volume.array > 0, volume.affine) # LPS and RAS agree in z
-        words = _structure(str(seg.get_segment_description(number).segment_label))
+        words = structure_words(str(seg.get_segment_description(number).segment_label).strip())
         pairs.append(mask_pair(words, components))
     return pairs
 
@@ -325,10 +331,10 @@ def _headers(root): # files that hold structures, and the images of each series
         kind = str(ds.get("SOPClassUID", ""))
         if kind in (_RTSTRUCT, _SEG): drawn.append((path, kind))
         else:
-            for image in read_headers([path]): series[image.series_uid].append(image)
+            for image in dicom_images(path, pixels=False): series[image.series_uid].append(image)
     return drawn, series
 
-# %% ../nbs/11d_masks.ipynb #ad9e4874
+# %% ../nbs/11d_masks.ipynb #509bbe29
 def read_dicom_masks(
     root:str|Path,   # DICOM series with RTSTRUCT or SEG files anywhere below it
     quiet:bool=True, # no progress bar
