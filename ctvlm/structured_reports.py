@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .core import InputError, legible, write_output
+from .core import InputError, legible, needed, write_output
 
 # %% ../nbs/14a_structured_reports.ipynb #60a098c5
 def _libraries():
-    try: import highdicom, pydicom
-    except ImportError: raise InputError("DICOM reports need highdicom: pip install 'ctvlm[dicom]'") from None
+    highdicom = needed("highdicom", "dicom", "a DICOM report")
+    import pydicom
     return highdicom, pydicom
 
-REQUIRED = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName")
+REQUIRED = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
+    "StudyTime", "AccessionNumber", "ReferringPhysicianName")
 
 @dataclass(frozen=True)
 class Source:
@@ -38,7 +40,8 @@ class Source:
         _, pydicom = _libraries()
         scan = Path(scan)
         if series_uid is None or not scan.is_dir():
-            raise InputError(f"{scan.name} is no folder of a DICOM series, so a DICOM report has nothing to point to: give -o answer.json or .csv instead")
+            raise InputError(f"{scan.name} is no folder of a DICOM series, so a DICOM report has "
+                             "nothing to point to: give -o answer.json or .csv instead")
         found = []
         for path in sorted(p for p in scan.rglob("*") if p.is_file()):
             try: ds = pydicom.dcmread(path, stop_before_pixels=True)
@@ -47,7 +50,8 @@ class Source:
         found.sort(key=lambda pair: pair[0])
         for _, ds in found:
             for name in REQUIRED:
-                if name not in ds: setattr(ds, name, "")   # the standard wants these, if only empty
+                # the standard wants these, if only empty
+                if name not in ds: setattr(ds, name, "")
         return cls(tuple(ds for _, ds in found), np.array([z for z, _ in found]), scan)
 
     def nearest(self, depth_mm:float): # header of the image nearest to a scanner z
@@ -55,9 +59,10 @@ class Source:
 
 def _height(ds):
     "Scanner z of the centre of an image."
-    position, rows, columns = (np.array(v, float) for v in (ds.ImagePositionPatient, ds.ImageOrientationPatient[3:], ds.ImageOrientationPatient[:3]))
-    spacing = np.array(ds.PixelSpacing, float)
-    return float((position + columns * spacing[1] * (ds.Columns - 1) / 2 + rows * spacing[0] * (ds.Rows - 1) / 2)[2])
+    across, down = ds.ImageOrientationPatient[2], ds.ImageOrientationPatient[5]   # z of one step
+    row_mm, column_mm = map(float, ds.PixelSpacing)
+    z = float(ds.ImagePositionPatient[2]) + across * column_mm * (ds.Columns - 1) / 2
+    return float(z + down * row_mm * (ds.Rows - 1) / 2)
 
 # %% ../nbs/14a_structured_reports.ipynb #e532e5f4
 SCHEME = "99CTVLM"   # codes of our own; the standard has none for these
@@ -83,44 +88,63 @@ def about_model(
 )->dict:   # for `to_sr`
     "Which algorithm answered: name, version, and what it learned from."
     from ctvlm import __version__
-    return dict(name="ctvlm", version=__version__, parameters=[f"weights {model.fingerprint()}", f"trained on {model.config.trained_on}"])
+    return dict(
+        name="ctvlm", version=__version__,
+        parameters=[f"weights {model.fingerprint()}", f"trained on {model.config.trained_on}"])
 
 MINED = dict(name="ctvlm mine", version="", parameters=["typed by the author of the report"])
 
 def _measured(source, name, meaning, value, unit, depth_mm=None):
     hd, _ = _libraries()
-    images = None if depth_mm is None else [hd.sr.SourceImageForMeasurement.from_source_image(source.nearest(depth_mm))]
-    return hd.sr.Measurement(_code(name, meaning), round(float(value), 4), unit, referenced_images=images)
+    images = None if depth_mm is None else [
+        hd.sr.SourceImageForMeasurement.from_source_image(source.nearest(depth_mm))]
+    return hd.sr.Measurement(
+        _code(name, meaning), round(float(value), 4), unit, referenced_images=images)
 
 def _group(source, text, about, measurements, said, depth_mm):
     hd, _ = _libraries()
-    algorithm = hd.sr.AlgorithmIdentification(about["name"], about["version"] or "-", parameters=[*about["parameters"], NOT_FOR_DIAGNOSIS])
-    images = [] if depth_mm is None else [hd.sr.SourceImageForMeasurementGroup.from_source_image(source.nearest(depth_mm))]
+    algorithm = hd.sr.AlgorithmIdentification(
+        about["name"], about["version"] or "-",
+        parameters=[*about["parameters"], NOT_FOR_DIAGNOSIS])
+    images = [] if depth_mm is None else [
+        hd.sr.SourceImageForMeasurementGroup.from_source_image(source.nearest(depth_mm))]
     return hd.sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=hd.sr.TrackingIdentifier(uid=_uid(source.headers[0].SeriesInstanceUID, text), identifier=legible(text)),
-        finding_type=_code("text", text), algorithm_id=algorithm, measurements=measurements, source_images=images,
-        qualitative_evaluations=[hd.sr.QualitativeEvaluation(_code("answer", "Answer"), _code(*said))])
+        tracking_identifier=hd.sr.TrackingIdentifier(
+            uid=_uid(source.headers[0].SeriesInstanceUID, text), identifier=legible(text)),
+        finding_type=_code("text", text), algorithm_id=algorithm,
+        measurements=measurements, source_images=images,
+        qualitative_evaluations=[
+            hd.sr.QualitativeEvaluation(_code("answer", "Answer"), _code(*said))])
 
 # %% ../nbs/14a_structured_reports.ipynb #5e4172d2
 def _answer_group(source, answer, about): # of a `DepthAnswer`
     from pydicom.sr.codedict import codes
     mm, (low, high) = codes.UCUM.Millimeter, answer.interval_mm
-    measured = [_measured(source, "depth", "Depth along the patient axis (scanner z)", answer.depth_mm, mm, answer.depth_mm)]
+    where = "Depth along the patient axis (scanner z)"
+    measured = [_measured(source, "depth", where, answer.depth_mm, mm, answer.depth_mm)]
     if np.isfinite([low, high]).all():
-        measured += [_measured(source, f"interval-{end}", f"{end.title()} end of the interval ({answer.interval})", v, mm) for end, v in (("lower", low), ("upper", high))]
-    said = ("doubtful", "not in this scan, best guess") if answer.abstains else ("found", "in this scan")
+        for end, value in (("lower", low), ("upper", high)):
+            what = f"{end.title()} end of the interval ({answer.interval})"
+            measured.append(_measured(source, f"interval-{end}", what, value, mm))
+    said = ("found", "in this scan")
+    if answer.abstains: said = ("doubtful", "not in this scan, best guess")
     return _group(source, answer.text, about, measured, said, answer.depth_mm)
 
 def _finding_group(source, answer, about): # of a `FindingAnswer`
     from pydicom.sr.codedict import codes
     one = codes.UCUM.NoUnits
-    measured = [_measured(source, "score", "Cosine to assertion minus cosine to denial", answer.score, one), _measured(source, "sigmoid", "Score as a number from 0 to 1", answer.probability, one)]
-    return _group(source, answer.finding, about, measured, ("scored", "scored, see the measurements"), None)
+    cosines = "Cosine to assertion minus cosine to denial"
+    measured = [
+        _measured(source, "score", cosines, answer.score, one),
+        _measured(source, "sigmoid", "Score as a number from 0 to 1", answer.probability, one)]
+    said = ("scored", "scored, see the measurements")
+    return _group(source, answer.finding, about, measured, said, None)
 
 def _reference_group(source, pair): # of a mined pair
     from pydicom.sr.codedict import codes
-    measured = [_measured(source, "depth", "Depth of the cited image (scanner z)", pair["depth_mm"], codes.UCUM.Millimeter, pair["depth_mm"])]
-    return _group(source, pair["snippet"], MINED, measured, ("cited", "cited in the report"), pair["depth_mm"])
+    mm, depth, where = codes.UCUM.Millimeter, pair["depth_mm"], "Depth of the cited image (scanner z)"
+    measured = [_measured(source, "depth", where, depth, mm, depth)]
+    return _group(source, pair["snippet"], MINED, measured, ("cited", "cited in the report"), depth)
 
 # %% ../nbs/14a_structured_reports.ipynb #d4e54dc7
 def to_sr(
@@ -132,18 +156,28 @@ def to_sr(
     "A structured report (TID 1500) about the series of `source`."
     hd, _ = _libraries()
     from pydicom.sr.codedict import codes
-    groups = [(_answer_group if hasattr(a, "depth_mm") else _finding_group)(source, a, about) for a in answers]
+    def group(a): return _answer_group if hasattr(a, "depth_mm") else _finding_group
+    groups = [group(a)(source, a, about) for a in answers]
     groups += [_reference_group(source, p) for p in references]
-    if not groups: raise InputError("a report without an answer or a reference was asked for: ask at least one text")
+    if not groups:
+        raise InputError("a report without an answer or a reference was asked for: "
+                         "ask at least one text")
     series, name = source.headers[0].SeriesInstanceUID, (about or MINED)["name"]
-    content = [series, name, *(json.dumps(_plain(a), sort_keys=True) for a in [*answers, *references]), *(about or {}).get("parameters", ())]
-    observer = hd.sr.ObserverContext(codes.DCM.Device, hd.sr.DeviceObserverIdentifyingAttributes(uid=_uid("device"), name="ctvlm", manufacturer_name="ctvlm", model_name=name))
-    report = hd.sr.MeasurementReport(hd.sr.ObservationContext(observer_device_context=observer), procedure_reported=hd.sr.CodedConcept("77477000", "SCT", "Computed tomography"),
-                                     imaging_measurements=groups, title=codes.DCM.ImagingMeasurementReport)
+    said = [json.dumps(_plain(a), sort_keys=True) for a in [*answers, *references]]
+    content = [series, name, *said, *(about or {}).get("parameters", ())]
+    device = hd.sr.DeviceObserverIdentifyingAttributes(
+        uid=_uid("device"), name="ctvlm", manufacturer_name="ctvlm", model_name=name)
+    observer = hd.sr.ObserverContext(codes.DCM.Device, device)
+    report = hd.sr.MeasurementReport(
+        hd.sr.ObservationContext(observer_device_context=observer), imaging_measurements=groups,
+        procedure_reported=hd.sr.CodedConcept("77477000", "SCT", "Computed tomography"),
+        title=codes.DCM.ImagingMeasurementReport)
     cited = _cited(answers, references, source) or [source.headers[0]]
     with _quietly():
-        out = hd.sr.ComprehensiveSR(cited, report, series_instance_uid=_uid("sr series", series), series_number=9801, sop_instance_uid=_uid("sr", *content), instance_number=1,
-                                    is_complete=True, series_description="ctvlm: answers", **_equipment())
+        out = hd.sr.ComprehensiveSR(
+            cited, report, series_instance_uid=_uid("sr series", series), series_number=9801,
+            sop_instance_uid=_uid("sr", *content), instance_number=1, is_complete=True,
+            series_description="ctvlm: answers", **_equipment())
     out.SpecificCharacterSet = "ISO_IR 192"
     return out
 
@@ -151,10 +185,13 @@ def _plain(answer): return answer if isinstance(answer, dict) else answer.to_dic
 
 def _equipment():
     from ctvlm import __version__
-    return dict(manufacturer="ctvlm", manufacturer_model_name="ctvlm", software_versions=__version__, device_serial_number="0")
+    return dict(
+        manufacturer="ctvlm", manufacturer_model_name="ctvlm", software_versions=__version__,
+        device_serial_number="0")
 
 def _cited(answers, references, source): # headers of the images that are pointed at, each once
-    depths = [a.depth_mm for a in answers if hasattr(a, "depth_mm")] + [p["depth_mm"] for p in references]
+    depths = [a.depth_mm for a in answers if hasattr(a, "depth_mm")]
+    depths += [p["depth_mm"] for p in references]
     return list({ds.SOPInstanceUID: ds for ds in map(source.nearest, depths)}.values())
 
 # %% ../nbs/14a_structured_reports.ipynb #64a46fda
@@ -167,24 +204,40 @@ def to_key_objects(
     hd, _ = _libraries()
     from pydicom.sr.codedict import codes
     cited = _cited(answers, references, source)
-    if not cited: raise InputError("key objects without an answer or a reference were asked for: ask at least one text")
-    said = "; ".join(legible(t) for t in [*(a.text for a in answers if hasattr(a, "depth_mm")), *(p["snippet"] for p in references)])
-    observer = hd.sr.ObserverContext(codes.DCM.Device, hd.sr.DeviceObserverIdentifyingAttributes(uid=_uid("device"), name="ctvlm"))
-    content = hd.ko.KeyObjectSelection(codes.DCM.OfInterest, cited, observer_device_context=observer, description=f"{said}. {NOT_FOR_DIAGNOSIS}.")
-    series = source.headers[0].SeriesInstanceUID
+    if not cited:
+        raise InputError("key objects without an answer or a reference were asked for: "
+                         "ask at least one text")
+    texts = [a.text for a in answers if hasattr(a, "depth_mm")] + [p["snippet"] for p in references]
+    said = "; ".join(map(legible, texts))
+    device = hd.sr.DeviceObserverIdentifyingAttributes(uid=_uid("device"), name="ctvlm")
+    observer = hd.sr.ObserverContext(codes.DCM.Device, device)
+    content = hd.ko.KeyObjectSelection(
+        codes.DCM.OfInterest, cited, observer_device_context=observer,
+        description=f"{said}. {NOT_FOR_DIAGNOSIS}.")
+    series, images = source.headers[0].SeriesInstanceUID, [ds.SOPInstanceUID for ds in cited]
     with _quietly():
-        out = hd.ko.KeyObjectSelectionDocument(cited, content, series_instance_uid=_uid("ko series", series), series_number=9802, sop_instance_uid=_uid("ko", series, said, *(ds.SOPInstanceUID for ds in cited)),
-                                               instance_number=1, series_description="ctvlm: images to look at", **_equipment())
+        out = hd.ko.KeyObjectSelectionDocument(
+            cited, content, series_instance_uid=_uid("ko series", series), series_number=9802,
+            sop_instance_uid=_uid("ko", series, said, *images), instance_number=1,
+            series_description="ctvlm: images to look at", **_equipment())
     out.SpecificCharacterSet = "ISO_IR 192"
     return out
 
 # %% ../nbs/14a_structured_reports.ipynb #81a93cae
-MARKUPS = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/markups-schema-v1.0.3.json#"
+MARKUPS = ("https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/"
+           "Resources/Schema/markups-schema-v1.0.3.json#")
 
 def _line(name, points, colour):
-    def point(k, p): return dict(id=str(k), label="" if k > 1 else name, position=[-float(p[0]), -float(p[1]), float(p[2])], positionStatus="defined")
-    display = dict(visibility=True, selectedColor=list(colour), propertiesLabelVisibility=True, pointLabelsVisibility=False)
-    return dict(type="Line", name=name, coordinateSystem="LPS", coordinateUnits="mm", locked=True, controlPoints=[point(k, p) for k, p in enumerate(points, 1)], display=display)
+    def point(k, p):
+        return dict(
+            id=str(k), label="" if k > 1 else name,
+            position=[-float(p[0]), -float(p[1]), float(p[2])], positionStatus="defined")
+    display = dict(
+        visibility=True, selectedColor=list(colour), propertiesLabelVisibility=True,
+        pointLabelsVisibility=False)
+    return dict(
+        type="Line", name=name, coordinateSystem="LPS", coordinateUnits="mm", locked=True,
+        controlPoints=[point(k, p) for k, p in enumerate(points, 1)], display=display)
 
 def to_slicer(
     answers:list,  # of `DepthAnswer`
@@ -193,11 +246,14 @@ def to_slicer(
     "Lines at the depths of the answers, and upright ones for their intervals."
     low = volume.affine[:3, 3]
     high = low + np.array(volume.spacing) * (np.array(volume.array.shape) - 1)
-    y, marks = (low[1] + high[1]) / 2, []
+    y, beside, marks = (low[1] + high[1]) / 2, high[0] - (high[0] - low[0]) / 10, []
     for a in answers:
-        name, colour = legible(a.text) + (" (not in this scan, best guess)" if a.abstains else ""), (0.6, 0.6, 0.6) if a.abstains else (0.01, 0.62, 0.45)
+        name, colour = legible(a.text), (0.01, 0.62, 0.45)
+        if a.abstains: name, colour = f"{name} (not in this scan, best guess)", (0.6, 0.6, 0.6)
         marks.append(_line(name, [(low[0], y, a.depth_mm), (high[0], y, a.depth_mm)], colour))
-        if np.isfinite(a.interval_mm).all(): marks.append(_line(f"{name}: {a.interval}", [(high[0] - (high[0] - low[0]) / 10, y, z) for z in a.interval_mm], colour))
+        if np.isfinite(a.interval_mm).all():
+            upright = [(beside, y, z) for z in a.interval_mm]
+            marks.append(_line(f"{name}: {a.interval}", upright, colour))
     return {"@schema": MARKUPS, "markups": marks}
 
 # %% ../nbs/14a_structured_reports.ipynb #2fc82ea6

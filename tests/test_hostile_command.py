@@ -3,7 +3,7 @@ import json, shutil, warnings
 
 import numpy as np, pytest
 
-from ctvlm import cli
+from ctvlm import cli, command
 from ctvlm.core import Notice
 from ctvlm.phantoms import PhantomCohort
 from test_cli import ended
@@ -65,7 +65,7 @@ def test_what_one_scan_lacks_does_not_stop_the_others(here, capsys):
 def test_names_of_pictures():
     names = [cli.picture_name(p) for p in ("1.2.840.113.1", "1.2.840.113.2", "x/1.2.840.113.1", "x/scan", "x/scan.nii", "../scan")]
     assert len(set(names)) == len(names) and not any("/" in n for n in names)
-    _, pictures = None, cli._named(["a_b", "a/b"], None, True)[0]
+    _, pictures = None, command._named(["a_b", "a/b"], None, True)[0]
     assert len(set(pictures.values())) == 2
 
 

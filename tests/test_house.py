@@ -20,8 +20,12 @@ def imports_of(path):
 
 
 def test_every_chapter_is_there():
-    assert [p.stem for p in CHAPTERS if p.stem[2] == "_"] == ["00_core", "01_anatomy", "02_mining", "03_findings", "04_preprocessing", "05_vision", "06_text",
-        "07_siglip", "08_localization", "09_disease", "10_answers", "11_studies", "12_training", "13_metrics", "14_pictures", "15_cli"]
+    "00 to 15, each with its letters in order: 04, 04a, 04b."
+    numbers = [p.stem.split("_")[0] for p in CHAPTERS]
+    assert [n for n in numbers if n.isdigit()] == [f"{n:02d}" for n in range(16)]
+    for n in range(16):
+        letters = [x[2:] for x in numbers if x.startswith(f"{n:02d}")]
+        assert letters == ["", *"abcdefghijkl"][:len(letters)], f"{n:02d}: {letters}"
 
 
 @pytest.mark.parametrize("module", sorted(NUMBER))
