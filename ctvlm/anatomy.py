@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['AIR', 'REGIONS', 'PHASES', 'TIMING', 'BODY', 'WALL', 'CAVITY', 'BELLY', 'LUNG', 'INLUNG', 'CHEST', 'BONE', 'OVER',
-           'ARTERY', 'VEIN', 'SWAY', 'ORGANS', 'TRUNK', 'HOLLOW', 'CAGE', 'LUNGS', 'MEDIASTINUM', 'SPINE', 'COLON',
-           'BRONCHI', 'BONES', 'ARMS', 'LOBES', 'RIB_MM', 'Solid', 'Ellipsoid', 'Stack', 'Tube', 'Half', 'Both',
-           'Minus', 'Union', 'Pattern', 'Stroke', 'draw', 'Traits', 'draw_traits', 'Organ', 'Anatomy', 'Dome']
+           'ARTERY', 'VEIN', 'SWAY', 'ORGANS', 'TRUNK', 'HOLLOW', 'CAGE', 'LUNGS', 'MEDIASTINUM', 'SPINE', 'LOBES',
+           'COLON', 'BRONCHI', 'BONES', 'ARMS', 'CHAMBERS', 'RIB_MM', 'PORTAL', 'HEPATIC', 'Solid', 'Ellipsoid',
+           'Stack', 'Tube', 'Half', 'Both', 'Minus', 'Union', 'Pattern', 'Stroke', 'draw', 'Traits', 'draw_traits',
+           'Organ', 'Anatomy', 'Dome']
 
-# %% ../nbs/01_anatomy.ipynb #cd9c8731
+# %% ../nbs/01_anatomy.ipynb #441c70bb
 import math
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 from .core import CTVolume, stable_rng
 
-# %% ../nbs/01_anatomy.ipynb #441c70bb
 def _fill(distance, blur):
     "How much of a voxel of size `blur` is filled, `distance` mm outside the surface."
     distance *= -1 / blur
@@ -23,12 +23,13 @@ def _fill(distance, blur):
     return np.clip(distance, 0, 1, out=distance if isinstance(distance, np.ndarray) else None)
 
 class Solid:
-    "Something with a place: `low` and `high` corners in mm, and a call that gives the filled fraction at `x, y, z`."
+    "Something with a place: `low` and `high` corners, mm; called, the filled fraction at `x, y, z`."
     @property
     def parts(self): return [self]   # pieces that are drawn one after the other, each in its own box
     def __and__(self, other): return Both(self, other)
     def __sub__(self, other): return Minus(self, other)
-    def contains(self, points): return self(*np.asarray(points, np.float32).T, 1e-3) > 0.5 # `(n, 3)` points -> `(n,)` bool
+    def contains(self, points): # `(n, 3)` points -> `(n,)` bool
+        return self(*np.asarray(points, np.float32).T, 1e-3) > 0.5
 
 def _rotation(turn):
     "Rotation matrix for angles in degrees about x, then y, then z."
@@ -41,33 +42,36 @@ def _rotation(turn):
 class Ellipsoid(Solid):
     "An ellipsoid, turned about its centre."
     def __init__(self, centre, radii, turn=(0, 0, 0)):
-        self.centre, self.radii, self.turn = np.array(centre, float), np.ones(3) * radii, tuple(turn)
-        self.rotation = _rotation(turn)
+        self.centre, self.radii = np.array(centre, float), np.ones(3) * radii
+        self.turn, self.rotation = tuple(turn), _rotation(turn)
         half = np.sqrt(((self.rotation * self.radii)**2).sum(1))
         self.low, self.high = self.centre - half, self.centre + half
     def __call__(self, x, y, z, blur):
         p = [v - float(c) for v, c in zip((x, y, z), self.centre)]
-        if any(self.turn): p = [sum(float(r) * v for r, v in zip(column, p)) for column in self.rotation.T]
+        if any(self.turn): p = [sum(float(r) * v for r, v in zip(col, p)) for col in self.rotation.T]
         q = sum((v * float(1 / r))**2 for v, r in zip(p, self.radii))
         steep = sum((v * float(2 / r**2))**2 for v, r in zip(p, self.radii))   # |gradient|^2
         return _fill((q - 1) / np.sqrt(steep + 1e-9), blur)
-    def moved(self, scale, shift):
+    def moved(self, scale, shift): # a negative scale along x mirrors
         flip = -1 if scale[0] < 0 else 1
-        return Ellipsoid(self.centre * scale + shift, self.radii * np.abs(scale), (self.turn[0], flip * self.turn[1], flip * self.turn[2]))
+        turn = self.turn[0], flip * self.turn[1], flip * self.turn[2]
+        return Ellipsoid(self.centre * scale + shift, self.radii * np.abs(scale), turn)
 
 # %% ../nbs/01_anatomy.ipynb #2f421761
 class Stack(Solid):
-    "Superellipses piled along z: rows of `(z, centre x, centre y, radius x, radius y)`, straight in between."
+    "Superellipses piled along z, straight in between: rows of `(z, centre x, y, radius x, y)`."
     def __init__(self, rows, power=2.):
         self.rows, self.power = np.array(sorted(map(tuple, rows)), float), power
         z, cx, cy, rx, ry = self.rows.T
-        self.low, self.high = np.array([(cx - rx).min(), (cy - ry).min(), z[0]]), np.array([(cx + rx).max(), (cy + ry).max(), z[-1]])
+        self.low = np.array([(cx - rx).min(), (cy - ry).min(), z[0]])
+        self.high = np.array([(cx + rx).max(), (cy + ry).max(), z[-1]])
     def at(self, z): # centre x, centre y, radius x, radius y at height `z`
         return [np.interp(z, self.rows[:, 0], c).astype(np.float32) for c in self.rows[:, 1:].T]
     def radius(self, x, y, z): # the power of the elliptic radius: 1 on the surface
         cx, cy, rx, ry = self.at(z)
         u, v = np.abs((x - cx) / rx), np.abs((y - cy) / ry)
-        return (u * u if self.power == 2 else u**self.power) + (v * v if self.power == 2 else v**self.power)
+        if self.power == 2: return u * u + v * v
+        return u**self.power + v**self.power
     def __call__(self, x, y, z, blur):
         r = float(np.median(self.rows[:, 3:].min(1)))
         alpha = _fill((self.radius(x, y, z) - 1) * (r / self.power), blur)
@@ -76,15 +80,19 @@ class Stack(Solid):
     def moved(self, scale, shift):
         s, t = np.asarray(scale, float), np.asarray(shift, float)
         z, cx, cy, rx, ry = self.rows.T
-        return Stack(np.stack([z * s[2] + t[2], cx * s[0] + t[0], cy * s[1] + t[1], rx * abs(s[0]), ry * s[1]], 1), self.power)
+        rows = [z * s[2] + t[2], cx * s[0] + t[0], cy * s[1] + t[1], rx * abs(s[0]), ry * s[1]]
+        return Stack(np.stack(rows, 1), self.power)
 
 class _Segment(Solid):
+    "One round piece of a tube, from `a` with radius `ra` to `b` with `rb`."
     def __init__(self, a, b, ra, rb):
         self.a, self.d, self.ra, self.rb = a, b - a, ra, rb
         self.low, self.high = np.minimum(a - ra, b - rb), np.maximum(a + ra, b + rb)
     def __call__(self, x, y, z, blur):
-        p, d = [v - float(c) for v, c in zip((x, y, z), self.a)], [float(c) for c in self.d]
-        t = np.clip(sum(v * c for v, c in zip(p, d)) / max(sum(c * c for c in d), 1e-6), 0, 1)
+        p = [v - float(c) for v, c in zip((x, y, z), self.a)]
+        d = [float(c) for c in self.d]
+        along = sum(v * c for v, c in zip(p, d)) / max(sum(c * c for c in d), 1e-6)
+        t = np.clip(along, 0, 1)   # the nearest place on the axis, from 0 to 1
         q = sum((v - t * c)**2 for v, c in zip(p, d))
         return _fill(np.sqrt(q) - (self.ra + (self.rb - self.ra) * t), blur)
 
@@ -92,19 +100,26 @@ class Tube(Solid):
     "A round tube along `points`: rows of `(x, y, z)` with radius `r`, or of `(x, y, z, r)`."
     def __init__(self, points, r=None):
         points = np.array(points, float)
-        self.points, self.r = points[:, :3], (points[:, 3] if r is None else np.broadcast_to(r, len(points)).astype(float))
-        self.low, self.high = (self.points - self.r[:, None]).min(0), (self.points + self.r[:, None]).max(0)
+        self.points = points[:, :3]
+        self.r = points[:, 3] if r is None else np.broadcast_to(r, len(points)).astype(float)
+        self.low = (self.points - self.r[:, None]).min(0)
+        self.high = (self.points + self.r[:, None]).max(0)
     @property
-    def parts(self): return [_Segment(*p, *map(float, r)) for p, r in zip(zip(self.points, self.points[1:]), zip(self.r, self.r[1:]))]
-    def __call__(self, x, y, z, blur): return np.max([part(x, y, z, blur) for part in self.parts], 0)
-    def moved(self, scale, shift): return Tube(self.points * scale + shift, self.r * np.abs(scale)[:2].mean())
-    def grown(self, mm): return Tube(self.points, np.maximum(self.r + mm, 0.3)) # the same course, a wider lumen
+    def parts(self):
+        ends, radii = zip(self.points, self.points[1:]), zip(self.r, self.r[1:])
+        return [_Segment(*p, *map(float, r)) for p, r in zip(ends, radii)]
+    def __call__(self, x, y, z, blur): return np.max([p(x, y, z, blur) for p in self.parts], 0)
+    def moved(self, scale, shift):
+        return Tube(self.points * scale + shift, self.r * np.abs(scale)[:2].mean())
+    def grown(self, mm): # the same course, a wider lumen
+        return Tube(self.points, np.maximum(self.r + mm, 0.3))
 
 # %% ../nbs/01_anatomy.ipynb #2106870d
 class Half(Solid):
     "All points with `normal . p > level`."
     def __init__(self, normal, level):
-        n = np.array(normal, float); size = np.linalg.norm(n)
+        n = np.array(normal, float)
+        size = np.linalg.norm(n)
         self.normal, self.level = n / size, level / size
         self.low, self.high = np.full(3, -np.inf), np.full(3, np.inf)
     def __call__(self, x, y, z, blur):
@@ -113,7 +128,9 @@ class Half(Solid):
 
 class Both(Solid):
     "What lies in `a` and in `b`."
-    def __init__(self, a, b): self.a, self.b, self.low, self.high = a, b, np.maximum(a.low, b.low), np.minimum(a.high, b.high)
+    def __init__(self, a, b):
+        self.a, self.b = a, b
+        self.low, self.high = np.maximum(a.low, b.low), np.minimum(a.high, b.high)
     @property
     def parts(self): return [Both(p, self.b) for p in self.a.parts]
     def __call__(self, x, y, z, blur): return self.a(x, y, z, blur) * self.b(x, y, z, blur)
@@ -129,15 +146,18 @@ class Union(Solid):
     "Several solids of one kind of tissue."
     def __init__(self, *solids):
         self.solids = solids
-        self.low, self.high = np.min([s.low for s in solids], 0), np.max([s.high for s in solids], 0)
+        self.low = np.min([s.low for s in solids], 0)
+        self.high = np.max([s.high for s in solids], 0)
     @property
     def parts(self): return [p for s in self.solids for p in s.parts]
-    def __call__(self, x, y, z, blur): return np.max(np.broadcast_arrays(*[s(x, y, z, blur) for s in self.solids]), 0)
+    def __call__(self, x, y, z, blur):
+        return np.max(np.broadcast_arrays(*[s(x, y, z, blur) for s in self.solids]), 0)
     def moved(self, scale, shift): return Union(*[s.moved(scale, shift) for s in self.solids])
 
 class Pattern(Solid):
     "`solid` filled by a texture: `texture(x, y, z)` gives a fraction from 0 to 1."
-    def __init__(self, solid, texture): self.solid, self.texture, self.low, self.high = solid, texture, solid.low, solid.high
+    def __init__(self, solid, texture):
+        self.solid, self.texture, self.low, self.high = solid, texture, solid.low, solid.high
     @property
     def parts(self): return [Pattern(p, self.texture) for p in self.solid.parts]
     def __call__(self, x, y, z, blur): return self.solid(x, y, z, blur) * self.texture(x, y, z)
@@ -162,27 +182,38 @@ def draw(
     axes = [np.asarray(a, np.float32) for a in (x, y, z)]
     first, last = np.array([(a[0] - blur / 2, a[-1] + blur / 2) for a in axes]).T
     def elsewhere(solid): return (solid.low > last).any() or (solid.high < first).any()
+    def voxels(solid): # slices of the box around `solid`
+        ends = zip(axes, solid.low - blur / 2, solid.high + blur / 2)
+        return tuple(slice(*np.searchsorted(a, (low, high))) for a, low, high in ends)
     for stroke in sorted(strokes, key=lambda s: s.layer):
         if elsewhere(stroke.solid): continue
         for part in stroke.solid.parts:
             if elsewhere(part): continue
-            box = tuple(slice(*np.searchsorted(a, (lo - blur / 2, hi + blur / 2))) for a, lo, hi in zip(axes, part.low, part.high))
+            box = voxels(part)
             if any(b.start >= b.stop for b in box): continue
-            p = axes[0][box[0]][:, None, None], axes[1][box[1]][None, :, None], axes[2][box[2]][None, None]
+            bx, by, bz = (a[b] for a, b in zip(axes, box))
+            p = bx[:, None, None], by[None, :, None], bz[None, None]
             alpha, view = part(*p, blur), image[box]
-            view += alpha * ((stroke.hu(*p) if callable(stroke.hu) else stroke.hu) - view)
+            hu = stroke.hu(*p) if callable(stroke.hu) else stroke.hu
+            view += alpha * (hu - view)
     return image
 
 # %% ../nbs/01_anatomy.ipynb #1ffeec80
-REGIONS = {"chest": 46, "abdomen": 22, "chest-abdomen": 33}  # per cent of studies in the hospital of the paper (they add up to 101 there)
-PHASES = {"chest": (.45, .25, .30), "abdomen": (.20, .15, .65), "chest-abdomen": (.12, .13, .75)}  # none, arterial, venous
-TIMING = (0., 0.), (.75, 1.4), (1.6, 2.9) # a phase is never met exactly
+# per cent of studies in the hospital of the paper (they add up to 101 there)
+REGIONS = {"chest": 46, "abdomen": 22, "chest-abdomen": 33}
+# shares of scans without contrast, in the arterial, and in the venous phase
+PHASES = {"chest": (.45, .25, .30), "abdomen": (.20, .15, .65), "chest-abdomen": (.12, .13, .75)}
+TIMING = (0., 0.), (.75, 1.4), (1.6, 2.9)   # a phase is never met exactly
 
 @dataclass(frozen=True)
 class Traits:
-    "Who the patient is: sex, age, height, weight."
-    sex:str; age:int; height_cm:float; bmi:float
-    region:str; phase:int # 0 without contrast, 1 arterial, 2 venous
+    "Who the patient is, and how the scan was prepared."
+    sex:str
+    age:int
+    height_cm:float
+    bmi:float
+    region:str
+    phase:int             # 0 without contrast, 1 arterial, 2 venous
     arms_up:bool
     breath_mm:float       # how much higher than in full inspiration the diaphragm stands
     timing:float=0.       # 0 without contrast, 1 arterial, 2 venous, 3 late, and anything between
@@ -199,9 +230,13 @@ def draw_traits(
     height = rng.normal(*((164, 6.5) if sex == "F" else (177, 7)))
     p = np.array(list(REGIONS.values()), float)
     region = str(rng.choice(list(REGIONS), p=p / p.sum()))
-    return Traits(sex, age, float(np.clip(height, 148, 198)), float(np.clip(rng.normal(26.5, 4.5), 18, 40)), region,
-                  phase := int(rng.choice(3, p=PHASES[region])), bool(rng.random() < 0.75), float(np.clip(rng.normal(4, 10), -14, 32)),
-                  float(rng.uniform(*TIMING[phase])), float(rng.uniform(.75, 1.2)))
+    bmi = float(np.clip(rng.normal(26.5, 4.5), 18, 40))
+    phase = int(rng.choice(3, p=PHASES[region]))
+    arms_up = bool(rng.random() < 0.75)
+    breath = float(np.clip(rng.normal(4, 10), -14, 32))
+    timing, dose = float(rng.uniform(*TIMING[phase])), float(rng.uniform(.75, 1.2))
+    height = float(np.clip(height, 148, 198))
+    return Traits(sex, age, height, bmi, region, phase, arms_up, breath, timing, dose)
 
 # %% ../nbs/01_anatomy.ipynb #502716a0
 BODY, WALL, CAVITY, BELLY, LUNG, INLUNG, CHEST, BONE, OVER = range(9)  # layers, back to front
@@ -216,42 +251,84 @@ class Organ:
     breath:float=0.       # share of the diaphragm's movement
     pair:tuple|None=None  # shift in mm of the mirrored left one, where there are two
 
-SWAY = {"kidney": 9, "spleen": 6, "gallbladder": 7, "pancreas": 7, "stomach": 6, "liver": 4} # mm along z, standard deviation; 2.5 for all others
+# mm along z, standard deviation; 2.5 for all others
+SWAY = {"kidney": 9, "spleen": 6, "gallbladder": 7, "pancreas": 7, "stomach": 6, "liver": 4}
 ORGANS = {
-    "liver": Organ(BELLY, (56, 72, 112), Union(Ellipsoid((72, 2, 10), (68, 80, 84)), Ellipsoid((8, 42, 36), (76, 42, 36), (0, 12, 0))), 1.),
-    "gallbladder": Organ(BELLY + .3, (10, 10, 12), Ellipsoid((48, 52, -42), (15, 17, 33), (-20, 0, 0)), .9),
+    "liver": Organ(BELLY, (56, 72, 112), Union(
+        Ellipsoid((72, 2, 10), (68, 80, 84)), Ellipsoid((8, 42, 36), (76, 42, 36), (0, 12, 0))), 1.),
+    "gallbladder": Organ(BELLY + .3, (10, 10, 12),
+        Ellipsoid((48, 52, -42), (15, 17, 33), (-20, 0, 0)), .9),
     "spleen": Organ(BELLY, (50, 110, 118), Ellipsoid((-98, -36, 32), (28, 44, 50), (20, 8, 0)), .9),
-    "stomach": Organ(BELLY + .1, (35, 42, 45), Union(Ellipsoid((-62, 28, 34), (40, 46, 52), (20, 0, 0)),
-                     Tube([(-45, 48, -10, 26), (-10, 58, -38, 20), (22, 42, -36, 13)])), .7),
-    "pancreas": Organ(BELLY + .4, (40, 105, 92), Tube([(30, 14, -52, 15), (18, 24, -34, 15), (-8, 26, -20, 12), (-40, 10, -8, 12), (-78, -12, 6, 11)]), .6),
-    "kidney": Organ(BELLY + .4, (32, 150, 165), Ellipsoid((62, -40, -52), (27, 26, 55), (12, -10, 20)), .5, (0, 0, 14)),
-    "adrenal gland": Organ(BELLY + .5, (25, 50, 60), Tube([(32, -24, 20, 4), (38, -32, 8, 4), (50, -42, -4, 3)]), .5, (-2, 2, 4)),
+    "stomach": Organ(BELLY + .1, (35, 42, 45), Union(
+        Ellipsoid((-62, 28, 34), (40, 46, 52), (20, 0, 0)),
+        Tube([(-45, 48, -10, 26), (-10, 58, -38, 20), (22, 42, -36, 13)])), .7),
+    "pancreas": Organ(BELLY + .4, (40, 105, 92), Tube([
+        (30, 14, -52, 15), (18, 24, -34, 15), (-8, 26, -20, 12), (-40, 10, -8, 12),
+        (-78, -12, 6, 11)]), .6),
+    "kidney": Organ(BELLY + .4, (32, 150, 165),
+        Ellipsoid((62, -40, -52), (27, 26, 55), (12, -10, 20)), .5, (0, 0, 14)),
+    "adrenal gland": Organ(BELLY + .5, (25, 50, 60),
+        Tube([(32, -24, 20, 4), (38, -32, 8, 4), (50, -42, -4, 3)]), .5, (-2, 2, 4)),
     "bladder": Organ(BELLY + .5, (6, 6, 8), Ellipsoid((0, 26, -282), (40, 32, 30))),
     "uterus or prostate": Organ(BELLY + .45, (42, 70, 85), Ellipsoid((0, -14, -296), (24, 18, 22))),
-    "rectum": Organ(BELLY + .4, (35, 45, 55), Tube([(0, -46, -325, 14), (0, -52, -270, 20), (-8, -40, -225, 17)])),
-    "psoas": Organ(BELLY + .2, (55, 60, 65), Tube([(36, -42, -20, 10), (46, -40, -90, 19), (58, -22, -190, 22), (88, 26, -290, 15)]), 0., (0, 0, 0)),
+    "rectum": Organ(BELLY + .4, (35, 45, 55),
+        Tube([(0, -46, -325, 14), (0, -52, -270, 20), (-8, -40, -225, 17)])),
+    "psoas": Organ(BELLY + .2, (55, 60, 65), Tube([
+        (36, -42, -20, 10), (46, -40, -90, 19), (58, -22, -190, 22), (88, 26, -290, 15)]),
+        0., (0, 0, 0)),
     "heart": Organ(CHEST, (42, 60, 100), Ellipsoid((-22, 26, 108), (60, 46, 50), (0, 28, -32))),
-    "aorta": Organ(CHEST + .3, ARTERY, Tube([(-6, 20, 120, 14), (14, 28, 165, 15.5), (10, 24, 196, 14.5), (-4, 6, 213, 13.5), (-20, -22, 205, 13),
-                   (-25, -34, 175, 12.5), (-24, -36, 100, 12), (-12, -24, 40, 11.5), (-6, -16, 0, 10.5), (-3, -4, -70, 9.5), (-2, -6, -135, 9)])),
-    "iliac artery": Organ(BELLY + .7, ARTERY, Tube([(2, -6, -135, 6.5), (32, -16, -200, 6), (66, 22, -268, 5.5), (82, 48, -340, 5)]), 0., (0, 0, 0)),
-    "vena cava": Organ(CHEST + .1, VEIN, Tube([(22, -12, -150, 10), (26, -8, -60, 11), (28, -2, 30, 12), (22, 6, 80, 12)])),
-    "superior vena cava": Organ(CHEST + .2, (40, 260, 155), Tube([(30, 4, 115, 9.5), (30, 10, 200, 9), (26, 18, 232, 8)])),
-    "pulmonary artery": Organ(CHEST + .15, (40, 230, 160), Union(Tube([(-12, 44, 128, 15), (-18, 28, 160, 14)]),
-                              Tube([(-18, 22, 162, 12), (18, -2, 164, 11), (50, -14, 158, 8)]), Tube([(-18, 24, 164, 11), (-50, -18, 170, 8)]))),
-    "oesophagus": Organ(CHEST + .25, (38, 42, 48), Tube([(-3, -22, 330, 7), (-4, -24, 200, 7), (-6, -30, 130, 8), (-18, -14, 66, 8), (-34, 10, 48, 9)])),
-    "thyroid": Organ(CHEST + .2, (95, 150, 140), Ellipsoid((19, 8, 292), (9, 11, 22), (0, 0, 10)), 0., (0, 0, 0)),
+    "aorta": Organ(CHEST + .3, ARTERY, Tube([
+        (-6, 20, 120, 14), (14, 28, 165, 15.5), (10, 24, 196, 14.5), (-4, 6, 213, 13.5),
+        (-20, -22, 205, 13), (-25, -34, 175, 12.5), (-24, -36, 100, 12), (-12, -24, 40, 11.5),
+        (-6, -16, 0, 10.5), (-3, -4, -70, 9.5), (-2, -6, -135, 9)])),
+    "iliac artery": Organ(BELLY + .7, ARTERY, Tube([
+        (2, -6, -135, 6.5), (32, -16, -200, 6), (66, 22, -268, 5.5), (82, 48, -340, 5)]),
+        0., (0, 0, 0)),
+    "vena cava": Organ(CHEST + .1, VEIN, Tube([
+        (22, -12, -150, 10), (26, -8, -60, 11), (28, -2, 30, 12), (22, 6, 80, 12)])),
+    "superior vena cava": Organ(CHEST + .2, (40, 260, 155),
+        Tube([(30, 4, 115, 9.5), (30, 10, 200, 9), (26, 18, 232, 8)])),
+    "pulmonary artery": Organ(CHEST + .15, (40, 230, 160), Union(
+        Tube([(-12, 44, 128, 15), (-18, 28, 160, 14)]),
+        Tube([(-18, 22, 162, 12), (18, -2, 164, 11), (50, -14, 158, 8)]),
+        Tube([(-18, 24, 164, 11), (-50, -18, 170, 8)]))),
+    "oesophagus": Organ(CHEST + .25, (38, 42, 48), Tube([
+        (-3, -22, 330, 7), (-4, -24, 200, 7), (-6, -30, 130, 8), (-18, -14, 66, 8),
+        (-34, 10, 48, 9)])),
+    "thyroid": Organ(CHEST + .2, (95, 150, 140),
+        Ellipsoid((19, 8, 292), (9, 11, 22), (0, 0, 10)), 0., (0, 0, 0)),
 }
 
 # %% ../nbs/01_anatomy.ipynb #31f4e1c0
-TRUNK = [(-380, 0, 0, 150, 88), (-300, 0, 0, 165, 100), (-230, 0, 0, 160, 98), (-170, 0, 0, 140, 93), (-60, 0, 0, 136, 93), (40, 0, 0, 141, 98), (130, 0, 0, 152, 104),
-         (200, 0, -4, 156, 98), (240, 0, -8, 146, 80), (272, 0, -10, 90, 62), (305, 0, -8, 58, 54), (345, 0, 2, 58, 62), (430, 0, 8, 74, 88)]  # muscles
-HOLLOW = [(-325, 0, -4, 92, 66), (-250, 0, 0, 108, 76), (-170, 0, 8, 122, 76), (-60, 0, 9, 122, 78), (40, 0, 6, 128, 84), (95, 0, 4, 128, 84)]  # abdominal cavity
-CAGE = [(-35, 0, 0, 134, 91), (60, 0, 0, 144, 96), (130, 0, 0, 144, 95), (200, 0, -2, 128, 84), (250, 0, -10, 99, 64), (285, 0, -14, 71, 41), (302, 0, -16, 48, 26)]
-LUNGS = [(-5, 74, 0, 58, 80), (60, 74, 0, 64, 87), (130, 73, 0, 65, 86), (200, 66, -4, 57, 74), (250, 54, -10, 40, 53), (280, 44, -14, 25, 31), (302, 40, -16, 6, 7)]
-MEDIASTINUM = [(62, 0, 18, 34, 68), (120, 0, 12, 34, 78), (190, 0, 6, 29, 70), (250, 0, -2, 28, 50), (285, 0, -8, 32, 30)]
-SPINE = [(-180, -44), (-100, -32), (0, -44), (100, -60), (200, -54), (290, -32), (345, -22), (430, -14)]  # z, y of the vertebral centres
-COLON = [(100, -8, -168, 20), (108, -6, -110, 21), (104, 10, -56, 20), (74, 58, -62, 18), (0, 68, -92, 17), (-74, 56, -52, 17), (-112, -8, -8, 16),
-         (-114, -24, -90, 15), (-106, -10, -168, 14), (-70, 16, -216, 13), (-20, 30, -232, 13), (-8, -14, -238, 13), (-8, -40, -225, 14)]
+# rows of stacks: height, centre x and y, radius x and y; first the muscles of the trunk
+TRUNK = [
+    (-380, 0, 0, 150, 88), (-300, 0, 0, 165, 100), (-230, 0, 0, 160, 98), (-170, 0, 0, 140, 93),
+    (-60, 0, 0, 136, 93), (40, 0, 0, 141, 98), (130, 0, 0, 152, 104), (200, 0, -4, 156, 98),
+    (240, 0, -8, 146, 80), (272, 0, -10, 90, 62), (305, 0, -8, 58, 54), (345, 0, 2, 58, 62),
+    (430, 0, 8, 74, 88)]
+HOLLOW = [ # the abdominal cavity
+    (-325, 0, -4, 92, 66), (-250, 0, 0, 108, 76), (-170, 0, 8, 122, 76), (-60, 0, 9, 122, 78),
+    (40, 0, 6, 128, 84), (95, 0, 4, 128, 84)]
+CAGE = [
+    (-35, 0, 0, 134, 91), (60, 0, 0, 144, 96), (130, 0, 0, 144, 95), (200, 0, -2, 128, 84),
+    (250, 0, -10, 99, 64), (285, 0, -14, 71, 41), (302, 0, -16, 48, 26)]
+LUNGS = [
+    (-5, 74, 0, 58, 80), (60, 74, 0, 64, 87), (130, 73, 0, 65, 86), (200, 66, -4, 57, 74),
+    (250, 54, -10, 40, 53), (280, 44, -14, 25, 31), (302, 40, -16, 6, 7)]
+MEDIASTINUM = [
+    (62, 0, 18, 34, 68), (120, 0, 12, 34, 78), (190, 0, 6, 29, 70), (250, 0, -2, 28, 50),
+    (285, 0, -8, 32, 30)]
+SPINE = [ # z and y of the vertebral centres
+    (-180, -44), (-100, -32), (0, -44), (100, -60), (200, -54), (290, -32), (345, -22), (430, -14)]
+LOBES = "right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe"
+
+# %% ../nbs/01_anatomy.ipynb #3ebd24dc
+# rows of tubes: a point and a radius
+COLON = [
+    (100, -8, -168, 20), (108, -6, -110, 21), (104, 10, -56, 20), (74, 58, -62, 18),
+    (0, 68, -92, 17), (-74, 56, -52, 17), (-112, -8, -8, 16), (-114, -24, -90, 15),
+    (-106, -10, -168, 14), (-70, 16, -216, 13), (-20, 30, -232, 13), (-8, -14, -238, 13),
+    (-8, -40, -225, 14)]
 BRONCHI = {
     "trachea": [(0, 2, 340, 9), (0, -4, 260, 8.5), (3, -12, 186, 8.5)],
     "right main bronchus": [(3, -12, 186, 7.5), (32, -16, 164, 6.5)],
@@ -260,90 +337,129 @@ BRONCHI = {
     "left upper lobe bronchus": [(-36, -18, 164, 5), (-54, 4, 180, 4), (-66, 10, 212, 2.5)],
     "middle lobe bronchus": [(34, -14, 158, 4.5), (60, 24, 132, 3), (76, 44, 112, 2)],
     "lingula bronchus": [(-44, -10, 160, 4), (-70, 30, 134, 2.5), (-86, 44, 118, 2)],
-    "right lower lobe bronchus": [(32, -16, 164, 6), (48, -28, 130, 4.5), (62, -38, 88, 3), (72, -50, 62, 2)],
-    "left lower lobe bronchus": [(-38, -20, 162, 5.5), (-52, -32, 128, 4.5), (-66, -42, 90, 3), (-76, -52, 64, 2)],
+    "right lower lobe bronchus": [
+        (32, -16, 164, 6), (48, -28, 130, 4.5), (62, -38, 88, 3), (72, -50, 62, 2)],
+    "left lower lobe bronchus": [
+        (-38, -20, 162, 5.5), (-52, -32, 128, 4.5), (-66, -42, 90, 3), (-76, -52, 64, 2)],
 }
 BONES = {
     "clavicle": Tube([(14, 62, 248, 7), (70, 58, 252, 6), (128, 16, 254, 6.5)]),
-    "scapula": Union(Ellipsoid((112, -72, 190), (32, 5, 62), (-8, 10, 24)), Ellipsoid((148, -30, 236), (15, 13, 17))),
+    "scapula": Union(
+        Ellipsoid((112, -72, 190), (32, 5, 62), (-8, 10, 24)),
+        Ellipsoid((148, -30, 236), (15, 13, 17))),
     "iliac wing": Ellipsoid((92, -18, -192), (60, 8, 58), (0, 24, 52)),
     "acetabulum": Ellipsoid((88, 2, -268), (26, 28, 30)),
-    "femur": Union(Ellipsoid((97, 4, -272), 23), Tube([(97, 4, -272, 15), (136, -6, -304, 17), (138, -2, -400, 14)])),
+    "femur": Union(
+        Ellipsoid((97, 4, -272), 23),
+        Tube([(97, 4, -272, 15), (136, -6, -304, 17), (138, -2, -400, 14)])),
     "pubis": Tube([(80, 20, -272, 10), (42, 46, -290, 9), (9, 50, -308, 10)]),
-    "ischium": Tube([(84, -20, -272, 13), (70, -38, -318, 14), (40, 0, -335, 8), (10, 40, -318, 8)]),
+    "ischium": Tube([
+        (84, -20, -272, 13), (70, -38, -318, 14), (40, 0, -335, 8), (10, 40, -318, 8)]),
 }
-ARMS = {True: [(152, -14, 236, 40), (158, 2, 330, 38), (146, 20, 450, 36)],  # raised, as for most scans
-        False: [(112, -10, 252, 27), (160, -12, 226, 40), (186, -14, 100, 34), (196, -10, -20, 30), (196, 24, -140, 27), (186, 46, -270, 22)]}
-LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
+ARMS = { # raised, as for most scans, or not
+    True: [(152, -14, 236, 40), (158, 2, 330, 38), (146, 20, 450, 36)],
+    False: [
+        (112, -10, 252, 27), (160, -12, 226, 40), (186, -14, 100, 34), (196, -10, -20, 30),
+        (196, 24, -140, 27), (186, 46, -270, 22)]}
 
 # %% ../nbs/01_anatomy.ipynb #b5087d79
 class Anatomy:
-    "The strokes of one healthy patient, in the patient's own mm (z = 0 at the thoracolumbar junction)."
+    "The strokes of one healthy patient, in own mm (z = 0 at the thoracolumbar junction)."
     def __init__(self, seed:int, i:int, traits:Traits):
         self.seed, self.i, self.traits = seed, i, traits
         t, rng = traits, stable_rng(seed, "frame", i)
         tall, wide, sex = t.height_cm / 172, .90 + .10 * t.bmi / 25, 1. if t.sex == "M" else .96
-        self.scale = np.array([tall**.5 * wide * sex * rng.normal(1, .03), tall**.5 * wide * sex * rng.normal(1.03, .05), tall * rng.normal(1, .02)])
-        self.fat = float(np.clip((t.bmi - 17) * 1.7 + (5 if t.sex == "F" else 0) + rng.normal(0, 3), 6, 46)) # mm under the skin
+        girth = tall**.5 * wide * sex
+        self.scale = np.array([
+            girth * rng.normal(1, .03), girth * rng.normal(1.03, .05), tall * rng.normal(1, .02)])
+        mean = (t.bmi - 17) * 1.7 + (5 if t.sex == "F" else 0)
+        self.fat = float(np.clip(mean + rng.normal(0, 3), 6, 46))   # mm under the skin
         self.lift = t.breath_mm
         self.low, self.high = -np.inf, np.inf   # the scanned part, set by the scan
         self.strokes, self.solids = {}, {}
-        for build in (self._body, self._organs, self._gut, self._lungs, self._airways, self._vessels, self._spine, self._ribs, self._bones, self._arms): build()
+        for build in (
+            self._body, self._organs, self._insides, self._gut, self._lungs, self._airways,
+            self._vessels, self._spine, self._ribs, self._bones, self._arms): build()
 
     def at(self, *p, breath=0.): # point of the tables -> point of this patient
         return np.array(p, float) * self.scale + (0, 0, breath * self.lift)
-    def fit(self, solid, sign=1): # solid of the tables -> solid of this patient, mirrored if `sign` is -1
+    def fit(self, solid, sign=1): # solid of the tables -> of this patient, mirrored if `sign` is -1
         return solid.moved(self.scale * (sign, 1, 1), (0, 0, 0))
-    def hu(self, values, name=None): # density at this patient's time after the injection; organs differ a little from person to person
+    def hu(self, values, name=None): # density at the time of the scan; named organs differ a little
         plain, arterial, venous = values
-        seen = np.interp(self.traits.timing, [0, 1, 2, 3], [plain, arterial, venous, plain + .7 * (venous - plain)])
-        tone = 0. if name is None else np.clip(stable_rng(self.seed, "tone", self.i, name).normal(0, 5), -10, 10)
+        late = plain + .7 * (venous - plain)
+        seen = np.interp(self.traits.timing, [0, 1, 2, 3], [plain, arterial, venous, late])
+        tone = 0.
+        if name is not None:
+            rng = stable_rng(self.seed, "tone", self.i, name)
+            tone = np.clip(rng.normal(0, 5), -10, 10)
         return float(plain + self.traits.dose * (seen - plain) + tone)
-    def vary(self, *name): return stable_rng(self.seed, "vary", self.i, *name) # a generator for one part of this patient
+    def vary(self, *name): # a generator for one part of this patient
+        return stable_rng(self.seed, "vary", self.i, *name)
     def add(self, name, layer, hu, solid, organ=False): # organs are also remembered as places
         self.strokes[name] = Stroke(layer, hu, solid)
         if organ: self.solids[name] = solid
 
+# %% ../nbs/01_anatomy.ipynb #799c96d3
+def _mottled(mean, depth, size, rng):
+    "Density that varies by about `depth` HU around `mean`, over about `size` mm."
+    (kx, ky, kz), p, q = rng.uniform(.6, 1.4, 3) * 2 * np.pi / size, *rng.uniform(0, 6, 2)
+    def hu(x, y, z):
+        fine = np.sin(kx * x + p) * np.sin(ky * y + q) * np.sin(kz * z + p)
+        coarse = np.sin(.37 * kx * x + q) * np.sin(.53 * ky * y) * np.sin(.41 * kz * z + q)
+        return mean + .7 * depth * (fine + coarse)
+    return hu
+
+def _breasts(a, rng):
+    "Breasts and the glands in them, empty lists for a man."
+    size, sag = rng.uniform(.6, 1.25), rng.uniform(-22, 12)
+    breasts, glands = [], []
+    for sign in (1, -1) if a.traits.sex == "F" else ():
+        centre = a.at(sign * 72, 96 + rng.normal(0, 3), 128 + sag)
+        radii = np.array([52, 26 + a.fat / 2, 46]) * a.scale * size
+        breasts.append(Ellipsoid(centre, radii))
+        glands.append(Ellipsoid(centre + (0, .3 * radii[1], 0), radii * rng.uniform(.35, .7)))
+    return breasts, glands
+
 @patch
 def _body(self:Anatomy):
     "Skin and fat around muscles around the fat of the belly."
-    rng = self.vary("body")
-    shape = np.array(TRUNK) * (1, 1, 1, rng.uniform(.97, 1.07), rng.uniform(.95, 1.1))   # never narrower than the ribs
-    self.frame, self.hollow = self.fit(Stack(shape, rng.uniform(2.2, 2.8))), self.fit(Stack(HOLLOW, 2.3))
+    rng, s = self.vary("body"), self.scale
+    shape = np.array(TRUNK) * (1, 1, 1, rng.uniform(.97, 1.07), rng.uniform(.95, 1.1))
+    self.frame = self.fit(Stack(shape, rng.uniform(2.2, 2.8)))   # never narrower than the ribs
+    self.hollow = self.fit(Stack(HOLLOW, 2.3))
     rows = self.frame.rows.copy()
-    thick = np.interp(rows[:, 0], self.scale[2] * np.array([-380, -200, -60, 130, 240, 300]), self.fat * np.array([1, 1, .9, .5, .35, .15])) + 2
-    front = thick * np.interp(rows[:, 0], [-200, -100, 100], [.8, rng.uniform(.7, 1.6), .9])   # the belly
-    flank = thick * rng.uniform(.8, 1.25)
-    rows[:, 3] += flank; rows[:, 4] += (thick + front) / 2; rows[:, 2] += (front - thick) / 2
+    heights, share = s[2] * np.array([-380, -200, -60, 130, 240, 300]), (1, 1, .9, .5, .35, .15)
+    thick = np.interp(rows[:, 0], heights, self.fat * np.array(share)) + 2
+    belly = thick * np.interp(rows[:, 0], [-200, -100, 100], [.8, rng.uniform(.7, 1.6), .9])
+    rows[:, 3] += thick * rng.uniform(.8, 1.25)
+    rows[:, 4] += (thick + belly) / 2
+    rows[:, 2] += (belly - thick) / 2
     self.skin = Stack(rows, rng.uniform(2.1, 2.6))
-    breasts, glands, size, sag = [], [], rng.uniform(.6, 1.25), rng.uniform(-22, 12)
-    for sign in (1, -1) if self.traits.sex == "F" else ():
-        centre, radii = self.at(sign * 72, 96 + rng.normal(0, 3), 128 + sag), np.array([52, 26 + self.fat / 2, 46]) * self.scale * size
-        breasts.append(Ellipsoid(centre, radii))
-        glands.append(Ellipsoid(centre + (0, .3 * radii[1], 0), radii * rng.uniform(.35, .7)))
+    breasts, glands = _breasts(self, rng)
     fat = -102. + rng.normal(0, 4)
-    def mottled(mean, depth, size): # fat holds vessels and septa, muscle holds fat
-        (kx, ky, kz), p, q = rng.uniform(.6, 1.4, 3) * 2 * np.pi / size, *rng.uniform(0, 6, 2)
-        def hu(x, y, z):
-            coarse = np.sin(kx * x + p) * np.sin(ky * y + q) * np.sin(kz * z + p)
-            return mean + .7 * depth * (coarse + np.sin(.37 * kx * x + q) * np.sin(.53 * ky * y) * np.sin(.41 * kz * z + q))
-        return hu
-    self.add("body", BODY, mottled(fat, rng.uniform(0, 25), 45), Union(self.skin, *breasts))
+    self.add("body", BODY, _mottled(fat, rng.uniform(0, 25), 45, rng), Union(self.skin, *breasts))
     if glands: self.add("breast glands", BODY + .05, float(rng.uniform(-70, 40)), Union(*glands))
-    lean = self.hu((52, 58, 64), "muscle") - .5 * max(self.traits.age - 50, 0) * rng.random()   # muscle turns to fat with age
-    self.add("muscle", WALL, mottled(lean - 6, rng.uniform(5, 28), 35), self.frame)
-    self.add("abdominal fat", CAVITY, mottled(fat + 12, rng.uniform(5, 45), 30), self.hollow)
-    hollows = [Ellipsoid(self.at(s * 128, -4 + rng.normal(0, 5), 216), np.array([12, 26, 34]) * self.scale * rng.uniform(.6, 1.25)) for s in (1, -1)]
-    self.add("axillary fat", WALL + .1, fat, Union(*hollows))
+    lost = .5 * max(self.traits.age - 50, 0) * rng.random()   # muscle turns to fat with age
+    lean = self.hu((52, 58, 64), "muscle") - lost
+    self.add("muscle", WALL, _mottled(lean - 6, rng.uniform(5, 28), 35, rng), self.frame)
+    self.add("abdominal fat", CAVITY, _mottled(fat + 12, rng.uniform(5, 45), 30, rng), self.hollow)
+    axillae = []
+    for side in (1, -1):
+        centre = self.at(side * 128, -4 + rng.normal(0, 5), 216)
+        axillae.append(Ellipsoid(centre, np.array([12, 26, 34]) * s * rng.uniform(.6, 1.25)))
+    self.add("axillary fat", WALL + .1, fat, Union(*axillae))
 
 @patch
 def _arms(self:Anatomy):
-    "Arms up or down, now and then one each; close to the body or out of view."
+    "Arms up or down, now and then one each; close to the body or away from it."
     rng = self.vary("arms")
     odd, away = rng.random() < .06, rng.uniform(0, 60) if rng.random() < .5 else 0.
     for sign in (1, -1):
         up = self.traits.arms_up ^ bool(odd and sign > 0)
-        course = np.array(ARMS[up]) + np.linspace(0, 1, len(ARMS[up]))[:, None] * (away + rng.normal(0, 8), rng.normal(0, 20), 0, 0)
+        course = np.array(ARMS[up])
+        hand = np.array((away + rng.normal(0, 8), rng.normal(0, 20), 0, 0))   # the shoulder stays
+        course = course + np.linspace(0, 1, len(course))[:, None] * hand
         arm = Tube(course).moved(self.scale * (sign, 1, 1), (sign * self.fat * .5 * up, 0, 0))
         self.add(f"arm skin {sign}", BODY, -100., arm.grown(self.fat * .25))
         self.add(f"arm muscle {sign}", WALL, 55., arm.grown(-3))
@@ -358,62 +474,107 @@ def _organs(self:Anatomy):
         for side, sign in (("", 1),) if o.pair is None else (("right ", 1), ("left ", -1)):
             rng = stable_rng(self.seed, "organ", self.i, side + name)
             calm = .4 if o.layer >= CHEST else 1.   # what hangs together in the chest moves less
-            shift, size = calm * rng.normal(0, (2.5, 2.5, SWAY.get(name, 2.5))), 1 + calm * np.clip(rng.normal(0, .07), -.14, .14)
+            shift = calm * rng.normal(0, (2.5, 2.5, SWAY.get(name, 2.5)))
+            size = 1 + calm * np.clip(rng.normal(0, .07), -.14, .14)
             shift = shift + (o.solid.low + o.solid.high) / 2 * (1 - size)
             if sign < 0: shift = shift * (-1, 1, 1) + np.array(o.pair)
-            solid = o.solid.moved((sign * size, size, size), shift * (sign, 1, 1) if sign > 0 else shift).moved(self.scale, (0, 0, o.breath * self.lift))
+            solid = o.solid.moved((sign * size, size, size), shift)
+            solid = solid.moved(self.scale, (0, 0, o.breath * self.lift))
             if name == "aorta": solid = solid.grown((self.traits.age - 60) * .04)
             if o.layer < CHEST and name not in ("psoas", "iliac artery"): solid = solid & self.hollow
             self.add(side + name, o.layer, self.hu(o.hu, name), solid, organ=True)
+
+CHAMBERS = { # of the heart: shift from its centre, radii, density
+    "left ventricle": ((-20, -2, -8), (27, 20, 30), ARTERY),
+    "right ventricle": ((4, 18, -8), (30, 15, 30), (42, 200, 150)),
+    "atria": ((12, -22, 16), (40, 14, 22), (42, 290, 155))}
+
+@patch
+def _insides(self:Anatomy):
+    "The renal sinus, bright when contrast has been excreted, the heart's chambers, the fat on it."
+    late = 220 * np.clip(self.traits.timing - 2.2, 0, .7) / .7
     for side, sign in (("right", 1), ("left", -1)):
         kidney = self.solids[f"{side} kidney"].a
-        late = 220 * np.clip(self.traits.timing - 2.2, 0, .7) / .7   # contrast that the kidney has excreted
-        self.add(f"{side} renal sinus", BELLY + .45, self.hu((-40, -10, 20)) + late, Ellipsoid(kidney.centre - (sign * 9, -5, 0), np.array([10, 9, 26]) * self.scale))
+        sinus = Ellipsoid(kidney.centre - (sign * 9, -5, 0), np.array([10, 9, 26]) * self.scale)
+        self.add(f"{side} renal sinus", BELLY + .45, self.hu((-40, -10, 20)) + late, sinus)
     heart = self.solids["heart"]
-    for name, offset, radii, hu in (("left ventricle", (-20, -2, -8), (27, 20, 30), ARTERY), ("right ventricle", (4, 18, -8), (30, 15, 30), (42, 200, 150)),
-                                    ("atria", (12, -22, 16), (40, 14, 22), (42, 290, 155))):
-        self.add(name, CHEST + .05, self.hu(hu, name), Ellipsoid(heart.centre + np.array(offset) * self.scale, np.array(radii) * self.scale, heart.turn))
-    self.add("epicardial fat", CHEST - .2, -88., Ellipsoid(heart.centre + (2, 0, -4), heart.radii + self.vary("fat").uniform(1, 7), heart.turn))
+    for name, (offset, radii, hu) in CHAMBERS.items():
+        centre = heart.centre + np.array(offset) * self.scale
+        chamber = Ellipsoid(centre, np.array(radii) * self.scale, heart.turn)
+        self.add(name, CHEST + .05, self.hu(hu, name), chamber)
+    wider = heart.radii + self.vary("fat").uniform(1, 7)
+    fat = Ellipsoid(heart.centre + (2, 0, -4), wider, heart.turn)
+    self.add("epicardial fat", CHEST - .2, -88., fat)
+
+# %% ../nbs/01_anatomy.ipynb #a80d1a05
+def _speckled(mean, depth, waves):
+    "Density of a mixture: `depth` HU around `mean`, with `waves` in radians per mm along each axis."
+    kx, ky, kz = waves
+    return lambda x, y, z: mean + depth * np.sin(x * kx) * np.sin(y * ky) * np.sin(z * kz)
 
 @patch
 def _gut(self:Anatomy):
     "Stomach, small and large bowel with what is in them."
     rng = stable_rng(self.seed, "gut", self.i)
-    wander = rng.normal(0, 5, (len(COLON), 3)) * (np.arange(len(COLON)) < 9)[:, None]   # the sigmoid and the rectum stay
-    wander[3:6, 2] += rng.uniform(-45, 15)                                               # the transverse colon hangs
-    rows = [(x + dx, y + dy, z + dz + .5 * self.lift * (z > -100), r * f)
-            for (x, y, z, r), (dx, dy, dz), f in zip(COLON, wander, rng.uniform(.75, 1.35, len(COLON)))]
-    colon = self.fit(Tube(rows))
-    gas = colon.grown(-4); gas.points = gas.points + (0, 5, 0)
-    self.add("colon", BELLY + .15, 45., colon & self.hollow, organ=True)
-    oral = self.vary("oral").random() < .3                          # contrast drunk before the scan
-    mean, grain, airy = rng.uniform(150, 420) if oral else rng.uniform(-60, 50), rng.uniform(20, 130), rng.uniform(-.7, 1.)
-    stool = lambda x, y, z: mean + grain * np.sin(x * .5) * np.sin(y * .6) * np.sin(z * .45)
-    self.add("colon content", BELLY + .16, stool, colon.grown(-3))
-    self.add("colon gas", BELLY + .17, -880., Pattern(gas, lambda x, y, z: np.clip(airy + 1.2 * np.sin(z * .06 + x * .05 + self.i), 0, 1)))
-    t, turn = np.arange(0, 44, .4), rng.uniform(0, 6.28, 3)   # the small bowel is a curve that comes back everywhere
-    loops = np.stack([84 * np.sin(1.7 * t + turn[0]), 38 + 34 * np.sin(2.9 * t + turn[1]), -136 + 74 * np.sin(.83 * t + turn[2]), rng.uniform(10.5, 13.5, len(t))], 1)
-    loops[:, :3] += rng.normal(0, 3, (len(t), 3))
-    self.bowel = self.fit(Tube(loops))
-    self.add("small bowel", BELLY + .05, self.hu((40, 65, 70)), self.bowel & self.hollow, organ=True)
-    content = rng.uniform(150, 400) if oral else rng.uniform(0, 35)
-    self.add("small bowel content", BELLY + .06, content, self.bowel.grown(-3.5) & self.hollow)
-    bubbles = [Tube(self.bowel.points[k:k + 3] + (0, 4, 0), 6.5) for k in rng.integers(0, len(t) - 3, rng.integers(0, 9))]
-    if bubbles: self.add("small bowel gas", BELLY + .065, -900., Union(*bubbles) & self.bowel & self.hollow)
-    stomach = Ellipsoid(self.at(-62, 28, 34, breath=.7), np.array([36, 42, 47]) * self.scale * rng.uniform(.6, 1.), (20, 0, 0))
+    oral = self.vary("oral").random() < .3   # contrast drunk before the scan
+    self._colon(rng, oral)
+    self._small_bowel(rng, oral)
+    radii = np.array([36, 42, 47]) * self.scale * rng.uniform(.6, 1.)
+    stomach = Ellipsoid(self.at(-62, 28, 34, breath=.7), radii, (20, 0, 0))
     level = stomach.centre[1] + rng.uniform(-32, 40) * self.scale[1]
-    meal, coarse = rng.uniform(150, 300) if oral else rng.uniform(0, 60), rng.choice([0., 90.])
-    self.add("stomach content", BELLY + .11, lambda x, y, z: meal + coarse * np.sin(x * .4) * np.sin(y * .37) * np.sin(z * .43), stomach & self.hollow)
+    meal = rng.uniform(150, 300) if oral else rng.uniform(0, 60)
+    food = _speckled(meal, rng.choice([0., 90.]), (.4, .37, .43))
+    self.add("stomach content", BELLY + .11, food, stomach & self.hollow)
     self.add("stomach gas", BELLY + .12, -950., stomach & Half((0, 1, 0), level) & self.hollow)
+
+@patch
+def _colon(self:Anatomy, rng, oral):
+    "The colon, its stool and its gas."
+    stays = np.arange(len(COLON)) >= 9   # the sigmoid and the rectum
+    wander = rng.normal(0, 5, (len(COLON), 3)) * ~stays[:, None]
+    wander[3:6, 2] += rng.uniform(-45, 15)   # the transverse colon hangs
+    rows = np.array(COLON, float)
+    rows[:, 3] *= rng.uniform(.75, 1.35, len(COLON))
+    follows = .5 * self.lift * (rows[:, 2] > -100)
+    rows[:, :3] += wander
+    rows[:, 2] += follows
+    colon = self.fit(Tube(rows))
+    self.add("colon", BELLY + .15, 45., colon & self.hollow, organ=True)
+    mean = rng.uniform(150, 420) if oral else rng.uniform(-60, 50)
+    stool = _speckled(mean, rng.uniform(20, 130), (.5, .6, .45))
+    self.add("colon content", BELLY + .16, stool, colon.grown(-3))
+    gas = colon.grown(-4)
+    gas.points = gas.points + (0, 5, 0)
+    airy = rng.uniform(-.7, 1.)
+    def bubbles(x, y, z): return np.clip(airy + 1.2 * np.sin(z * .06 + x * .05 + self.i), 0, 1)
+    self.add("colon gas", BELLY + .17, -880., Pattern(gas, bubbles))
+
+@patch
+def _small_bowel(self:Anatomy, rng, oral):
+    "The small bowel, its content and its bubbles."
+    t, turn = np.arange(0, 44, .4), rng.uniform(0, 6.28, 3)
+    x, y = 84 * np.sin(1.7 * t + turn[0]), 38 + 34 * np.sin(2.9 * t + turn[1])
+    z = -136 + 74 * np.sin(.83 * t + turn[2])
+    loops = np.stack([x, y, z, rng.uniform(10.5, 13.5, len(t))], 1)
+    loops[:, :3] += rng.normal(0, 3, (len(t), 3))
+    bowel = self.bowel = self.fit(Tube(loops))
+    self.add("small bowel", BELLY + .05, self.hu((40, 65, 70)), bowel & self.hollow, organ=True)
+    content = rng.uniform(150, 400) if oral else rng.uniform(0, 35)
+    self.add("small bowel content", BELLY + .06, content, bowel.grown(-3.5) & self.hollow)
+    starts = rng.integers(0, len(t) - 3, rng.integers(0, 9))
+    bubbles = [Tube(bowel.points[k:k + 3] + (0, 4, 0), 6.5) for k in starts]
+    if not bubbles: return
+    self.add("small bowel gas", BELLY + .065, -900., Union(*bubbles) & bowel & self.hollow)
 
 # %% ../nbs/01_anatomy.ipynb #552f3b42
 RIB_MM = 8
 def _cage(thick=0): return Stack(np.array(CAGE) - (0, 0, 0, thick, thick), 2.3)
 
 class Dome(Solid):
-    "Everything above the diaphragm: `top` in the middle of `outline`, falling to `back` behind and `front` before."
+    "All above the diaphragm: `top` in the middle of `outline`, falling to `back` and `front`."
     def __init__(self, outline, top, back, front):
-        self.outline, self.top, self.back, self.front = outline, float(top), float(back), float(front)
+        self.outline = outline
+        self.top, self.back, self.front = float(top), float(back), float(front)
         self.low, self.high = np.array([-np.inf, -np.inf, back]), np.full(3, np.inf)
     def height(self, x, y): # z of the diaphragm
         _, cx, cy, rx, ry = map(float, self.outline.rows[1])
@@ -423,45 +584,65 @@ class Dome(Solid):
         return self.top + (edge - self.top) * q * q
     def __call__(self, x, y, z, blur): return _fill(self.height(x, y) - z, blur)
 
+def _aeration(a, air, sunk, rng):
+    "Density of a lung: `air` in its middle, up to `sunk` HU more from front to back, mottled."
+    middle, depth = float(a.scale[1] * -4), float(a.scale[1] * 80)
+    (kx, ky, kz), p = rng.uniform(.06, .16, 3), rng.uniform(0, 6)
+    def hu(x, y, z):
+        blood = sunk * (middle - y) / (2 * depth)   # it sinks to the back
+        return air + blood + 15 * np.sin(kx * x + p) * np.sin(ky * y) * np.sin(kz * z + p)
+    return hu
+
 @patch
 def _lungs(self:Anatomy):
-    "Lungs with lobes and fissures, standing on the domes of the diaphragm."
-    s, self.lung, self.lobe, rng = self.scale, {}, {}, self.vary("lungs")
-    inside = self.fit(_cage(RIB_MM))                 # a recess ends at the ribs
-    right_dome, base, sunk = np.clip(rng.normal(78, 5), 66, 88), rng.normal(0, 14), rng.uniform(10, 90)   # HU
-    tops = {"right": right_dome, "left": right_dome - np.clip(rng.normal(11, 7), -6, 28)}   # the left dome stands lower, as a rule
+    "Lungs that stand on the domes of the diaphragm."
+    s, rng, self.lung = self.scale, self.vary("lungs"), {}
+    inside = self.fit(_cage(RIB_MM))   # a recess ends at the ribs
+    right, base, sunk = np.clip(rng.normal(78, 5), 66, 88), rng.normal(0, 14), rng.uniform(10, 90)
+    left = right - np.clip(rng.normal(11, 7), -6, 28)   # the left dome stands lower, as a rule
     slim, point = rng.uniform(.94, 1.04), rng.uniform(.8, 1.15)
-    air = float(np.clip(-862 + 3 * self.lift + base, -915, -790))          # a deep breath makes lungs darker
-    middle, depth = float(s[1] * -4), float(s[1] * 80)
-    for side, sign in (("right", 1), ("left", -1)):
-        rows = [(z, cx, cy, rx * slim * (point if z > 240 else 1), ry * (point if z > 240 else 1)) for z, cx, cy, rx, ry in LUNGS]
+    air = float(np.clip(-862 + 3 * self.lift + base, -915, -790))   # a deep breath: darker lungs
+    tips = np.array([point if row[0] > 240 else 1 for row in LUNGS])
+    for side, sign, top in (("right", 1, right), ("left", -1, left)):
+        rows = np.array(LUNGS, float)
+        rows[:, 3] *= slim
+        rows[:, 3:] *= tips[:, None]
         outline = self.fit(Stack(rows, rng.uniform(2., 2.6)), sign)
-        back, front = rng.uniform(-10, 12) * s[2] + .5 * self.lift, rng.uniform(40, 56) * s[2] + .7 * self.lift
-        self.lung[side] = outline & inside & Dome(outline, tops[side] * s[2] + self.lift, back, front)
-        (kx, ky, kz), p = rng.uniform(.06, .16, 3), rng.uniform(0, 6)
-        def heavy(x, y, z, kx=kx, ky=ky, kz=kz, p=p): # blood sinks to the back
-            return air + sunk * (middle - y) / (2 * depth) + 15 * np.sin(kx * x + p) * np.sin(ky * y) * np.sin(kz * z + p)
-        self.add(f"{side} lung", LUNG, heavy, self.lung[side], organ=True)
-    tilt = np.array([0, 1.2, s[2] / s[1]])   # the oblique fissures run from behind above to before below
-    above = lambda z: Half(tilt, z * s[2] * tilt[2])
-    below = lambda z: Half(-tilt, -z * s[2] * tilt[2])
-    up, down = lambda z: Half((0, 0, 1), z), lambda z: Half((0, 0, -1), -z)
-    flat, (right, left) = 142 * s[2], self.lung.values()
-    parts = right & above(128) & up(flat), right & above(128) & down(flat), right & below(128), left & above(124), left & below(124)
+        back = rng.uniform(-10, 12) * s[2] + .5 * self.lift
+        front = rng.uniform(40, 56) * s[2] + .7 * self.lift
+        dome = Dome(outline, top * s[2] + self.lift, back, front)
+        self.lung[side] = outline & inside & dome
+        density = _aeration(self, air, sunk, rng)
+        self.add(f"{side} lung", LUNG, density, self.lung[side], organ=True)
+    self._lobes()
+    for name, side in (("liver", "right"), ("spleen", "left"), ("stomach", "left")):
+        organ = self.solids[name] = self.solids[name] - Union(*self.lung.values())
+        organ.high = np.minimum(organ.high, (np.inf, np.inf, self.lung[side].b.top))   # the diaphragm
+
+@patch
+def _lobes(self:Anatomy):
+    "Three planes part the lungs; the oblique ones run from behind above to before below."
+    s, (right, left) = self.scale, self.lung.values()
+    tilt, flat = np.array([0, 1.2, s[2] / s[1]]), 142 * s[2]
+    def above(z): return Half(tilt, z * s[2] * tilt[2])
+    def below(z): return Half(-tilt, -z * s[2] * tilt[2])
+    def up(z): return Half((0, 0, 1), z)
+    def down(z): return Half((0, 0, -1), -z)
+    parts = (right & above(128) & up(flat), right & above(128) & down(flat), right & below(128),
+             left & above(124), left & below(124))
     self.lobe = dict(zip(LOBES, parts))
     self.solids |= self.lobe
-    for name, lung, z in (("right oblique fissure", right, 128), ("left oblique fissure", left, 124)):
-        self.add(name, LUNG + .1, -640., lung & above(z - 1) & below(z + 1))
-    self.add("horizontal fissure", LUNG + .1, -640., right & above(128) & up(flat - 1) & down(flat + 1))
-    for name, side in (("liver", "right"), ("spleen", "left"), ("stomach", "left")):   # they end at the diaphragm
-        organ = self.solids[name] = self.solids[name] - Union(right, left)
-        organ.high = np.minimum(organ.high, (np.inf, np.inf, self.lung[side].b.top))
+    for side, lung, z in (("right", right, 128), ("left", left, 124)):
+        self.add(f"{side} oblique fissure", LUNG + .1, -640., lung & above(z - 1) & below(z + 1))
+    level = right & above(128) & up(flat - 1) & down(flat + 1)
+    self.add("horizontal fissure", LUNG + .1, -640., level)
 
 # %% ../nbs/01_anatomy.ipynb #2cc49342
 @patch
 def aerated(self:Anatomy, lobe): # the lobe without what the heart and the mediastinum cover
     heart = self.strokes["heart"].solid
-    return self.lobe[lobe] - Union(Ellipsoid(heart.centre - (6, 0, 0), heart.radii * 1.2, heart.turn), self.strokes["mediastinal fat"].solid)
+    around = Ellipsoid(heart.centre - (6, 0, 0), heart.radii * 1.2, heart.turn)
+    return self.lobe[lobe] - Union(around, self.strokes["mediastinal fat"].solid)
 
 @patch
 def _airways(self:Anatomy):
@@ -470,17 +651,23 @@ def _airways(self:Anatomy):
     for name, tube in self.bronchi.items():
         self.add(name, CHEST + .4, -985., tube, organ=name == "trachea")
         self.add(name + " wall", CHEST + .35, 10., tube.grown(1.3))
-    self.add("mediastinal fat", INLUNG + .5, float(self.vary("mediastinum").uniform(-100, -40)), self.fit(Stack(MEDIASTINUM, 2.5)))
+    fat = float(self.vary("mediastinum").uniform(-100, -40))
+    self.add("mediastinal fat", INLUNG + .5, fat, self.fit(Stack(MEDIASTINUM, 2.5)))
 
 def _tree(root, tips, thin, rng):
-    "Tubes from `root` to all `tips`: tips are halved along their longest axis, and a tube is as thick as what it feeds."
+    "Tubes from `root` to all `tips`, each as thick as what it feeds."
     radius = thin * len(tips)**.33
     if len(tips) == 1: return [Tube([root, tips[0]], [radius, .8 * radius])]
     fork = root + rng.uniform(.35, .5) * (tips.mean(0) - root) + rng.normal(0, 3, 3)
     order = np.argsort(tips[:, np.ptp(tips, axis=0).argmax()])
     cut = int(np.clip(len(tips) * rng.uniform(.3, .7), 1, len(tips) - 1))
-    halves = tips[order[:cut]], tips[order[cut:]]
-    return [Tube([root, fork], [radius, .9 * radius]), *(tube for half in halves for tube in _tree(fork, half, thin, rng))]
+    stem = Tube([root, fork], [radius, .9 * radius])
+    twigs = [_tree(fork, tips[half], thin, rng) for half in (order[:cut], order[cut:])]
+    return [stem, *twigs[0], *twigs[1]]
+
+# tips of the branches in the liver, from the hilum and from the cava
+PORTAL = (100, -20, 20), (90, 35, 30), (60, -30, 50), (-10, 50, 42), (80, 10, -30)
+HEPATIC = (90, 10, 40), (50, 45, 48), (95, -40, 50)
 
 @patch
 def _vessels(self:Anatomy):
@@ -489,56 +676,72 @@ def _vessels(self:Anatomy):
     count, thin = int(rng.integers(140, 320)), rng.uniform(1.1, 1.7)
     for sign, lung in zip((1, -1), self.lung.values()):
         root = self.at(sign * 34, -10, 160)
-        tips = rng.uniform(np.maximum(lung.low, root - 200), np.minimum(lung.high, root + 200), (6 * count, 3))
+        low, high = np.maximum(lung.low, root - 200), np.minimum(lung.high, root + 200)
+        tips = rng.uniform(low, high, (6 * count, 3))
         tips = tips[lung.contains(tips)][:count]
         if not len(tips): continue
         tree = Union(*_tree(root, root + .9 * (tips - root), thin, rng))
         self.add(f"pulmonary vessels {sign}", INLUNG, self.hu((15, 170, 110)), tree & lung)
-    p = lambda *q: self.at(*q, breath=1)
-    hilum, cava = p(26, 26, 4), p(20, -4, 68)
+    def place(*p): return self.at(*p, breath=1)
+    hilum, cava = place(26, 26, 4), place(20, -4, 68)
     tubes = [Tube([self.at(6, 22, -34, breath=.8), hilum], 7.)]
-    tubes += [Tube([hilum, (hilum + p(*q)) / 2 + rng.normal(0, 5, 3), p(*q)], [6, 4, 2]) for q in ((100, -20, 20), (90, 35, 30), (60, -30, 50), (-10, 50, 42), (80, 10, -30))]
-    tubes += [Tube([cava, p(*q)], [6, 2]) for q in ((90, 10, 40), (50, 45, 48), (95, -40, 50))]
-    self.add("liver vessels", BELLY + .01, self.hu((42, 100, 170)), Union(*tubes) & self.strokes["liver"].solid)
+    for tip in PORTAL:
+        end = place(*tip)
+        tubes.append(Tube([hilum, (hilum + end) / 2 + rng.normal(0, 5, 3), end], [6, 4, 2]))
+    tubes += [Tube([cava, place(*tip)], [6, 2]) for tip in HEPATIC]
+    vessels = Union(*tubes) & self.strokes["liver"].solid
+    self.add("liver vessels", BELLY + .01, self.hu((42, 100, 170)), vessels)
 
 # %% ../nbs/01_anatomy.ipynb #fdb2cf96
 @patch
 def _spine(self:Anatomy):
     "Vertebral column with discs, arches, processes, canal and sacrum."
-    s = self.scale
-    y, r = lambda z: np.interp(z, *zip(*SPINE)), lambda z: np.interp(z, [-180, 0, 288, 430], [24, 20, 14, 11])
-    level = lambda z: np.mod(np.interp(z / s[2], [-180, 0, 288, 430], [-5., 0, 12, 18.5]), 1)   # 0 to 1 from one disc to the next
-    heights = (-180, -100, -40, 0, 50, 100, 150, 200, 250, 290, 345, 430)
-    stack = lambda dy, rx, ry: self.fit(Stack([(z, 0, y(z) + dy * r(z), rx * r(z), ry * r(z)) for z in heights], 2.4))
-    self.marrow = marrow = float(np.clip(300 - 2.2 * self.traits.age, 90, 260))   # bone fades with age
-    disc, plate = self.vary("spine").uniform((75, 40), (120, 200))   # discs, and how much denser than marrow their plates are
-    def density(x, y, z):
+    ends, heights = (-180, 0, 288, 430), (-180, -100, -40, 0, 50, 100, 150, 200, 250, 290, 345, 430)
+    def r(z): return np.interp(z, ends, [24, 20, 14, 11])   # radius of a vertebra
+    def level(z): # 0 to 1 from one disc to the next
+        return np.mod(np.interp(z / self.scale[2], ends, [-5., 0, 12, 18.5]), 1)
+    def stack(dy, rx, ry): # a pile `dy` radii in front of the centres
+        y = np.interp(heights, *zip(*SPINE))
+        rows = [(z, 0, c + dy * r(z), rx * r(z), ry * r(z)) for z, c in zip(heights, y)]
+        return self.fit(Stack(rows, 2.4))
+    self.marrow = marrow = float(np.clip(300 - 2.2 * self.traits.age, 90, 260))   # bone fades
+    disc, plate = self.vary("spine").uniform((75, 40), (120, 200))
+    def density(x, y, z): # discs, denser plates above and below them, marrow
         f = level(z)
-        return np.select([f < .2, (f < .28) | (f > .93)], [disc, marrow + plate], marrow).astype(np.float32)
-    arches = lambda x, y, z: ((level(z) > .25) & (level(z) < .85)).astype(np.float32)
+        kinds = [f < .2, (f < .28) | (f > .93)]
+        return np.select(kinds, [disc, marrow + plate], marrow).astype(np.float32)
+    def arches(x, y, z): return ((level(z) > .25) & (level(z) < .85)).astype(np.float32)
+    arch, process = Pattern(stack(-1.55, 1.1, .75), arches), Pattern(stack(-2.6, .28, .7), arches)
     self.add("vertebrae", BONE, density, stack(0, 1.1, .9), organ=True)
-    self.add("vertebral arches", BONE + .05, marrow + 220, Pattern(stack(-1.55, 1.1, .75), arches))
-    self.add("spinous processes", BONE + .05, marrow + 180, Pattern(stack(-2.6, .28, .7), arches))
+    self.add("vertebral arches", BONE + .05, marrow + 220, arch)
+    self.add("spinous processes", BONE + .05, marrow + 180, process)
     self.add("spinal canal", BONE + .1, 28., stack(-1.5, .55, .45))
-    self.add("sacrum", BONE, marrow + 60, self.fit(Stack([(-300, 0, -78, 12, 8), (-240, 0, -72, 38, 14), (-182, 0, -54, 50, 24)], 2.4)))
+    sacrum = Stack([(-300, 0, -78, 12, 8), (-240, 0, -72, 38, 14), (-182, 0, -54, 50, 24)], 2.4)
+    self.add("sacrum", BONE, marrow + 60, self.fit(sacrum))
 
+# %% ../nbs/01_anatomy.ipynb #ca41119f
 @patch
 def _ribs(self:Anatomy):
     "Ribs that fall from back to front, and the sternum."
     s, cage, inner = self.scale, self.fit(_cage()), self.fit(_cage(RIB_MM))
     def ribs(x, y, z):
-        back = (cage.high[1] - y) / (cage.high[1] - cage.low[1])         # 1 behind, 0 in front
+        back = (cage.high[1] - y) / (cage.high[1] - cage.low[1])   # 1 behind, 0 in front
         rib = ((z + 74 * s[2] * (1 - back)) / (24.5 * s[2])) % 1
-        return (np.clip(3 - np.abs(rib - .5) * 13, 0, 1) * (z > (70 - 90 * back) * s[2])).astype(np.float32)   # none before the belly
+        chest = z > (70 - 90 * back) * s[2]                        # none before the belly
+        return (np.clip(3 - np.abs(rib - .5) * 13, 0, 1) * chest).astype(np.float32)
     self.add("ribs", BONE, self.marrow + 200, Pattern(cage - inner, ribs), organ=True)
-    front = lambda z: (self.frame.at(z * s[2])[1] + self.frame.at(z * s[2])[3]) / s[1] - 9
-    plate = Stack([(z, 0, front(z), w, 6) for z, w in ((88, 8), (110, 16), (200, 15), (212, 26), (244, 30))], 3)
+    def front(z):
+        _, y, _, ry = self.frame.at(z * s[2])
+        return (y + ry) / s[1] - 9
+    widths = (88, 8), (110, 16), (200, 15), (212, 26), (244, 30)
+    plate = Stack([(z, 0, front(z), w, 6) for z, w in widths], 3)
     self.add("sternum", BONE + .1, self.marrow + 60, self.fit(plate), organ=True)
 
 def _shrunk(solid, mm):
     "`solid` without its outer `mm`."
     if isinstance(solid, Union): return Union(*[_shrunk(s, mm) for s in solid.solids])
-    return solid.grown(-mm) if isinstance(solid, Tube) else Ellipsoid(solid.centre, np.maximum(solid.radii - mm, 1.), solid.turn)
+    if isinstance(solid, Tube): return solid.grown(-mm)
+    return Ellipsoid(solid.centre, np.maximum(solid.radii - mm, 1.), solid.turn)
 
 @patch
 def _bones(self:Anatomy):
@@ -547,4 +750,5 @@ def _bones(self:Anatomy):
         for side, sign in (("right ", 1), ("left ", -1)):
             bone = self.fit(solid, sign)
             self.add(side + name, BONE, self.marrow + 280, bone, organ=True)
-            if name != "scapula": self.add(f"{side}{name} marrow", BONE + .02, self.marrow - 40, _shrunk(bone, 3.))
+            if name == "scapula": continue
+            self.add(f"{side}{name} marrow", BONE + .02, self.marrow - 40, _shrunk(bone, 3.))
