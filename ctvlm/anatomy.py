@@ -23,9 +23,9 @@ def _fill(distance, blur):
     return np.clip(distance, 0, 1, out=distance if isinstance(distance, np.ndarray) else None)
 
 class Solid:
-    "Something with a place: `low` and `high` corners, mm; called, the filled fraction at `x, y, z`."
+    "Something with `low` and `high` corners, mm; called, the filled fraction at `x, y, z`."
     @property
-    def parts(self): return [self]   # pieces that are drawn one after the other, each in its own box
+    def parts(self): return [self]   # pieces that are drawn in turn, each in its own box
     def __and__(self, other): return Both(self, other)
     def __sub__(self, other): return Minus(self, other)
     def contains(self, points): # `(n, 3)` points -> `(n,)` bool
@@ -48,7 +48,8 @@ class Ellipsoid(Solid):
         self.low, self.high = self.centre - half, self.centre + half
     def __call__(self, x, y, z, blur):
         p = [v - float(c) for v, c in zip((x, y, z), self.centre)]
-        if any(self.turn): p = [sum(float(r) * v for r, v in zip(col, p)) for col in self.rotation.T]
+        if any(self.turn):
+            p = [sum(float(r) * v for r, v in zip(column, p)) for column in self.rotation.T]
         q = sum((v * float(1 / r))**2 for v, r in zip(p, self.radii))
         steep = sum((v * float(2 / r**2))**2 for v, r in zip(p, self.radii))   # |gradient|^2
         return _fill((q - 1) / np.sqrt(steep + 1e-9), blur)
@@ -255,7 +256,8 @@ class Organ:
 SWAY = {"kidney": 9, "spleen": 6, "gallbladder": 7, "pancreas": 7, "stomach": 6, "liver": 4}
 ORGANS = {
     "liver": Organ(BELLY, (56, 72, 112), Union(
-        Ellipsoid((72, 2, 10), (68, 80, 84)), Ellipsoid((8, 42, 36), (76, 42, 36), (0, 12, 0))), 1.),
+        Ellipsoid((72, 2, 10), (68, 80, 84)),
+        Ellipsoid((8, 42, 36), (76, 42, 36), (0, 12, 0))), 1.),
     "gallbladder": Organ(BELLY + .3, (10, 10, 12),
         Ellipsoid((48, 52, -42), (15, 17, 33), (-20, 0, 0)), .9),
     "spleen": Organ(BELLY, (50, 110, 118), Ellipsoid((-98, -36, 32), (28, 44, 50), (20, 8, 0)), .9),
@@ -320,7 +322,8 @@ MEDIASTINUM = [
     (285, 0, -8, 32, 30)]
 SPINE = [ # z and y of the vertebral centres
     (-180, -44), (-100, -32), (0, -44), (100, -60), (200, -54), (290, -32), (345, -22), (430, -14)]
-LOBES = "right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe"
+LOBES = (
+    "right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 
 # %% ../nbs/01_anatomy.ipynb #3ebd24dc
 # rows of tubes: a point and a radius
@@ -481,7 +484,8 @@ def _organs(self:Anatomy):
             solid = o.solid.moved((sign * size, size, size), shift)
             solid = solid.moved(self.scale, (0, 0, o.breath * self.lift))
             if name == "aorta": solid = solid.grown((self.traits.age - 60) * .04)
-            if o.layer < CHEST and name not in ("psoas", "iliac artery"): solid = solid & self.hollow
+            behind = name in ("psoas", "iliac artery")   # the cavity
+            if o.layer < CHEST and not behind: solid = solid & self.hollow
             self.add(side + name, o.layer, self.hu(o.hu, name), solid, organ=True)
 
 CHAMBERS = { # of the heart: shift from its centre, radii, density
@@ -508,7 +512,7 @@ def _insides(self:Anatomy):
 
 # %% ../nbs/01_anatomy.ipynb #a80d1a05
 def _speckled(mean, depth, waves):
-    "Density of a mixture: `depth` HU around `mean`, with `waves` in radians per mm along each axis."
+    "Density of a mixture: `depth` HU around `mean`, `waves` in radians per mm along x, y, z."
     kx, ky, kz = waves
     return lambda x, y, z: mean + depth * np.sin(x * kx) * np.sin(y * ky) * np.sin(z * kz)
 
@@ -617,7 +621,8 @@ def _lungs(self:Anatomy):
     self._lobes()
     for name, side in (("liver", "right"), ("spleen", "left"), ("stomach", "left")):
         organ = self.solids[name] = self.solids[name] - Union(*self.lung.values())
-        organ.high = np.minimum(organ.high, (np.inf, np.inf, self.lung[side].b.top))   # the diaphragm
+        dome = self.lung[side].b.top
+        organ.high = np.minimum(organ.high, (np.inf, np.inf, dome))
 
 @patch
 def _lobes(self:Anatomy):
