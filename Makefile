@@ -17,7 +17,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/ctvlm demo -o runs/demo
+	$(BIN)/ctvlm demo -o runs/demo $(if $(SCAN),--scan "$(SCAN)")
 
 test: $(READY)
 	$(BIN)/python tools/check_export.py

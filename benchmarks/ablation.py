@@ -41,7 +41,7 @@ def measure(result, what, path):
 
 def fresh(studies, features, seed):
     "The demo's model before training."
-    model = demo_model(studies, seed)
+    model = demo_model(studies, seed, shipped=False)
     demo_text(model, seed, quiet=True)
     start_projections(model.scan_encoder, *features)
     return model

@@ -44,7 +44,7 @@ def cohort(run, sizes):
         raise InputError(f"the reports of {run} are not those that these phantoms have now: run the demo anew")
     studies["split"] = [name for name, some in chosen.items() for _ in some]
     studies["labels"] = [rule_labels(s.report.text, "en") for s in drawn]  # silence stays silence here
-    model = demo_model(studies, 0)
+    model = demo_model(studies, 0, shipped=False)
     demo_text(model, 0, quiet=True)
     store = FeatureStore(next((run/"features").iterdir()))
     planted = [s.labels for s in drawn]
