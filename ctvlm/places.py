@@ -14,7 +14,7 @@ import numpy as np
 from .findings import FINDINGS
 from .reports import data_rows, place_rows
 
-# %% ../nbs/03b_places.ipynb #6f57148f
+# %% ../nbs/03b_places.ipynb #dbc408b8
 @dataclass(frozen=True)
 class Place:
     "A place that reports name, and how its height follows from an organ's."
@@ -28,22 +28,25 @@ class Place:
 
 def _split(cell): return tuple(w.strip() for w in cell.split(";") if w.strip())
 
+def _once(*words): return tuple(dict.fromkeys(words))
+
 def _read_places():
     "Places by name, and the qualifiers of each language."
     signs = {r["signs"]: {"en": _split(r["english"]), "de": _split(r["german"])}
              for r in data_rows("phantom_signs.csv")}
     places = {}
-    for row in place_rows():   # rows that name a side only now and then give one place with the words of both
-        before = places[row["place"]].wordings if row["place"] in places else {"en": (), "de": ()}
-        wordings = {language: tuple(dict.fromkeys((*before[language], *row[column])))
-                    for language, column in (("en", "english"), ("de", "german"))}
-        places[row["place"]] = Place(row["place"], row["organ"], float(row["low"]), float(row["high"]),
-                                     wordings, signs[row["signs"]], _split(row["catalogue"]))
+    for row in place_rows():
+        name, ends = row["place"], (float(row["low"]), float(row["high"]))
+        before = places[name].wordings if name in places else {"en": (), "de": ()}
+        wordings = {"en": _once(*before["en"], *row["english"]),
+                    "de": _once(*before["de"], *row["german"])}   # of both sides, if only words have one
+        places[name] = Place(name, row["organ"], *ends, wordings, signs[row["signs"]],
+                             _split(row["catalogue"]))
     return places, signs["qualifier"]
 
 PLACES, QUALIFIERS = _read_places()
 
-# %% ../nbs/03b_places.ipynb #d256ded1
+# %% ../nbs/03b_places.ipynb #4f636653
 def extent_of(
     place:Place,
     heights:dict,  # organ -> lower and upper end in mm, as `PhantomStudy.organ_heights`
@@ -56,7 +59,7 @@ def seen(
     place:Place,
     study,            # a phantom study
     least:float=.35,  # share of the place that must be scanned
-)->tuple|None:        # lower and upper end of what the scan shows, mm; `None` where that is too little
+)->tuple|None:        # lower and upper end, mm; `None` where too little is scanned
     "The part of a place that lies in the scan."
     low, high = extent_of(place, study.organ_heights)
     a, b = max(low, study.scan.low), min(high, study.scan.high)
@@ -67,11 +70,11 @@ def unseen(
     study,
     margin:float=25., # mm between the place and the scan
 )->bool:
-    "Whether a place lies wholly outside of the scan."
+    "Whether all of a place lies outside of the scan."
     low, high = extent_of(place, study.organ_heights)
     return low > study.scan.high + margin or high < study.scan.low - margin
 
-# %% ../nbs/03b_places.ipynb #6fa5d500
+# %% ../nbs/03b_places.ipynb #c8e4004c
 PARTS = {"train": range(0, 7), "val": range(7, 8), "test": range(8, 10)} # tenths of the sentences
 
 HELD_BACK = { # composed sentences that real scans are asked with: no model learns them here
@@ -110,11 +113,12 @@ def place_texts(
 )->tuple:         # texts
     "All sentences about a place that belong to a part."
     p = PLACES[name]
-    texts = [_joined(sign, where, language) for sign in p.signs[language] for where in p.wordings[language]]
+    pairs = [(sign, where) for sign in p.signs[language] for where in p.wordings[language]]
+    texts = [_joined(sign, where, language) for sign, where in pairs]
     texts += _catalogue_names(p.catalogue, language)
     return tuple(t for t in texts if part_of(t) == part)
 
-# %% ../nbs/03b_places.ipynb #d6a6565a
+# %% ../nbs/03b_places.ipynb #6277cae7
 def dressed(
     text:str,
     language:str, # "en" or "de"
