@@ -27,7 +27,7 @@ from sklearn.metrics import roc_auc_score
 from ctvlm.core import pick_device, progress, seed_everything, stable_rng, write_atomically
 from ctvlm.demo import DEMO_SIZES
 from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor
-from ctvlm.phantoms import AIR, PLANTERS, PhantomCohort, Stroke, draw
+from ctvlm.phantoms import AIR, PLANTERS, PhantomCohort, PhantomStudy, Stroke, draw
 from ctvlm.places import PLACES, draw_sentences, dressed, extent_of, place_texts
 from ctvlm.preprocessing import make_windows
 from ctvlm.vision import EncoderSizes, WindowEncoder, start_patches
@@ -48,12 +48,12 @@ NAMES, Q = FINDINGS + ORGANS, len(FINDINGS)
 @dataclass(frozen=True)
 class Sizes:
     "How much of everything; the defaults are those of the model that ships."
-    patients:int = 1200   # of stage 1
+    patients:int = 1300   # of stage 1
     judged:int = 100      # further ones of stage 1 who judge the window encoder
-    steps:int = 5000      # of stage 2
+    steps:int = 8000      # of stage 2
     windows:int = 48      # a step
     rate:float = 2e-3     # peak learning rate of stage 2
-    train:int = 1400      # patients of stages 3 to 6
+    train:int = 1200      # patients of stages 3 to 6
     val:int = 250         # of stage 7
     test:int = 300        # of stage 8
     sentences:int = 24    # about places, of each patient
@@ -239,34 +239,38 @@ def pretrain(folder, patients, sizes, device):
 
 # --- stage 3: studies
 
-def study_row(job): # sentences about places, and about places that the scan does not show
-    cohort, i, part, n = job
-    study, rng = cohort[i], stable_rng(cohort.seed, "sentences", i)
-    return draw_sentences(study, n, rng, part), draw_sentences(study, 6, rng, part, absent=True)
+LANGUAGES = ("en", "en", "de")   # two reports in three are English
 
 def pair_of(text, depth): # as a table of studies holds it
     return dict(snippet=text, cleaned=text, series=None, image=None, image_end=None, depth_mm=float(depth),
                 plane=None, prior=False, rule="place", status="depth", asserts=True)
 
+def study_row(job):
+    "A row of the table as mined and labelled; sentences about its places, and about places that the scan does not show."
+    from ctvlm.data import phantom_studies
+    seed, i, split, n = job
+    torch.set_num_threads(1)
+    language = LANGUAGES[stable_rng(seed, "language", i).integers(len(LANGUAGES))]
+    study = PhantomStudy(seed, i, SPEC.spacing, language)
+    row = phantom_studies([study]).iloc[0].to_dict()
+    read = row["labels"]
+    row |= dict(split=split, patient=f"{seed} {row['patient']}", label_version="rules, not mentioned is absent where the organ was scanned",
+                labels={f: int(read.get(f) == 1) for f, truth in study.labels.items() if truth is not None})
+    rng = stable_rng(seed, "sentences", i)
+    here, away = draw_sentences(study, n, rng, split), draw_sentences(study, 6, rng, split, absent=True)
+    return row, [pair_of(*s) for s in here], [text for text, _ in away]
+
 def make_studies(folder, sizes, workers):
     "Write `studies.parquet`, `places.parquet` (sentences about places instead of those of the report) and `absent.json`."
-    from ctvlm.data import phantom_studies, write_studies
-    parts, tables, places, absent = (("studies", ("train", sizes.train), ("val", sizes.val)), ("table", ("test", sizes.test))), [], [], {}
-    for name, *splits in parts:
-        cohort = PhantomCohort(sum(n for _, n in splits), SEEDS[name], spacing=SPEC.spacing, languages=("en", "en", "de"))
-        table = phantom_studies(cohort, workers=workers)
-        table["patient"] = name + " " + table.patient                # two cohorts count from 0
-        table["split"] = [split for split, n in splits for _ in range(n)]
-        table["labels"] = [{f: int(read.get(f) == 1) for f, truth in study.labels.items() if truth is not None}
-                           for study, read in zip(cohort, table.labels)]
-        table["label_version"] = "rules, not mentioned is absent where the organ was scanned"
-        jobs = [(cohort, i, split, sizes.sentences) for i, split in enumerate(table.split)]
-        said = [study_row(job) for job in jobs]
-        tables.append(table)
-        places.append(table.assign(pairs=[[pair_of(*s) for s in here] for here, _ in said]))
-        absent |= {study: [text for text, _ in away] for study, (_, away) in zip(table.source + "/" + table.study, said)}
     import pandas as pd
-    for name, found in (("studies", tables), ("places", places)): write_studies(pd.concat(found, ignore_index=True), folder/f"{name}.parquet")
+    from ctvlm.studies import ahead, write_studies
+    parts = ("studies", "train", 0, sizes.train), ("studies", "val", sizes.train, sizes.val), ("table", "test", 0, sizes.test)
+    jobs = [(SEEDS[name], i, split, sizes.sentences) for name, split, first, n in parts for i in range(first, first + n)]
+    made = [made for _, made in progress(ahead(study_row, jobs, workers, None), total=len(jobs), what="studies")]
+    rows, here, away = zip(*made)
+    studies = pd.DataFrame(rows)
+    for name, table in (("studies", studies), ("places", studies.assign(pairs=here))): write_studies(table, folder/f"{name}.parquet")
+    absent = {f"{r.source}/{r.study}": texts for r, texts in zip(studies.itertuples(), away)}
     with write_atomically(folder/"absent.json") as t: t.write_text(json.dumps(absent, ensure_ascii=False))
 
 
@@ -452,7 +456,6 @@ def cohort_of(table):
     from ctvlm.studies import open_scan
     for row in table.itertuples():
         seed, index = int(row.source.split()[1]), int(row.study.split("-")[1])
-        from ctvlm.phantoms import PhantomStudy
         yield PhantomStudy(seed, index, SPEC.spacing, row.language)
 
 def rounded(section, key, scale=1., digits=1): # value and interval of a metric
