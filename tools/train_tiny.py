@@ -356,7 +356,6 @@ def make_features(model, studies, run, workers):
     from dataclasses import asdict
     from ctvlm.features import FeatureStore, fingerprint
     from ctvlm.studies import scan_key
-    from ctvlm.vision import start_projections
     drawn = make_windows_of(studies, run, workers)
     store = FeatureStore.create(run/"features", fingerprint(SPEC, FIT, model), kind="features", fit=FIT, spec=asdict(SPEC),
                                 encoder=model.config.window_encoder, trained_on=model.config.trained_on)
@@ -368,9 +367,13 @@ def make_features(model, studies, run, workers):
         if row.split == "train": windows = roughened(windows, stable_rng(SEEDS["studies"], "roughened", key))
         with torch.inference_mode(): s["cls"], s["depth_tokens"] = (x.half().cpu() for x in model.encode_windows(windows, 64))
         store.save(key, s, {k: v for k, v in drawn.header(key).items() if k != "checksum"})
+    return store
+
+def look(model, studies, store): # the scan encoder starts from features as they are
+    from ctvlm.studies import scan_key
+    from ctvlm.vision import start_projections
     some = [store.load(scan_key(row)) for row in studies[studies.split == "train"].head(100).itertuples()]
     start_projections(model.scan_encoder, *(torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")))
-    return store
 
 
 # --- stage 6: scans, findings, places
@@ -450,7 +453,9 @@ def final_table(model, studies, places, store, absent, device):
     metrics = evaluate_studies(model, studies, store, list(FINDINGS), tasks=("retrieval", "classification", "localization"), quiet=True,
                                extents=phantom_extents(cohort_of(studies[test])))
     places_too = evaluate_studies(model, places, store, list(FINDINGS), tasks=("localization",), quiet=True)
-    return metrics, places_too["localization"], dict(places=depths(model, ask(model, places[test], store, device)), absent=silent_share(model, studies[test], store, absent))
+    return metrics, places_too["localization"], dict(
+        places=depths(model, ask(model, places[test], store, device)), absent=silent_share(model, studies[test], store, absent),
+        r10_among_100=among_100(model, studies[test], store, device))
 
 def cohort_of(table):
     from ctvlm.studies import open_scan
@@ -471,12 +476,25 @@ def summary(metrics, place, more):
         vs_middle=rounded(l, "vs_middle", digits=2), vs_text_prior=rounded(l, "vs_text_prior", digits=2),
         interval_coverage=rounded(l, "interval_coverage", 100), unanswered=rounded(l, "abstained", 100),
         places={k: rounded(place, k) for k in ("mae_mm", "middle_mm", "organ_mm", "text_prior_mm")} | more["places"], absent=more["absent"],
-        **{f"{name} R@10 among 100": r10 for name, r10 in more["among_100"].items()})
+        r10_among_100=more["r10_among_100"])
 
-def among_100(metrics):
-    "R@10 both ways among 100 patients at a time, in %."
-    items = metrics["retrieval"]
-    return {k: round(100 * items[k]["r10"], 1) for k in ("text_to_image", "image_to_text")}
+def among_100(model, test, store, device):
+    "R@10 both ways among a hundred patients at a time, in %."
+    from ctvlm.evaluation import evaluate_retrieval
+    parts = [evaluate_retrieval(ask(model, test.iloc[k:k + 100], store, device), resamples=10) for k in range(0, len(test) - 99, 100)]
+    return {d: round(100 * float(np.mean([p[d]["r10"] for p in parts])), 1) for d in ("text_to_image", "image_to_text")}
+
+def beside(folder, studies, places, absent, run, workers, device):
+    "The same questions to another model."
+    from ctvlm.evaluation import evaluate_studies
+    model = CTVLMModel.from_pretrained(folder).to(device)
+    test = studies.split == "test"
+    store = make_features(model, studies[test], run, workers)
+    found = evaluate_studies(model, studies[test], store, list(FINDINGS), tasks=("retrieval", "classification", "localization"), quiet=True)
+    c, l = found["classification"], found["localization"]
+    return dict(trained_on=model.config.trained_on, mean_auroc=rounded(c, "mean_auroc", digits=3), mae_mm=rounded(l, "mae_mm"), vs_middle=rounded(l, "vs_middle", digits=2),
+                interval_coverage=rounded(l, "interval_coverage", 100), r10_among_100=among_100(model, studies[test], store, device),
+                places=depths(model, ask(model, places[test], store, device)), absent=silent_share(model, studies[test], store, absent))
 
 def ask_real(folder, model): # what `score_real.py` prints
     command = [sys.executable, str(folder/"score_real.py"), str(model), "--show"]
@@ -495,6 +513,7 @@ def main():
     parser.add_argument("--run", type=Path, default=ROOT/"runs/tiny", help="folder of the run")
     parser.add_argument("--real", type=Path, help="folder with score_real.py and its scans")
     parser.add_argument("--keep", action="store_true", help="put the model into ctvlm/data/tiny and its table into benchmarks/results")
+    parser.add_argument("--beside", type=Path, help="another model, asked the same questions")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw patients")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="only these: several machines or processes can share the work")
     for field, value in vars(Sizes()).items(): parser.add_argument(f"--{field}", type=type(value), default=value)
@@ -526,6 +545,7 @@ def main():
     model.window_encoder.load_state_dict(load_file(encoder))
     tell(began, "features")
     store = make_features(model, studies, run, a.workers)
+    look(model, studies, store)
     tell(began, "scans and places")
     log = learn_scans(model, studies, places, store, run, sizes)
     tell(began, "model")
@@ -535,8 +555,11 @@ def main():
     metrics, place, more = final_table(model, studies, places, store, absent, device)
     curve = json.loads((run/"encoder/curve.json").read_text()) if (run/"encoder/curve.json").exists() else None
     losses = log.groupby(["stage", "epoch"], sort=False)[["siglip", "disease", "localization"]].mean().round(3).reset_index()
-    result = dict(sizes=vars(sizes), seeds=SEEDS, table=summary(metrics, place, more | dict(among_100=among_100(metrics))), encoder=curve, training=losses.to_dict("list"))
+    result = dict(sizes=vars(sizes), seeds=SEEDS, table=summary(metrics, place, more), encoder=curve, training=losses.to_dict("list"))
     if a.real: result["real"] = ask_real(a.real, run/"model")
+    if a.beside:
+        result["beside"] = beside(a.beside, studies, places, absent, run, a.workers, device)
+        if a.real: result["beside"]["real"] = ask_real(a.real, a.beside)
     with write_atomically(run/"result.json") as t: t.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["table"], indent=1))
     if a.keep:
