@@ -58,8 +58,8 @@ class Sizes:
     test:int = 300        # of stage 8
     sentences:int = 24    # about places, of each patient
     words:int = 400       # steps of stage 4
-    scans:int = 10        # epochs without localization
-    places:int = 6        # epochs with it
+    scans:int = 8         # epochs without localization
+    places:int = 8        # epochs with it
 
 
 def tell(began, text): print(f"train_tiny: {text} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
@@ -380,7 +380,7 @@ def look(model, studies, store): # the scan encoder starts from features as they
 
 TRAINING = dict(
     effective_batch=16, learning_rate=1e-3, final_learning_rate=1e-5, warmup_epochs=.5, weight_decay=5e-2, layer_decay=.5,
-    siglip=1., disease=6., localization=.5, silence=0., start_bias=-2.7, checkpoint_every=200, trackers=(),
+    siglip=1., disease=6., localization=1., silence=0., start_bias=-2.7, checkpoint_every=200, trackers=(),
     frozen=("window_encoder",))
 
 def both(studies, places):
@@ -413,12 +413,23 @@ def ask(model, studies, store, device):
     from ctvlm.evaluation import embed_batches
     return embed_batches(model, Batches(studies, store, model.processor.tokenizer, 16, list(FINDINGS), training=False), quiet=True)
 
-def calibrate(model, studies, places, store, device):
-    "Interval and abstention from patients of their own, asked with reports and with sentences about places."
-    from ctvlm.evaluation import calibrate_depth, population_of
+MISSED = .01, .02, .05, .1   # shares of what is there that may be refused
+
+def calibrate(model, studies, places, store, absent, device):
+    "Interval and abstention from patients of their own; as few refusals as refuse four of five sentences about what is not there."
+    from ctvlm.depth import DepthCalibration
+    from ctvlm.evaluation import population_of
     val = both(studies, places)
     val = val[val.split == "val"]
-    model.config.interval_calibration = calibrate_depth(ask(model, val, store, device), population=population_of(val)).to_dict()
+    e = ask(model, val, store, device)
+    similarity, depths = (torch.from_numpy(x).float() for x in (e.similarity, e.bin_depths_mm))
+    truth = torch.tensor(e.snippets.depth_mm.to_numpy(np.float32))
+    for missed in MISSED:
+        fitted = DepthCalibration.fit(similarity, depths.isfinite(), depths, truth, list(e.snippets.patient), missed=missed, population=population_of(val))
+        model.config.interval_calibration = fitted.to_dict()
+        silent = silent_share(model, val, store, absent)["unanswered"]
+        print(f"refusing {missed:.0%} of what is there refuses {silent:.0%} of what is not", flush=True)
+        if silent >= .8: return
 
 def depths(model, e): # of an `Embedded`
     from ctvlm.evaluation import read_depths
@@ -549,7 +560,7 @@ def main():
     tell(began, "scans and places")
     log = learn_scans(model, studies, places, store, run, sizes)
     tell(began, "model")
-    calibrate(model, studies, places, store, device)
+    calibrate(model, studies, places, store, absent, device)
     with write_atomically(run/"model") as t: model.save_pretrained(t)
     tell(began, "table")
     metrics, place, more = final_table(model, studies, places, store, absent, device)
