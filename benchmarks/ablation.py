@@ -12,18 +12,18 @@ in RUN/ablation: the same command goes on where it was interrupted, in the middl
 import argparse, functools, hashlib, json, time
 from pathlib import Path
 
-import numpy as np, torch
+import torch
 
 from ctvlm.cli import plain
 from ctvlm.demo import DEMO_TRAINING, demo_model, demo_text
 from ctvlm.core import InputError
-from ctvlm.data import Batches, FeatureStore, open_scan, read_studies, scan_key
+from ctvlm.data import Batches, FeatureStore, read_studies, scan_key
 from ctvlm.evaluation import compare_results, evaluate_studies, write_result
 from ctvlm.findings import FINDINGS
 from ctvlm.model import CTVLMModel
 from ctvlm.training import TrainingConfig, train
 from ctvlm.vision import start_projections
-from runs import kept, side_by_side, write_json
+from runs import kept, phantoms_of, side_by_side, write_json
 
 LOSSES = {"contrast": dict(disease=0., localization=0.), "+ disease": dict(localization=0.), "+ localization": dict(disease=0.), "all three": {}}
 MEASURES = {"report to scan R@10, %": ("retrieval", "text_to_image", "r10"), "scan to report R@10, %": ("retrieval", "image_to_text", "r10"),
@@ -56,14 +56,6 @@ def prepared(run, patients):
     findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in learn.labels)]
     some = [store.load(scan_key(r)) for r in learn.head(100).itertuples()]
     return store, studies, learn, findings, [torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")]
-
-
-def phantoms(studies):
-    "A short name of the drawn patients: of the voxels and the report of the first. Phantoms that are drawn otherwise have another."
-    row = studies.iloc[0]
-    digest = hashlib.sha256(np.ascontiguousarray(open_scan(row.scan).array))
-    digest.update(f"{row.findings}\n{row.impression}".encode())
-    return digest.hexdigest()[:16]
 
 
 def one(job): # (losses, seed, the arguments) -> a row, the baselines
@@ -101,7 +93,7 @@ def main():
     args = ap.parse_args()
     if not (args.run/"studies.parquet").exists(): raise InputError(f"found no studies.parquet in {args.run}: run `ctvlm demo -o {args.run}` first")
     _, studies, learn, _, _ = prepared(args.run, args.train)
-    about = {"train_patients": int(learn.patient.nunique()), "test_patients": int(studies[studies.split == "test"].patient.nunique()), "epochs": args.epochs, "phantoms": phantoms(studies)}
+    about = {"train_patients": int(learn.patient.nunique()), "test_patients": int(studies[studies.split == "test"].patient.nunique()), "epochs": args.epochs, "phantoms": phantoms_of(studies)}
     runs, pairs, files = [], [], {}
     for found in side_by_side(one, [(name, seed, args) for seed in range(args.seeds) for name in LOSSES], args.processes):
         runs.append(found["row"])

@@ -1,9 +1,10 @@
 """For benchmarks that train many times: runs side by side, each kept when it ends, so that an interrupted benchmark goes on where it was."""
-import json, multiprocessing, signal, sys
+import hashlib, json, multiprocessing, signal, sys
 
-import torch
+import numpy as np, torch
 
 from ctvlm.core import write_atomically
+from ctvlm.data import open_scan
 
 
 def kept(path, settings, measure):
@@ -22,3 +23,11 @@ def side_by_side(function, jobs, processes):
 
 def write_json(path, result):
     with write_atomically(path) as t: t.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def phantoms_of(studies):
+    "A short name of drawn patients, from the first one's voxels and report: another where they are drawn otherwise."
+    row = studies.iloc[0]
+    digest = hashlib.sha256(np.ascontiguousarray(open_scan(row.scan).array))
+    digest.update(f"{row.findings}\n{row.impression}".encode())
+    return digest.hexdigest()[:16]

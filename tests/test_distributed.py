@@ -73,18 +73,18 @@ def trained(rank, world, folder):
 
 def disagree(rank, world, folder):
     "What each process says when process 1 cannot read the checkpoint, and when it comes to other weights."
-    import ctvlm.training as t
+    import ctvlm.checkpoints, ctvlm.training as t
     t.train(made_up.model(), made_up.Data(22, rank=rank, world=world), replace(CONFIG, epochs=1), folder)
     (Path(folder)/"model").exists() and rank == 0 and (Path(folder)/"model").rename(Path(folder)/"first")
-    said, real = [], (t._sha256, t._take)
+    said, places = [], ((ctvlm.checkpoints, "_sha256"), (t.Run, "take"))
+    real = [getattr(place, name) for place, name in places]
     def unreadable(path): raise OSError(5, "Input/output error")
     def otherwise(run, weights): real[1](run, {n: w + 1e-3 for n, w in weights.items()})
-    for fault in ({"_sha256": unreadable}, {"_take": otherwise}):
-        for name, f in fault.items():
-            if rank == 1: setattr(t, name, f)
+    for (place, name), right, fault in zip(places, real, (unreadable, otherwise)):
+        if rank == 1: setattr(place, name, fault)
         try: t.train(made_up.model(), made_up.Data(22, rank=rank, world=world), CONFIG, folder, extend=True)
         except InputError as e: said.append(str(e))
-        t._sha256, t._take = real
+        setattr(place, name, right)
     return said
 
 

@@ -11,7 +11,8 @@ SPEC.loader.exec_module(mutants)
 def test_sixty_faults_or_more_can_be_planted():
     fresh = Counter(f["module"] for f in mutants.FAULTS if not mutants.stale(f))
     assert fresh.total() >= 60, [f["what"] for f in mutants.FAULTS if mutants.stale(f)]
-    assert fresh["training"] + fresh["effective_batch"] >= 10 and fresh["data"] + fresh["features"] >= 10
+    assert sum(fresh[m] for m in ("effective_batch", "recipe", "checkpoints", "training")) >= 10
+    assert fresh["data"] + fresh["features"] >= 10
     for tests in mutants.TESTS.values(): assert all((mutants.ROOT / t).exists() for t in tests), tests
 
 

@@ -158,7 +158,7 @@ def test_one_step_is_the_plain_one(tmp_path, monkeypatch, nothing_random, fault)
     else: config = replace(config, **FAULTS[fault])
     model = made_up.model().double()
     train(model, data, config, tmp_path)
-    begin = dict(made_up.model().double().named_parameters())
+    begin = weights(made_up.model().double())
     moved = {n: float((expected[n] - begin[n]).abs().max()) for n in expected}
     off = max(float((p.detach() - expected[n]).abs().max()) / moved[n] for n, p in model.named_parameters() if moved[n] > 0)
     assert (off < 1e-4) == (fault == "none"), off
@@ -429,7 +429,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
 def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
     for step in (1, 2): save_checkpoint(tmp_path, step, {"w": torch.ones(2)}, {"step": step})
     def fails(path): raise OSError(errno.EIO, "Input/output error")
-    monkeypatch.setattr("ctvlm.training._sha256", fails)
+    monkeypatch.setattr("ctvlm.checkpoints._sha256", fails)
     with pytest.raises(InputError, match="step-00000002 cannot be read now .Input/output error."): load_checkpoint(tmp_path, print)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -480,11 +480,11 @@ def test_the_system_refuses_to_write(processes, uninterrupted, tmp_path):
 def test_a_full_disk_costs_the_best_model_not_the_run(tmp_path, monkeypatch, capsys):
     import ctvlm.training
     from safetensors import SafetensorError
-    real, scores = ctvlm.training._save_model, iter([1., 3., 2.])
+    real, scores = ctvlm.training.write_model, iter([1., 3., 2.])
     def full_at_three(model, folder):
         if Path(folder).name == "best" and len(pd.read_csv(tmp_path/"log.csv")) == 6: raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         real(model, folder)
-    monkeypatch.setattr(ctvlm.training, "_save_model", full_at_three)
+    monkeypatch.setattr(ctvlm.training, "write_model", full_at_three)
     model = made_up.model(); train(model, made_up.Data(), CONFIG, tmp_path, lambda m: {"score": next(scores)})
     assert "could not write the best model" in capsys.readouterr().out
     best = load_file(tmp_path/"best"/"model.safetensors")
