@@ -23,15 +23,18 @@ def random_slice_error(
     return ((d - a)**2 + (b - d)**2) / (2 * (b - a))
 
 # %% ../nbs/13a_baselines.ipynb #73564a25
+def _pattern(phrase): # `*` at either end of a word: whatever a compound goes on with
+    compound = r"[\w-]*"
+    begin, end = (compound * starred for starred in (phrase.startswith("*"), phrase.endswith("*")))
+    return re.escape(phrase.strip("*")).join((begin, end))
+
 def _read_places(): # (organ, kind, pattern) of every phrase, the longest first
     text = (files("ctvlm")/"data"/"places.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines())
     phrases = {(w, r["organ"], r["kind"]) for r in rows
                for w in (*r["english"].split(";"), *r["german"].split(";")) if w}
-    def pattern(w): # `*` at either end of a word: whatever a compound goes on with
-        return re.escape(w.strip("*")).join((r"[\w-]*" * w.startswith("*"), r"[\w-]*" * w.endswith("*")))
     longest_first = sorted(phrases, key=lambda p: (-len(p[0]), p))
-    return [(organ, kind, pattern(w)) for w, organ, kind in longest_first]
+    return [(organ, kind, _pattern(w)) for w, organ, kind in longest_first]
 
 def _names(kind): # (organs of the groups, pattern with one group per phrase)
     found = [(organ, p) for organ, k, p in _PLACES if k == kind]
@@ -45,13 +48,13 @@ ORGANS = tuple(sorted({organ for organ, _, _ in _PLACES}))
 def organ_of(
     snippet:str, # English or German
 )->str|None:     # one of `ORGANS`
-    "The organ that is named first; failing that, the one that a sign such as \"emphysema\" implies."
+    "The organ that is named first; failing that, what a sign such as \"emphysema\" implies."
     for organs, pattern in _NAMED:
         if m := pattern.search(snippet.lower()): return organs[m.lastindex - 1]
     return None
 
 # %% ../nbs/13a_baselines.ipynb #fbe9d631
-SCALES = { # how a height is told: (lower end, upper end, depth) -> number; (lower end, upper end, number) -> depth
+SCALES = { # how a height is told: (lower end, upper end, depth) -> number; the same -> depth
     "fraction of the scan": (lambda a, b, d: (d - a) / (b - a), lambda a, b, x: a + x * (b - a)),
     "mm above the lower end": (lambda a, b, d: d - a, lambda a, b, x: a + x),
     "mm below the upper end": (lambda a, b, d: b - d, lambda a, b, x: b - x)}
@@ -81,8 +84,10 @@ class NearestSnippets:
         from sklearn.feature_extraction.text import TfidfVectorizer
         self.values, self.neighbours = np.asarray(values, dtype=float), neighbours
         self.overall = float(np.median(self.values))
-        self.vectorizer = _fitted(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD), training.snippet)
-        if self.vectorizer: self.vectors = self.vectorizer.transform(training.snippet).T.tocsr()  # (words, n)
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD)
+        self.vectorizer = _fitted(vectorizer, training.snippet)
+        if self.vectorizer:
+            self.vectors = self.vectorizer.transform(training.snippet).T.tocsr()  # (words, n)
 
     def predict(self, table): # DataFrame -> `(S,)`; the median of all where no word is known
         "The value of each snippet."
@@ -91,75 +96,95 @@ class NearestSnippets:
             if not row.nnz: return self.overall
             best = np.argsort(-row.data, kind="stable")[:self.neighbours]
             return _median_of(self.values[row.indices[best]], row.data[best])
-        return np.array([answer(row) for row in self.vectorizer.transform(table.snippet) @ self.vectors])
+        similar = self.vectorizer.transform(table.snippet) @ self.vectors
+        return np.array([answer(row) for row in similar])
 
+# %% ../nbs/13a_baselines.ipynb #13am0001
 class TextTrees:
-    "Boosted trees on the words of snippet and report, the snippet's organ and the length of the scan."
+    "Boosted trees on the words of snippet and report, the snippet's organ, the scan's length."
     words = "words of snippet and report, organ, length of the scan"
     def __init__(self,
-        training,          # DataFrame with `snippet low_mm high_mm`, and `report` if there is one
+        training,  # DataFrame with `snippet low_mm high_mm`, and `report` if there is one
         values,            # `(n,)` what to predict
         seed:int=0,        # of the trees
     ):
         from sklearn.ensemble import HistGradientBoostingRegressor
         from sklearn.feature_extraction.text import CountVectorizer
-        count = lambda **options: CountVectorizer(binary=True, token_pattern=_WORD, **options)
+        def count(**options): return CountVectorizer(binary=True, token_pattern=_WORD, **options)
         self.snippet = _fitted(count(max_features=300), training.snippet)
-        self.report = None                             # words that some reports hold and others do not
-        if "report" in training: self.report = _fitted(count(max_features=100, min_df=.02, max_df=.95), training.report.unique())
+        self.report = None
+        if "report" in training: # words that some reports hold and others do not
+            vectorizer = count(max_features=100, min_df=.02, max_df=.95)
+            self.report = _fitted(vectorizer, training.report.unique())
         values, organs = np.asarray(values, dtype=float), np.array(_organs(training))
-        self.overall, self.usual = float(np.median(values)), {o: float(np.median(values[organs == o])) for o in set(organs)}
-        self.trees = HistGradientBoostingRegressor(loss="absolute_error", max_iter=200, max_leaf_nodes=15, min_samples_leaf=5, early_stopping=False, random_state=seed)
+        self.overall = float(np.median(values))
+        self.usual = {o: float(np.median(values[organs == o])) for o in set(organs)}
+        self.trees = HistGradientBoostingRegressor(
+            loss="absolute_error", max_iter=200, max_leaf_nodes=15, min_samples_leaf=5,
+            early_stopping=False, random_state=seed)
         self.trees.fit(self._features(training), values)
 
     def _features(self, table): # `(S, F)`
         seen = [(self.snippet, "snippet"), (self.report, "report")]
         words = [v.transform(table[column]).toarray() for v, column in seen if v is not None]
         usual = [self.usual.get(o, self.overall) for o in _organs(table)]
-        return np.column_stack([*words, usual, table.high_mm - table.low_mm]).astype(np.float32)
+        length = table.high_mm - table.low_mm
+        return np.column_stack([*words, usual, length]).astype(np.float32)
 
     def predict(self, table): # DataFrame -> `(S,)`
         "The value of each snippet."
         return self.trees.predict(self._features(table))
 
+# %% ../nbs/13a_baselines.ipynb #13am0003
 class TextPrior:
-    "Where snippets like this one usually lie: the best of several readers of the text, learned without any image."
+    "Where snippets like this one usually lie: the best of several readers that see no image."
     def __init__(self,
-        training,         # DataFrame `snippet depth_mm low_mm high_mm`, and if known `patient report`
-        validation=None,  # the same of other patients, who choose the reader; if `None`, every fifth training patient does
+        training,  # DataFrame `snippet depth_mm low_mm high_mm`, and if known `patient report`
+        validation=None,  # the same of other patients, who choose the reader; else every fifth does
         seed:int=0,       # of that choice and of the trees
         most:int=20_000,  # training snippets; of more, so many are drawn
     ):
         columns = {"snippet", "depth_mm", "low_mm", "high_mm"}
         if not columns <= set(training) or not len(training):
-            raise InputError(f"found {len(training)} training snippets with {', '.join(training)}, expected at least 1 with {', '.join(sorted(columns))}")
-        if len(training) > most: training = training.iloc[np.sort(stable_rng(seed, "snippets").choice(len(training), most, replace=False))]
+            raise InputError(f"found {len(training)} training snippets with {', '.join(training)}, "
+                             f"expected at least 1 with {', '.join(sorted(columns))}")
+        if len(training) > most:
+            drawn = stable_rng(seed, "snippets").choice(len(training), most, replace=False)
+            training = training.iloc[np.sort(drawn)]
         learn, judge = training, validation
         if validation is None or not len(validation): learn, judge = _parted(training, seed)
-        readers = {(kind, scale): self._reader(kind, scale, learn, seed) for kind in (NearestSnippets, TextTrees) for scale in SCALES}
-        self.errors = {(kind.__name__, scale): float(np.abs(self._answer(r, scale, judge) - judge.depth_mm).mean()) for (kind, scale), r in readers.items()}
+        readers = {(kind, scale): self._reader(kind, scale, learn, seed)
+                   for kind in (NearestSnippets, TextTrees) for scale in SCALES}
+        self.errors = {}
+        for (kind, scale), reader in readers.items():
+            error = np.abs(self._answer(reader, scale, judge) - judge.depth_mm)
+            self.errors[kind.__name__, scale] = float(error.mean())
         kind, self.scale = min(readers, key=lambda k: self.errors[k[0].__name__, k[1]])
-        self.reader = readers[kind, self.scale] if learn is training else self._reader(kind, self.scale, training, seed)
-        self.about = f"{kind.words}; as {self.scale}; best of {len(readers)} on {len(judge)} snippets of other patients; learned on {len(training)} training snippets"
+        self.reader = readers[kind, self.scale]
+        if learn is not training: self.reader = self._reader(kind, self.scale, training, seed)
+        self.about = (f"{kind.words}; as {self.scale}; best of {len(readers)} on {len(judge)} "
+                      f"snippets of other patients; learned on {len(training)} training snippets")
 
     @staticmethod
     def _reader(kind, scale, table, seed):
-        values = SCALES[scale][0](*(table[c].to_numpy(float) for c in ("low_mm", "high_mm", "depth_mm")))
-        return kind(table, values, **({"seed": seed} if kind is TextTrees else {}))
+        to_number, _ = SCALES[scale]
+        ends_and_depth = (table[c].to_numpy(float) for c in ("low_mm", "high_mm", "depth_mm"))
+        options = {"seed": seed} if kind is TextTrees else {}
+        return kind(table, to_number(*ends_and_depth), **options)
 
     @staticmethod
     def _answer(reader, scale, table): # `(S,)` mm, within the scan
         low, high = (table[c].to_numpy(float) for c in ("low_mm", "high_mm"))
         return np.clip(SCALES[scale][1](low, high, reader.predict(table)), low, high)
 
-    def predict(self, table): # DataFrame `snippet low_mm high_mm`, and `report` if the training had it -> `(S,)`
+    def predict(self, table): # DataFrame as the training's, without depths -> `(S,)`
         "Depth of each snippet in mm."
         return self._answer(self.reader, self.scale, table)
 
-def _parted(table, seed): # four fifths of the patients, and the others; twice the same where there are too few
+def _parted(table, seed): # four fifths of the patients, and the others
     patient = table["patient"].to_numpy() if "patient" in table else np.arange(len(table))
     names = np.unique(patient)
-    if len(names) < 5: return table, table
+    if len(names) < 5: return table, table             # too few to be parted
     held = np.isin(patient, stable_rng(seed, "held-out patients").permutation(names)[::5])
     return table[~held], table[held]
 
@@ -167,38 +192,44 @@ def _parted(table, seed): # four fifths of the patients, and the others; twice t
 class OrganHeight:
     "The usual height of the organ that a snippet names, as a fraction of the scan."
     def __init__(self, training): # as `TextPrior`
-        fractions = ((training.depth_mm - training.low_mm) / (training.high_mm - training.low_mm)).to_numpy(float)
+        length = training.high_mm - training.low_mm
+        fractions = ((training.depth_mm - training.low_mm) / length).to_numpy(float)
         organs = np.array(_organs(training))
-        self.overall = float(np.median(fractions))
-        self.height = {o: float(np.median(fractions[organs == o])) for o in sorted(set(organs) - {""})}
+        self.overall = float(np.median(fractions))             # where no organ is named
+        named = sorted(set(organs) - {""})
+        self.height = {o: float(np.median(fractions[organs == o])) for o in named}
 
-    def predict(self, table): # DataFrame `snippet low_mm high_mm` -> `(S,)`; the median of all where no known organ is named
+    def predict(self, table): # DataFrame `snippet low_mm high_mm` -> `(S,)`
         "Depth of each snippet in mm."
         fractions = np.array([self.height.get(o, self.overall) for o in _organs(table)])
-        return table.low_mm.to_numpy(float) + fractions * (table.high_mm - table.low_mm).to_numpy(float)
+        length = (table.high_mm - table.low_mm).to_numpy(float)
+        return table.low_mm.to_numpy(float) + fractions * length
 
 # %% ../nbs/13a_baselines.ipynb #c31ab85e
 def localization_baselines(
-    snippets,          # DataFrame with `snippet`, `depth_mm`, `low_mm`, `high_mm` (lower and upper end of the scan)
-    training=None,     # the same of the training patients; without it there are no text baselines
+    snippets,  # DataFrame `snippet`, `depth_mm`, and `low_mm`, `high_mm`: the scan's ends
+    training=None,  # the same of the training patients; without it there are no text baselines
     validation=None,   # the same of patients who choose the text prior's reader
-):                     # DataFrame `random`, `middle`, `organ`, `text_prior` of absolute errors in mm; `.attrs["text_prior"]`: which reader
-    "Errors of what needs no image, per snippet."
+):           # DataFrame `random middle organ text_prior`; `.attrs["text_prior"]`: which
+    "Absolute errors in mm of what needs no image, per snippet."
     import pandas as pd
     d, a, b = (snippets[c].to_numpy(float) for c in ("depth_mm", "low_mm", "high_mm"))
-    errors, about = {"random": random_slice_error(d, a, b), "middle": np.abs((a + b) / 2 - d)}, "none"
+    errors = {"random": random_slice_error(d, a, b), "middle": np.abs((a + b) / 2 - d)}
+    about = "none"
     if training is not None and len(training):
-        columns = [c for c in training if c != "report" or c in snippets]     # nobody learns from what is not there to be read
+        # nobody learns from what is not there to be read
+        columns = [c for c in training if c != "report" or c in snippets]
         prior = TextPrior(training[columns], validation)
         about = prior.about
-        errors |= {name: np.abs(r.predict(snippets) - d) for name, r in (("organ", OrganHeight(training)), ("text_prior", prior))}
+        for name, reader in (("organ", OrganHeight(training)), ("text_prior", prior)):
+            errors[name] = np.abs(reader.predict(snippets) - d)
     out = pd.DataFrame(errors, index=snippets.index)
     out.attrs["text_prior"] = about
     return out
 
 # %% ../nbs/13a_baselines.ipynb #7d948da5
 class ExtentPrior:
-    "How often a finding is there in scans of the same extent: what one knows who only asks which part was scanned."
+    "How often a finding is there in scans of the same extent: knowing only which part was scanned."
     def __init__(self,
         length_mm,         # `(n,)` lengths of the training scans
         labels,            # `(n, Q)` 1, 0, anything else unknown
@@ -207,12 +238,17 @@ class ExtentPrior:
     ):
         labels = np.asarray(labels)
         if len(labels) != len(length_mm) or not len(labels):
-            raise InputError(f"found {len(length_mm)} lengths and {len(labels)} rows of labels, expected as many of both and at least 1")
+            raise InputError(f"found {len(length_mm)} lengths and {len(labels)} rows of labels, "
+                             "expected as many of both and at least 1")
         some = np.linspace(0, len(labels) - 1, min(most, len(labels))).astype(int)
-        self.length, self.labels, self.neighbours = np.asarray(length_mm, float)[some], labels[some], neighbours
+        self.length, self.labels = np.asarray(length_mm, float)[some], labels[some]
+        self.neighbours = neighbours
 
-    def predict(self, length_mm, labels): # `(N,)`, `(N, Q)` of which only is asked which are known -> `(N, Q)` shares
-        "The share of the most alike training scans that have the finding; one half where it is unknown in all."
+    def predict(self,
+        length_mm,         # `(N,)`
+        labels,            # `(N, Q)`, of which only is asked which are known
+    ):                     # `(N, Q)`; one half where a finding is unknown in all
+        "The share of the most alike training scans that have the finding."
         known, asked = np.isin(self.labels, (0, 1)), np.isin(labels, (0, 1))
         apart = np.abs(np.asarray(length_mm, float)[:, None] - self.length) / 100
         apart = apart + asked.astype(float) @ (~known).T + (~asked).astype(float) @ known.T

@@ -19,19 +19,21 @@ def resample_counts(
     resamples:int=10_000, # how many times to draw
     seed:int=0,           # same seed, same resamples
     block:int=2_000_000,  # numbers in memory at a time
-):                        # yields `(r, groups)` float32 arrays, each row sums to `groups`
+):                      # yields `(r, groups)` float32 arrays, each row sums to `groups`
     "How often each patient is drawn when `groups` patients are drawn with replacement."
     rng, rows = np.random.default_rng(seed), max(1, block // groups)
     for start in range(0, resamples, rows):
         r = min(rows, resamples - start)
         drawn = rng.integers(groups, size=(r, groups)) + groups * np.arange(r)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=r * groups).reshape(r, groups).astype(np.float32)
+        counts = np.bincount(drawn.ravel(), minlength=r * groups)
+        yield counts.reshape(r, groups).astype(np.float32)
 
 # %% ../nbs/13_metrics.ipynb #fb8f4e53
-def _groups(patients, n):
-    "`(n,)` patient number of each item, and how many patients there are; every item its own patient if `None`."
+def _groups(patients, n): # every item its own patient if `None`
+    "`(n,)` patient number of each item, and how many patients there are."
     if patients is None: return np.arange(n), n
-    if len(patients) != n: raise InputError(f"{len(patients)} patients for {n} items: give the patient of each item")
+    if len(patients) != n:
+        raise InputError(f"{len(patients)} patients for {n} items: give the patient of each item")
     missing = sum(p is None or p != p or str(p).strip() == "" for p in patients)
     if missing:
         raise InputError(f"{missing} of {n} items have no patient: name the patient of each, "
@@ -39,12 +41,12 @@ def _groups(patients, n):
     names, index = np.unique(np.asarray(patients), return_inverse=True)
     return index.reshape(-1), len(names)
 
-def _weighted_median(values, weights): # `(n,)` sorted values, `(r, n)` whole-number weights -> `(r,)`
+def _weighted_median(values, weights): # `(n,)` sorted, `(r, n)` whole numbers -> `(r,)`
     total, running = weights.sum(1, dtype=np.int64), np.cumsum(weights, 1)
-    middle = [values[(running > (k - 0.5)[:, None]).argmax(1)] for k in ((total + 1) // 2, total // 2 + 1)]
-    return (middle[0] + middle[1]) / 2
+    def at(place): return values[(running > (place - 0.5)[:, None]).argmax(1)] # counted from 1
+    return (at((total + 1) // 2) + at(total // 2 + 1)) / 2
 
-def _interval(samples, level): # percentiles over the first axis; a resample in which the number has no value does not count
+def _interval(samples, level): # percentiles over the first axis; NaN does not count
     return np.nanpercentile(samples, [50 - 50 * level, 50 + 50 * level], axis=0)
 
 def _wilson(share, n, level): # interval of a share that is 0 or 1 in all of `n` patients
@@ -53,76 +55,107 @@ def _wilson(share, n, level): # interval of a share that is 0 or 1 in all of `n`
 
 # %% ../nbs/13_metrics.ipynb #db9c377b
 def bootstrap_ci(
-    values,               # `(n,)` one number per item, or `(n, m)` for m numbers at once
+    values,              # `(n,)` one number per item, or `(n, m)` for m numbers at once
     patients=None,        # `(n,)` whose item it is; each item its own patient if `None`
-    statistic=np.mean,    # of what: `np.mean` and `np.median` (of each column) are fast, any other function of drawn rows works
+    statistic=np.mean,    # of what; `np.mean` and `np.median` (of each column) are fast
     resamples:int=10_000, # how many
     level:float=0.95,     # share of the resamples inside the interval
     seed:int=0,           # same seed, same interval
 )->tuple:                 # estimate, low, high
     "Percentile bootstrap of a statistic over `values`, resampling patients."
     values = np.asarray(values, dtype=float)
-    if len(values) == 0: raise InputError("found 0 values, expected at least 1: a bootstrap needs items to draw from")
+    if len(values) == 0:
+        raise InputError("found 0 values, expected at least 1: "
+                         "a bootstrap needs items to draw from")
     group, G = _groups(patients, len(values))
-    samples = []
-    if statistic is np.mean:
-        sums, sizes = np.zeros((G, *values.shape[1:])), np.bincount(group, minlength=G)
-        np.add.at(sums, group, values)
-        for c in resample_counts(G, resamples, seed): samples.append((c @ sums) / (c @ sizes).reshape(-1, *[1] * (values.ndim - 1)))
-    elif statistic is np.median:
-        columns = values.reshape(len(values), -1).T                                # one number at a time
-        order = columns.argsort(1)
-        for c in resample_counts(G, resamples, seed):
-            medians = [_weighted_median(x[o], c[:, group[o]]) for x, o in zip(columns, order)]
-            samples.append(np.stack(medians, 1).reshape(-1, *values.shape[1:]))
-    else:
-        members = [np.flatnonzero(group == g) for g in range(G)]
-        for c in resample_counts(G, resamples, seed):
-            for row in c.astype(int): samples.append([statistic(values[np.concatenate([members[g] for g in np.repeat(np.arange(G), row)])])])
+    drawn = {np.mean: _means, np.median: _medians}.get(statistic)
+    counts = resample_counts(G, resamples, seed)
+    if drawn: samples, estimate = drawn(values, group, G, counts), statistic(values, axis=0)
+    else: samples, estimate = _anything(values, group, G, counts, statistic), statistic(values)
     low, high = _interval(np.concatenate(samples), level)
-    estimate = statistic(values, axis=0) if statistic in (np.mean, np.median) else statistic(values)
-    if statistic is np.mean:                                    # all or none: no resample can differ
+    if statistic is np.mean:                       # all or none: no resample can differ
         for share in (0, 1):
             certain = (values == share).all(0)
-            low, high = (np.where(certain, w, x) for w, x in zip(_wilson(share, G, level), (low, high)))
+            wilson = _wilson(share, G, level)
+            low, high = (np.where(certain, w, x) for w, x in zip(wilson, (low, high)))
     return tuple(x.tolist() for x in map(np.asarray, (estimate, low, high)))
 
+def _means(values, group, G, counts): # blocks of means, one row per resample
+    sums, sizes = np.zeros((G, *values.shape[1:])), np.bincount(group, minlength=G)
+    np.add.at(sums, group, values)
+    ones = [1] * (values.ndim - 1)
+    return [(c @ sums) / (c @ sizes).reshape(-1, *ones) for c in counts]
+
+def _medians(values, group, G, counts):
+    columns = values.reshape(len(values), -1).T               # one number at a time
+    order, samples = columns.argsort(1), []
+    for c in counts:
+        medians = [_weighted_median(x[o], c[:, group[o]]) for x, o in zip(columns, order)]
+        samples.append(np.stack(medians, 1).reshape(-1, *values.shape[1:]))
+    return samples
+
+def _anything(values, group, G, counts, statistic): # once per resample, slowly
+    members, samples = [np.flatnonzero(group == g) for g in range(G)], []
+    for row in (row for c in counts for row in c.astype(int)):
+        drawn = np.concatenate([members[g] for g in np.repeat(np.arange(G), row)])
+        samples.append([statistic(values[drawn])])
+    return samples
+
 # %% ../nbs/13_metrics.ipynb #a7ebaa7b
-_CLOSE, _TIE = 2e-6, 1e-12 # nearer than this in float32: look again in float64; nearer than that in float64: a tie
+_CLOSE = 2e-6  # nearer than this in float32: look again in float64
+_TIE = 1e-12   # nearer than that in float64: a tie
 
 def _embeddings(x, name="embeddings"): # to a finite `(N, E)` array, from numpy or torch
     x = x.detach().cpu().float().numpy() if hasattr(x, "detach") else np.asarray(x)
-    if x.ndim != 2 or len(x) == 0: raise InputError(f"{name} have shape {x.shape}, expected (N, E) with N > 0: give one row per item")
+    if x.ndim != 2 or len(x) == 0:
+        raise InputError(f"{name} have shape {x.shape}, expected (N, E) with N > 0: "
+                         "give one row per item")
     bad = ~np.isfinite(x.sum(1, dtype=np.float64))
-    if bad.any(): raise InputError(f"{name} of {bad.sum()} of {len(x)} items are not finite, the first is item {bad.argmax()}: leave these out or mend the model")
+    if bad.any():
+        raise InputError(f"{name} of {bad.sum()} of {len(x)} items are not finite, the first is "
+                         f"item {bad.argmax()}: leave these out or mend the model")
     return x
 
 def _pairs(image, text): # the same of both
     image, text = _embeddings(image, "image embeddings"), _embeddings(text, "text embeddings")
-    if image.shape != text.shape: raise InputError(f"image embeddings {image.shape} and text embeddings {text.shape} differ: row i of both must belong to one pair")
+    if image.shape != text.shape:
+        raise InputError(f"image embeddings {image.shape} and text embeddings {text.shape} differ: "
+                         "row i of both must belong to one pair")
     return image, text
 
-def _lengths(x): return np.maximum(np.sqrt(np.einsum("ne,ne->n", x, x, dtype=np.float64)), 1e-30)[:, None] # (N, 1)
+def _lengths(x): # (N, 1)
+    squares = np.einsum("ne,ne->n", x, x, dtype=np.float64)
+    return np.maximum(np.sqrt(squares), 1e-30)[:, None]
 
-def _count(S, own, exact, mask): # block of similarities `(r, c)`, those to the right one `(r,)` in float64; exact(i, j): float64 similarities; scratch `(r, c)` bool
-    "Per row, how many of `S` are above `own` and how many tie with it (the right one itself among them): `(2, r)`."
+def _unit(x): return x.astype(np.float64) / _lengths(x)
+
+def _exact(A, B): # raw rows `(r, E)`, `(c, E)`
+    "The function (i, j) -> float64 cosines of A[i], B[j]."
+    def cosines(i, j):
+        if 16 * len(i) > len(A) * len(B): return (_unit(A) @ _unit(B).T)[i, j]
+        parts = [np.einsum("ne,ne->n", _unit(A[i[k:k + 8192]]), _unit(B[j[k:k + 8192]]))
+                 for k in range(0, len(i), 8192)]
+        return np.concatenate(parts) if parts else np.zeros(0)
+    return cosines
+
+def _count(
+    S,     # `(r, c)` float32, a block of similarities
+    own,   # `(r,)` float64, those to the right one
+    exact, # (i, j) -> float64 similarities
+    mask,  # `(r, c)` bool, scratch
+):         # `(2, r)`
+    "Per row, how many of `S` are above `own` and how many tie with it, the right one among them."
     low, high = ((own + d).astype(np.float32)[:, None] for d in (-_CLOSE, _CLOSE))
-    count = lambda cut: np.greater_equal(S, cut, out=mask).view(np.uint8).sum(1, dtype=np.uint32).astype(np.int64)
+    def count(cut):
+        ones = np.greater_equal(S, cut, out=mask).view(np.uint8)
+        return ones.sum(1, dtype=np.uint32).astype(np.int64)
     above = count(high)
-    rows = np.flatnonzero(count(low) > above)                # where something is too close to tell
+    rows = np.flatnonzero(count(low) > above)     # where something is too close to tell
     i, j = np.nonzero((S[rows] >= low[rows]) & (S[rows] < high[rows]))
     i = rows[i]
     difference = exact(i, j) - own[i]
-    bins = lambda where: np.bincount(i[where], minlength=len(own))
-    return np.stack([above + bins(difference > _TIE), bins(np.abs(difference) <= _TIE)])
-
-def _exact(A, B): # raw rows `(r, E)`, `(c, E)` -> the function (i, j) -> float64 cosines of A[i], B[j]
-    def cosines(i, j):
-        unit = lambda x: x.astype(np.float64) / _lengths(x)
-        if 16 * len(i) > len(A) * len(B): return (unit(A) @ unit(B).T)[i, j]
-        parts = [np.einsum("ne,ne->n", unit(A[i[k:k + 8192]]), unit(B[j[k:k + 8192]])) for k in range(0, len(i), 8192)]
-        return np.concatenate(parts) if parts else np.zeros(0)
-    return cosines
+    def per_row(where): return np.bincount(i[where], minlength=len(own))
+    return np.stack([above + per_row(difference > _TIE), per_row(np.abs(difference) <= _TIE)])
 
 # %% ../nbs/13_metrics.ipynb #446e66a9
 def pair_ranks(
@@ -130,39 +163,47 @@ def pair_ranks(
     text,              # `(N, E)`
     rows:int=1024,     # block of texts
     columns:int=4096,  # block of images
-)->dict:               # "text_to_image", "image_to_text": two arrays `(N,)`, candidates above the right one; candidates tied with it, itself included
-    "Where the right partner of each text and each image stands among all others by cosine similarity."
+)->dict:          # direction -> `(N,)` candidates above, `(N,)` tied with the right one
+    "Where the right partner of each text and image stands; what ties includes itself."
     image, text = _pairs(image, text)
     u, v = ((x / _lengths(x)).astype(np.float32) for x in (image, text))
-    blocks = lambda size: [slice(k, min(k + size, len(u))) for k in range(0, len(u), size)]
-    own = np.concatenate([_exact(text[b], image[b])(*[np.arange(b.stop - b.start)] * 2) for b in blocks(rows)])
+    N = len(u)
+    def blocks(size): return [slice(k, min(k + size, N)) for k in range(0, N, size)]
+    def diagonal(b): return _exact(text[b], image[b])(*[np.arange(b.stop - b.start)] * 2)
+    own = np.concatenate([diagonal(b) for b in blocks(rows)])
     def one(r): # a block of texts with all images: counts `(2 directions, 2, N)`
-        counts, S, mask = np.zeros((2, 2, len(u)), np.int64), np.empty((rows, columns), np.float32), np.empty((rows, columns), bool)
+        counts = np.zeros((2, 2, N), np.int64)
+        S, mask = np.empty((rows, columns), np.float32), np.empty((rows, columns), bool)
         for c in blocks(columns):
             shape = slice(r.stop - r.start), slice(c.stop - c.start)
             s = np.matmul(v[r], u[c].T, out=S[shape])                       # (r, c)
             counts[0, :, r] += _count(s, own[r], _exact(text[r], image[c]), mask[shape])
             counts[1, :, c] += _count(s.T, own[c], _exact(image[c], text[r]), mask[shape].T)
         return counts
-    total = np.zeros((2, 2, len(u)), np.int64)
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:                # numpy lets go of the interpreter: one block multiplies while another counts
+    total = np.zeros((2, 2, N), np.int64)
+    # numpy lets go of the interpreter: one block multiplies while another counts
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
         for counts in pool.map(one, blocks(rows)): total += counts
     return {d: tuple(x) for d, x in zip(("text_to_image", "image_to_text"), total)}
 
 # %% ../nbs/13_metrics.ipynb #f7673514
-def _chances(above, tied, ks): return np.stack([np.clip((k - above) / tied, 0, 1) for k in ks], -1) # (..., len(ks)) chance to be within the first k
+def _chances(above, tied, ks): # (..., len(ks)) chance to be within the first k
+    return np.stack([np.clip((k - above) / tied, 0, 1) for k in ks], -1)
 
 def _ranking(above, tied, ks, patients, **bootstrap): # the table of one direction
     rank = above + (tied - 1) / 2
     values = np.column_stack([_chances(above, tied, ks), rank + 1])
     names = [*(f"r{k}" for k in ks), "meanr"]
-    out = dict(zip(names, values.mean(0).tolist())) | {"medr": float(np.floor(np.median(rank)) + 1), "n": len(rank)}
+    out = dict(zip(names, values.mean(0).tolist()))
+    out |= {"medr": float(np.floor(np.median(rank)) + 1), "n": len(rank)}
     if patients is None: return out
     out |= _with_ci(names, values, patients, **bootstrap)
     _, *medr = bootstrap_ci(rank, patients, np.median, **bootstrap)
-    return out | {"medr_ci95": [float(np.floor(m) + 1) for m in medr], "n_patients": len(set(patients))}
+    medr_ci = [float(np.floor(m) + 1) for m in medr]
+    return out | {"medr_ci95": medr_ci, "n_patients": len(set(patients))}
 
-def _with_ci(names, values, patients, **bootstrap): # `<name>` and `<name>_ci95` of the mean of each column of `values`
+def _with_ci(names, values, patients, **bootstrap): # the mean of each column of `values`
+    "`<name>` and `<name>_ci95`."
     mean, low, high = bootstrap_ci(values, patients, **bootstrap)
     return dict(zip(names, mean)) | {f"{n}_ci95": [l, h] for n, l, h in zip(names, low, high)}
 
@@ -173,11 +214,12 @@ def retrieval_metrics(
     ks=(1, 5, 10, 50, 100), # recall at
     patients=None,       # `(N,)` for intervals
     **bootstrap,         # `resamples`, `level`, `seed` of `bootstrap_ci`
-)->dict:                 # "text_to_image", "image_to_text": `r1 ... medr meanr n`; "<direction>_ranks": rank of each query, 0 is best
+)->dict:       # per direction `r1 ... medr meanr n`, and "<direction>_ranks", 0 is best
     "Recall at k, median and mean rank in both directions, ties in expectation."
     ranks = pair_ranks(image_embeddings, text_embeddings)
     tables = {d: _ranking(*r, ks, patients, **bootstrap) for d, r in ranks.items()}
-    return tables | {f"{d}_ranks": (above + (tied - 1) / 2).tolist() for d, (above, tied) in ranks.items()}
+    each = {f"{d}_ranks": (above + (tied - 1) / 2).tolist() for d, (above, tied) in ranks.items()}
+    return tables | each
 
 # %% ../nbs/13_metrics.ipynb #5e63ee31
 def pool_retrieval_metrics(
@@ -192,69 +234,91 @@ def pool_retrieval_metrics(
 )->dict:                       # `pool<size>_r<k>`
     "Text-to-image recall within pools of fixed size, averaged over shuffles."
     image, text = _pairs(image_embeddings, text_embeddings)
-    u, v, out = (image / _lengths(image)).astype(np.float32), (text / _lengths(text)).astype(np.float32), {}
+    u, v = ((x / _lengths(x)).astype(np.float32) for x in (image, text))
+    out = {}
     for size in pool_sizes:
-        if size > len(u): raise InputError(f"a pool of {size} studies was asked for, but there are {len(u)}: leave this pool size out")
-        rng, n = np.random.default_rng([seed, size]), len(u) // size * size
-        found, drawn = np.zeros((len(u), len(ks))), np.zeros(len(u))
-        for _ in range(repeats):
-            pool = rng.permutation(len(u))[:n].reshape(-1, size)             # (pools, size)
-            S = v[pool] @ u[pool].transpose(0, 2, 1)                         # (pools, size, size)
-            own = np.diagonal(S, axis1=1, axis2=2)[..., None]
-            above, tied = (S > own + _CLOSE).sum(2), (np.abs(S - own) <= _CLOSE).sum(2)
-            found[pool] += _chances(above, tied, ks)
-            drawn[pool] += 1
+        if size > len(u):
+            raise InputError(f"a pool of {size} studies was asked for, but there are {len(u)}: "
+                             "leave this pool size out")
+        rng = np.random.default_rng([seed, size])
+        found, drawn = _pooled(u, v, size, ks, repeats, rng)
         names = [f"pool{size}_r{k}" for k in ks]
         out |= dict(zip(names, (found.sum(0) / drawn.sum()).tolist()))
-        if patients is not None:
-            seen = drawn > 0
-            out |= {k: v for k, v in _with_ci(names, found[seen] / drawn[seen, None], np.asarray(patients)[seen], **bootstrap).items() if k.endswith("_ci95")}
+        if patients is None: continue
+        seen = drawn > 0
+        each, whose = found[seen] / drawn[seen, None], np.asarray(patients)[seen]
+        table = _with_ci(names, each, whose, **bootstrap)
+        out |= {k: value for k, value in table.items() if k.endswith("_ci95")}
     return out
 
+def _pooled(u, v, size, ks, repeats, rng): # unit vectors of scans and texts
+    "Per text, how often it found its scan within each k, and in how many pools it was."
+    n = len(u) // size * size
+    found, drawn = np.zeros((len(u), len(ks))), np.zeros(len(u))
+    for _ in range(repeats):
+        pool = rng.permutation(len(u))[:n].reshape(-1, size)             # (pools, size)
+        S = v[pool] @ u[pool].transpose(0, 2, 1)                   # (pools, size, size)
+        own = np.diagonal(S, axis1=1, axis2=2)[..., None]
+        above, tied = (S > own + _CLOSE).sum(2), (np.abs(S - own) <= _CLOSE).sum(2)
+        found[pool] += _chances(above, tied, ks)
+        drawn[pool] += 1
+    return found, drawn
+
 # %% ../nbs/13_metrics.ipynb #263ed17d
-def _average_precision(S, relevant, ks): # `(r, N)` similarities in float64, -inf where not in the gallery; `(r, N)` bool -> `(r, len(ks))`
+def _average_precision(
+    S,        # `(r, N)` similarities in float64, -inf where not in the gallery
+    relevant, # `(r, N)` bool
+    ks,
+):            # `(r, len(ks))`
     "Expected precision at the relevant ones among the first k, ties in random order."
     order = np.argsort(-S, axis=1, kind="stable")
     S, hit = (np.take_along_axis(x, order, 1) for x in (S, relevant))
     r, N = S.shape
     place = np.arange(N)
-    with np.errstate(invalid="ignore"): first = np.diff(S, axis=1, prepend=np.inf) < -_TIE  # of a group of equals
+    with np.errstate(invalid="ignore"):
+        first = np.diff(S, axis=1, prepend=np.inf) < -_TIE        # of a group of equals
     start = np.maximum.accumulate(np.where(first, place, 0), 1)
     group = (np.cumsum(first, 1) - 1 + N * np.arange(r)[:, None]).ravel()
-    size, hits = (np.bincount(group, x.ravel(), r * N)[group].reshape(r, N) for x in (np.ones((r, N)), hit))
-    before = np.take_along_axis(np.cumsum(hit, 1) - hit, start, 1)         # hits above the group
-    above = before + (place - start) * (hits - 1) / np.maximum(size - 1, 1) # and within it, if this is a hit
+    def per_group(x): return np.bincount(group, x.ravel(), r * N)[group].reshape(r, N)
+    size, hits = per_group(np.ones((r, N))), per_group(hit)
+    before = np.take_along_axis(np.cumsum(hit, 1) - hit, start, 1)  # hits above the group
+    # and, if this is a hit, those within it that come before by chance
+    above = before + (place - start) * (hits - 1) / np.maximum(size - 1, 1)
     gain = np.cumsum(hits / size * (above + 1) / (place + 1), 1)
     return np.stack([gain[:, min(k, N) - 1] for k in ks], 1)
 
+# %% ../nbs/13_metrics.ipynb #13m0c002
 def volume_retrieval_metrics(
     image_embeddings,   # `(N, E)`
     labels,             # `(N, Q)` 1 present; anything else counts as absent
     ks=(5, 10, 50),     # depths of the list
-    patients=None,      # `(N,)` for intervals; scans of the query's own patient are not in its gallery
+    patients=None,      # `(N,)` for intervals; own scans are not in a query's gallery
     rows:int=1024,      # queries at a time
     **bootstrap,        # of `bootstrap_ci`
-)->dict:                # `map@k`, `n_abnormal`, `n_queries`, `chance_map@k`: of an order drawn at random
-    "Mean average precision of scan-to-scan search over abnormal scans; relevant is who shares a label."
+)->dict:          # `map@k`, `n_abnormal`, `n_queries`; `chance_map@k` of a random order
+    "Mean average precision of search over abnormal scans; relevant is who shares a label."
     x, labels = _embeddings(image_embeddings, "image embeddings"), np.asarray(labels) == 1
-    if len(labels) != len(x): raise InputError(f"{len(labels)} rows of labels for {len(x)} scans: give one row per scan")
+    if len(labels) != len(x):
+        raise InputError(f"{len(labels)} rows of labels for {len(x)} scans: give one row per scan")
     abnormal = np.flatnonzero(labels.any(1))
     u, y = (x / _lengths(x))[abnormal].astype(float), labels[abnormal].astype(np.float32)
-    group, _ = _groups(None if patients is None else np.asarray(patients)[abnormal], len(abnormal))
+    whose = None if patients is None else np.asarray(patients)[abnormal]
+    group, _ = _groups(whose, len(abnormal))
     kept = [(np.zeros((0, len(ks))), np.zeros((0, len(ks))), np.zeros(0))]
     for r in (np.arange(k, min(k + rows, len(u))) for k in range(0, len(u), rows)):
         own = group[r][:, None] == group                                   # (r, N)
-        S = np.where(own, -np.inf, u[r] @ u.T)
+        S, any_order = (np.where(own, -np.inf, s) for s in (u[r] @ u.T, 0.))
         relevant = (y[r] @ y.T > 0) & ~own
         R = relevant.sum(1)
-        most = np.maximum(np.minimum(R[:, None], ks), 1)                   # hits among k at best
-        chance = np.where(own, -np.inf, 0.)
-        kept.append((*(_average_precision(s, relevant, ks) / most for s in (S, chance)), R))
+        most = np.maximum(np.minimum(R[:, None], ks), 1)          # hits among k at best
+        kept.append((*(_average_precision(s, relevant, ks) / most for s in (S, any_order)), R))
     ap, chance, possible = (np.concatenate(x) for x in zip(*kept))
     asked, names = possible > 0, [f"map@{k}" for k in ks]
-    if not asked.any(): raise InputError(f"found {len(abnormal)} abnormal scans of which none shares a label with another patient's: nothing to search for")
+    if not asked.any():
+        raise InputError(f"found {len(abnormal)} abnormal scans of which none shares a label "
+                         "with another patient's: nothing to search for")
     out = dict(zip(names, ap[asked].mean(0).tolist()))
-    if patients is not None: out = _with_ci(names, ap[asked], np.asarray(patients)[abnormal][asked], **bootstrap)
+    if patients is not None: out = _with_ci(names, ap[asked], whose[asked], **bootstrap)
     out |= {f"chance_{n}": float(c) for n, c in zip(names, chance[asked].mean(0))}
     return out | {"n_abnormal": len(abnormal), "n_queries": int(asked.sum())}
 
@@ -264,15 +328,17 @@ def weighted_auc(
     labels,   # `(n,)` 0 or 1
     weights,  # `(n, r)` r sets of weights, one per column
 ):            # `(r,)`; NaN where a set has no positive or no negative
-    "Area under the ROC curve by rank statistic, for many sets of weights at once; ties count half."
+    "Area under the ROC curve by rank statistic, for many sets of weights; ties count half."
     order = np.argsort(scores, kind="stable")
     s, y = np.asarray(scores)[order], np.asarray(labels)[order] == 1
-    w = weights[order]                                            # (n, r), lowest score first
-    below = np.cumsum(w * ~y[:, None], 0, dtype=w.dtype)          # weight of the negatives up to each place
-    first, last = np.searchsorted(s, s[y], "left"), np.searchsorted(s, s[y], "right") - 1 # where each positive's ties begin and end
+    w = weights[order]                                      # (n, r), lowest score first
+    below = np.cumsum(w * ~y[:, None], 0, dtype=w.dtype)    # negatives up to each place
+    # where each positive's ties begin and end
+    first, last = np.searchsorted(s, s[y], "left"), np.searchsorted(s, s[y], "right") - 1
     beaten = (below[last] + np.where(first[:, None] > 0, below[first - 1], 0)) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.einsum("pr,pr->r", w[y], beaten, dtype=np.float64) / (w[y].sum(0, dtype=np.float64) * below[-1])
+        pairs = w[y].sum(0, dtype=np.float64) * below[-1]
+        return np.einsum("pr,pr->r", w[y], beaten, dtype=np.float64) / pairs
 
 # %% ../nbs/13_metrics.ipynb #4f537356
 def youden_threshold(
@@ -280,72 +346,112 @@ def youden_threshold(
     labels,    # `(n,)` 0 or 1
 )->float:      # call a scan positive at or above it; `inf` if no threshold beats chance
     "The highest threshold with the largest sensitivity + specificity - 1."
-    values, index = np.unique(-np.asarray(scores, dtype=float), return_inverse=True)   # from the highest score down
-    positives, negatives = (np.cumsum(np.bincount(index, np.asarray(labels) == c, minlength=len(values))) for c in (1, 0))
+    # from the highest score down
+    values, index = np.unique(-np.asarray(scores, dtype=float), return_inverse=True)
+    def up_to(kind): # how many of a kind are at or above each score
+        return np.cumsum(np.bincount(index, np.asarray(labels) == kind, minlength=len(values)))
+    positives, negatives = up_to(1), up_to(0)
     J = positives / positives[-1] - negatives / negatives[-1]
     return float(-values[J.argmax()]) if J.max() > 0 else float("inf")
 
+def _ratio(a, b): # 0 where nothing is counted
+    b = np.asarray(b)
+    return np.divide(a, b, out=np.zeros_like(b, dtype=float), where=b > 0)
+
 def _operating(tp, fp, fn, tn): # counts, numbers or arrays -> the numbers of an operating point
-    ratio = lambda a, b: np.divide(a, b, out=np.zeros_like(np.asarray(b, dtype=float)), where=np.asarray(b) > 0)
-    n, sens, spec = tp + fp + fn + tn, ratio(tp, tp + fn), ratio(tn, tn + fp)
-    f1 = ((tp + fn) * ratio(2 * tp, 2 * tp + fp + fn) + (tn + fp) * ratio(2 * tn, 2 * tn + fp + fn)) / n
-    return {"sens": sens, "spec": spec, "prec": ratio(tp, tp + fp), "f1": f1, "acc": (sens + spec) / 2}
+    n, sens, spec = tp + fp + fn + tn, _ratio(tp, tp + fn), _ratio(tn, tn + fp)
+    f1_with, f1_without = _ratio(2 * tp, 2 * tp + fp + fn), _ratio(2 * tn, 2 * tn + fp + fn)
+    return {"sens": sens, "spec": spec, "prec": _ratio(tp, tp + fp),
+            "f1": ((tp + fn) * f1_with + (tn + fp) * f1_without) / n,  # weighted by support
+            "acc": (sens + spec) / 2}
 
 # %% ../nbs/13_metrics.ipynb #87ffda90
-def _classify(scores, labels, known, threshold, weights): # Q classes; `(n, Q)` arrays, `(n, r)` weights -> Q dicts of `(r,)`
+def _classify(scores, labels, known, threshold, weights): # `(n, Q)` arrays, `(n, r)` weights
+    "Q dicts of `(r,)` numbers."
     decision, cells = scores >= threshold, []
     for truth, decided in ((1, 1), (0, 1), (1, 0), (0, 0)): # tp, fp, fn, tn
         mask = known & (labels == truth) & (decision == bool(decided))
-        cells.append(mask.T.astype(weights.dtype) @ weights)                      # (Q, r)
-    operating = _operating(*cells)
-    without = (cells[0] + cells[2] == 0) | (cells[1] + cells[3] == 0)             # no positives or no negatives: no number at all
-    operating = {n: np.where(without, np.nan, v) for n, v in operating.items()}
-    return [{"auc": weighted_auc(scores[k, q], labels[k, q], weights[k] if not k.all() else weights)} | {n: v[q] for n, v in operating.items()} for q, k in enumerate(known.T)]
-
-def classification_metrics(
-    scores,              # `(N, Q)` higher means more likely present
-    labels,              # `(N, Q)` 1 present, 0 absent; anything else (-1, NaN) unknown and left out
-    classes,             # Q names
-    patients=None,       # `(N,)` for intervals
-    min_positives:int=1, # a class with fewer patients with it, or without it, is named and left out of the mean
-    resamples:int=10_000, level:float=0.95, seed:int=0,
-)->dict:                 # `mean_auroc mean_prec mean_sens mean_spec mean_f1 mean_acc`, `per_class`: `<class>_auc` ..., `left_out`, `n`
-    "AUC and operating point (Youden) of each class and their means."
-    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=float)
-    if not scores.shape == labels.shape == (len(scores), len(classes)): raise InputError(f"scores {scores.shape}, labels {labels.shape} and {len(classes)} classes do not fit: give (N, Q), (N, Q) and Q names")
-    if not np.isfinite(scores).all(): raise InputError(f"{(~np.isfinite(scores)).sum()} of {scores.size} scores are not finite: leave these scans out or mend the model")
-    group, G = _groups(patients, len(scores))
-    who = "scans" if patients is None else "patients"
-    counts = {c: tuple(len(set(group[y == v])) for v in (1, 0)) for c, y in zip(classes, labels.T)}
-    left_out = {c: f"{p} {who} with it, {n} without" for c, (p, n) in counts.items() if min(p, n) < max(1, min_positives)}
-    kept = [q for q, c in enumerate(classes) if c not in left_out]
-    if not kept:
-        raise InputError(f"none of {len(classes)} classes has {max(1, min_positives)} {who} with it and without: evaluate on more")
-    names, scores, labels = [classes[q] for q in kept], scores[:, kept], labels[:, kept]
-    known = np.isin(labels, (0, 1))
-    cut = np.array([youden_threshold(s[k], y[k]) for s, y, k in zip(scores.T, labels.T, known.T)])
-    out = _class_table(names, _classify(scores, labels, known, cut, np.ones((len(scores), 1))), lambda x: float(x[0]), "")
-    for c, t, y in zip(names, cut.tolist(), labels.T):
-        out["per_class"] |= {f"{c}_threshold": t, f"{c}_n_positive": int((y == 1).sum()), f"{c}_n_known": int(np.isin(y, (0, 1)).sum())}
-    if patients is not None:
-        blocks = [_classify(scores, labels, known, cut, c.T[group]) for c in resample_counts(G, resamples, seed)]
-        rows = [{k: np.concatenate([b[q][k] for b in blocks]) for k in blocks[0][q]} for q in range(len(names))]
-        interval = _class_table(names, rows, lambda x: _interval(x, level).tolist(), "_ci95")
-        for c, k in ((c, k) for c in names for k in ("auc", "sens", "spec", "prec")):
-            share, few = out["per_class"][f"{c}_{k}"], {"sens": counts[c][0], "spec": counts[c][1]}.get(k, min(counts[c]))
-            low, high = interval["per_class"][f"{c}_{k}_ci95"]
-            if low == high and share in (0., 1.): interval["per_class"][f"{c}_{k}_ci95"] = list(_wilson(share, few, level))
-        out = out | interval | {"per_class": out["per_class"] | interval["per_class"], "n_patients": G}
-    return out | {"left_out": left_out, "n": len(scores), "n_classes": len(kept)}
+        cells.append(mask.T.astype(weights.dtype) @ weights)                    # (Q, r)
+    tp, fp, fn, tn = cells
+    without = (tp + fn == 0) | (fp + tn == 0)  # no positives or no negatives: no number
+    operating = {n: np.where(without, np.nan, v) for n, v in _operating(*cells).items()}
+    rows = []
+    for q, k in enumerate(known.T):
+        w = weights if k.all() else weights[k]
+        auc = weighted_auc(scores[k, q], labels[k, q], w)
+        rows.append({"auc": auc} | {n: v[q] for n, v in operating.items()})
+    return rows
 
 def _mean_known(x): # mean over the first axis of what is a number; NaN where nothing is
     known = np.isfinite(x)
     return np.where(known, x, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
-def _class_table(names, rows, summary, suffix): # per class and mean over classes, of numbers or of resamples
-    means = {k: summary(_mean_known(np.array([r[k] for r in rows]))) for k in rows[0]}
-    return {f"mean_{'auroc' if k == 'auc' else k}{suffix}": v for k, v in means.items()} | {
-        "per_class": {f"{c}_{k}{suffix}": summary(v) for c, r in zip(names, rows) for k, v in r.items()}}
+def _class_table(names, rows, summary, suffix): # of numbers, or of resamples
+    "Per class and mean over classes."
+    out = {}
+    for k in rows[0]:
+        mean = _mean_known(np.array([r[k] for r in rows]))
+        out[f"mean_{'auroc' if k == 'auc' else k}{suffix}"] = summary(mean)
+    each = {f"{c}_{k}{suffix}": summary(v) for c, r in zip(names, rows) for k, v in r.items()}
+    return out | {"per_class": each}
+
+def _checked(scores, labels, classes):
+    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=float)
+    if not scores.shape == labels.shape == (len(scores), len(classes)):
+        raise InputError(f"scores {scores.shape}, labels {labels.shape} and {len(classes)} classes "
+                         "do not fit: give (N, Q), (N, Q) and Q names")
+    if not np.isfinite(scores).all():
+        raise InputError(f"{(~np.isfinite(scores)).sum()} of {scores.size} scores are not finite: "
+                         "leave these scans out or mend the model")
+    return scores, labels
+
+# %% ../nbs/13_metrics.ipynb #13m0c003
+def classification_metrics(
+    scores,              # `(N, Q)` higher means more likely present
+    labels,           # `(N, Q)` 1 present, 0 absent; anything else unknown and left out
+    classes,             # Q names
+    patients=None,       # `(N,)` for intervals
+    min_positives:int=1, # patients with a class, and without it, for it to be in the mean
+    resamples:int=10_000, level:float=0.95, seed:int=0,
+)->dict:             # `mean_auroc ...`, `per_class`: `<class>_auc` ..., `left_out`, `n`
+    "AUC and operating point (Youden) of each class and their means."
+    scores, labels = _checked(scores, labels, classes)
+    group, G = _groups(patients, len(scores))
+    who, least = "scans" if patients is None else "patients", max(1, min_positives)
+    counts = {c: tuple(len(set(group[y == v])) for v in (1, 0)) for c, y in zip(classes, labels.T)}
+    left_out = {c: f"{p} {who} with it, {n} without"
+                for c, (p, n) in counts.items() if min(p, n) < least}
+    kept = [q for q, c in enumerate(classes) if c not in left_out]
+    if not kept:
+        raise InputError(f"none of {len(classes)} classes has {least} {who} "
+                         "with it and without: evaluate on more")
+    names, scores, labels = [classes[q] for q in kept], scores[:, kept], labels[:, kept]
+    known = np.isin(labels, (0, 1))
+    cut = np.array([youden_threshold(s[k], y[k]) for s, y, k in zip(scores.T, labels.T, known.T)])
+    once = _classify(scores, labels, known, cut, np.ones((len(scores), 1)))
+    out = _class_table(names, once, lambda x: float(x[0]), "")
+    for c, t, y in zip(names, cut.tolist(), labels.T):
+        out["per_class"] |= {f"{c}_threshold": t, f"{c}_n_positive": int((y == 1).sum()),
+                             f"{c}_n_known": int(np.isin(y, (0, 1)).sum())}
+    if patients is not None:
+        blocks = [_classify(scores, labels, known, cut, c.T[group])
+                  for c in resample_counts(G, resamples, seed)]
+        rows = [{k: np.concatenate([b[q][k] for b in blocks]) for k in blocks[0][q]}
+                for q in range(len(names))]
+        interval = _class_table(names, rows, lambda x: _interval(x, level).tolist(), "_ci95")
+        _not_certain(out["per_class"], interval["per_class"], names, counts, level)
+        per_class = out["per_class"] | interval["per_class"]
+        out = out | interval | {"per_class": per_class, "n_patients": G}
+    return out | {"left_out": left_out, "n": len(scores), "n_classes": len(kept)}
+
+def _not_certain(found, interval, names, counts, level): # Wilson where all or none are right
+    for c in names:
+        positive, negative = counts[c]
+        fewer = min(positive, negative)
+        for k, n in (("auc", fewer), ("sens", positive), ("spec", negative), ("prec", fewer)):
+            share, (low, high) = found[f"{c}_{k}"], interval[f"{c}_{k}_ci95"]
+            if low == high and share in (0., 1.):
+                interval[f"{c}_{k}_ci95"] = list(_wilson(share, n, level))
 
 # %% ../nbs/13_metrics.ipynb #24804662
 def roc_curve(
@@ -354,7 +460,7 @@ def roc_curve(
     patients=None,       # `(n,)` for the band
     points:int=101,      # of the grid
     resamples:int=1000, level:float=0.95, seed:int=0,
-)->tuple:                # `(points,)` false positive rate, sensitivity, lower and upper edge of the band
+)->tuple:              # `(points,)` false positive rate, sensitivity, edges of the band
     "ROC curve on a regular grid, with a bootstrap band."
     known = np.isin(labels, (0, 1))
     scores, labels = np.asarray(scores, dtype=float)[known], np.asarray(labels)[known]
@@ -364,9 +470,11 @@ def roc_curve(
     ends, grid = np.flatnonzero(np.r_[s[1:] != s[:-1], True]), np.linspace(0, 1, points)
     def curve(w): # `(n,)` counts in the order of the scores
         tp, fp = (np.r_[0, np.cumsum(w * k)[ends]] for k in (y, ~y))
-        return np.interp(grid, fp / fp[-1], tp / tp[-1]) if tp[-1] and fp[-1] else np.full(points, np.nan)
+        if not (tp[-1] and fp[-1]): return np.full(points, np.nan)
+        return np.interp(grid, fp / fp[-1], tp / tp[-1])
     group, G = _groups(patients, len(s))
-    band = [curve(c) for block in resample_counts(G, resamples, seed) for c in block[:, group[order]]]
+    counts = resample_counts(G, resamples, seed)
+    band = [curve(c) for block in counts for c in block[:, group[order]]]
     return grid, curve(np.ones(len(s))), *_interval(np.array(band), level)
 
 # %% ../nbs/13_metrics.ipynb #354f0c68
@@ -381,22 +489,36 @@ def localization_metrics(
 )->dict:               # `loc_mae_mm`, `loc_median_mm`, ...
     "Localization error per snippet and per scan."
     pred, target = np.asarray(pred_mm, dtype=float), np.asarray(target_mm, dtype=float)
-    if pred.shape != target.shape or pred.ndim != 1 or not len(pred): raise InputError(f"predicted depths {pred.shape} and true depths {target.shape} must be two lists of equal length: give one of each per snippet")
-    if not (np.isfinite(pred) & np.isfinite(target)).all(): raise InputError(f"{(~np.isfinite(pred + target)).sum()} of {len(pred)} depths are not finite: leave snippets without a depth out")
+    if pred.shape != target.shape or pred.ndim != 1 or not len(pred):
+        raise InputError(f"predicted depths {pred.shape} and true depths {target.shape} must be "
+                         "two lists of equal length: give one of each per snippet")
+    bad = ~(np.isfinite(pred) & np.isfinite(target))
+    if bad.any():
+        raise InputError(f"{bad.sum()} of {len(pred)} depths are not finite: "
+                         "leave snippets without a depth out")
     error = np.abs(pred - target)
-    columns = {"loc_mae_mm": error, "loc_mae_positions": error / BIN_MM, "loc_acc_exact": error <= 1e-6} | {
-        f"loc_acc_within_{k}mm": error <= k + 1e-6 for k in (6, 12, 24)}
-    out = _columns(columns, patients, **bootstrap) | {"loc_median_mm": float(np.median(error)), "n_snippets": len(error)}
-    if patients is not None: out |= {"loc_median_mm_ci95": list(bootstrap_ci(error, patients, np.median, **bootstrap)[1:]), "n_patients": len(set(patients))}
+    columns = {"loc_mae_mm": error, "loc_mae_positions": error / BIN_MM,
+               "loc_acc_exact": error <= 1e-6}
+    columns |= {f"loc_acc_within_{k}mm": error <= k + 1e-6 for k in (6, 12, 24)}
+    out = _columns(columns, patients, **bootstrap)
+    out |= {"loc_median_mm": float(np.median(error)), "n_snippets": len(error)}
+    if patients is not None:
+        _, *median = bootstrap_ci(error, patients, np.median, **bootstrap)
+        out |= {"loc_median_mm_ci95": median, "n_patients": len(set(patients))}
     if scan_index is None: return out
     _, first, scan = np.unique(np.asarray(scan_index), return_index=True, return_inverse=True)
     size = np.bincount(scan)
-    per_scan = {f"loc_perscan_{k[4:]}": np.bincount(scan, columns[k]) / size for k in ("loc_mae_mm", "loc_acc_exact", "loc_acc_within_12mm", "loc_acc_within_24mm")}
-    return out | _columns(per_scan, None if patients is None else np.asarray(patients)[first], **bootstrap) | {"n_scans_with_snippets": len(size)}
+    whose = None if patients is None else np.asarray(patients)[first]
+    per_scan = {f"loc_perscan_{k}": np.bincount(scan, columns[f"loc_{k}"]) / size
+                for k in ("mae_mm", "acc_exact", "acc_within_12mm", "acc_within_24mm")}
+    out |= _columns(per_scan, whose, **bootstrap)
+    return out | {"n_scans_with_snippets": len(size)}
 
-def _columns(columns, patients, **bootstrap): # name -> values per item, to name -> mean, with interval if there are patients
+def _columns(columns, patients, **bootstrap): # name -> values per item
+    "Name -> mean, with interval if there are patients."
     values = np.column_stack(list(columns.values())).astype(float)
-    return dict(zip(columns, values.mean(0).tolist())) if patients is None else _with_ci(list(columns), values, patients, **bootstrap)
+    if patients is None: return dict(zip(columns, values.mean(0).tolist()))
+    return _with_ci(list(columns), values, patients, **bootstrap)
 
 # %% ../nbs/13_metrics.ipynb #e44c044d
 def paired_difference(
@@ -404,14 +526,20 @@ def paired_difference(
     patients=None,          # `(n,)`
     resamples:int=10_000, level:float=0.95, seed:int=0,
 )->dict:                    # `a b difference difference_ci95 p n n_patients`
-    "Mean of b - a with its interval and the p-value of exchanging the models within patients."
-    d, (group, G) = np.asarray(b, dtype=float) - np.asarray(a, dtype=float), _groups(patients, len(a))
-    sums, sizes, rng = np.bincount(group, d, minlength=G), np.bincount(group, minlength=G), np.random.default_rng([seed, 1])
-    samples = np.concatenate([(c @ sums) / (c @ sizes) for c in resample_counts(G, resamples, seed)])
-    rows = max(1, 2_000_000 // G)
-    exchanged = np.concatenate([(2. * rng.integers(2, size=(min(rows, resamples - k), G)) - 1) @ sums for k in range(0, resamples, rows)])
-    p = (1 + (np.abs(exchanged) >= abs(sums.sum()) * (1 - 1e-9)).sum()) / (1 + resamples)
-    return {"a": float(np.mean(a)), "b": float(np.mean(b)), "difference": float(d.mean()), "difference_ci95": _interval(samples, level).tolist(), "p": float(p), "n": len(d), "n_patients": G}
+    "Mean of b - a, its interval, and the p-value of exchanging the models within patients."
+    d = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
+    group, G = _groups(patients, len(a))
+    sums, sizes = np.bincount(group, d, minlength=G), np.bincount(group, minlength=G)
+    counts = resample_counts(G, resamples, seed)
+    samples = np.concatenate([(c @ sums) / (c @ sizes) for c in counts])
+    rng, rows, exchanged = np.random.default_rng([seed, 1]), max(1, 2_000_000 // G), []
+    for start in range(0, resamples, rows):
+        signs = 2. * rng.integers(2, size=(min(rows, resamples - start), G)) - 1
+        exchanged.append(signs @ sums)
+    extreme = np.abs(np.concatenate(exchanged)) >= abs(sums.sum()) * (1 - 1e-9)
+    return {"a": float(np.mean(a)), "b": float(np.mean(b)), "difference": float(d.mean()),
+            "difference_ci95": _interval(samples, level).tolist(),
+            "p": float((1 + extreme.sum()) / (1 + resamples)), "n": len(d), "n_patients": G}
 
 def ratio_ci(
     numerator, denominator,    # `(n,)` per item
@@ -419,13 +547,15 @@ def ratio_ci(
 )->tuple:                      # estimate, low, high
     "Bootstrap of a ratio of two means over the same items, resampling patients."
     group, G = _groups(patients, len(numerator))
-    a, b = (np.bincount(group, np.asarray(x, dtype=float), minlength=G) for x in (numerator, denominator))
+    a, b = (np.bincount(group, np.asarray(x, dtype=float), minlength=G)
+            for x in (numerator, denominator))
     estimate = float(a.sum() / b.sum())
-    if estimate in (0., 1.) and (a <= b).all() and all(x.is_integer() for x in (*a, *b)): # counts, all or none
+    counts = (a <= b).all() and all(x.is_integer() for x in (*a, *b))
+    if estimate in (0., 1.) and counts: # all or none
         return estimate, *_wilson(estimate, int((b > 0).sum()), level)
     with np.errstate(invalid="ignore"):
-        samples = np.concatenate([(c @ a) / (c @ b) for c in resample_counts(G, resamples, seed)])
-    low, high = _interval(samples, level)
+        samples = [(c @ a) / (c @ b) for c in resample_counts(G, resamples, seed)]
+    low, high = _interval(np.concatenate(samples), level)
     return estimate, float(low), float(high)
 
 def p_words(p:float)->str: # of a permutation test
@@ -439,26 +569,42 @@ def paired_auc(
     patients=None,         # `(N,)`
     resamples:int=2000, level:float=0.95, seed:int=0,
 )->dict:                   # as `paired_difference`, of the mean AUC
-    "Difference of mean AUC, resampling patients; p by exchanging the models' ranks within patients."
-    from scipy.stats import rankdata
+    "Difference of mean AUC; p by exchanging the models' ranks within patients."
     a, b, labels = (np.asarray(x, dtype=float) for x in (a, b, labels))
     group, G = _groups(patients, len(a))
     kept = [q for q, y in enumerate(labels.T) if (y == 1).any() and (y == 0).any()]
-    if not kept: raise InputError(f"none of {labels.shape[1]} classes has both a scan with it and one without: nothing to compare")
+    if not kept:
+        raise InputError(f"none of {labels.shape[1]} classes has both a scan with it "
+                         "and one without: nothing to compare")
     a, b, labels = a[:, kept], b[:, kept], labels[:, kept]
     columns = [(np.isin(y, (0, 1)), y) for y in labels.T]
     def means(scores, weights): # `(n, r)` weights -> (r,)
-        return _mean_known(np.array([weighted_auc(s[known], y[known], weights[known]) for s, (known, y) in zip(scores.T, columns)]))
-    once, samples = np.ones((len(a), 1)), []
+        each = [weighted_auc(s[known], y[known], weights[known])
+                for s, (known, y) in zip(scores.T, columns)]
+        return _mean_known(np.array(each))
+    once = np.ones((len(a), 1))
     observed = [float(means(x, once)[0]) for x in (a, b)]
-    for c in resample_counts(G, resamples, seed): samples.append(means(b, c.T[group]) - means(a, c.T[group]))
-    swap, exchanged = np.random.default_rng([seed, 1]).integers(2, size=(resamples, G)).astype(bool)[:, group], np.zeros(resamples)
-    for (x, y, (known, t)) in zip(a.T, b.T, columns):
-        u, v, w, t = rankdata(x[known]), rankdata(y[known]), swap[:, known], t[known] == 1
-        auc = [_rank_auc(rankdata(np.where(w, *pair), axis=1), t) for pair in ((u, v), (v, u))]
-        exchanged += (auc[0] - auc[1]) / len(columns)
-    p = (1 + (np.abs(exchanged) >= abs(observed[1] - observed[0]) - 1e-12).sum()) / (1 + resamples)
-    return {"a": observed[0], "b": observed[1], "difference": observed[1] - observed[0], "difference_ci95": _interval(np.concatenate(samples), level).tolist(), "p": float(p), "n": len(a), "n_patients": G}
+    difference = observed[1] - observed[0]
+    weights = (c.T[group] for c in resample_counts(G, resamples, seed))
+    samples = np.concatenate([means(b, w) - means(a, w) for w in weights])
+    exchanged = _exchanged_auc(a, b, columns, group, G, resamples, seed)
+    p = (1 + (np.abs(exchanged) >= abs(difference) - 1e-12).sum()) / (1 + resamples)
+    return {"a": observed[0], "b": observed[1], "difference": difference,
+            "difference_ci95": _interval(samples, level).tolist(), "p": float(p),
+            "n": len(a), "n_patients": G}
+
+def _exchanged_auc(a, b, columns, group, G, resamples, seed): # differences under exchange, `(r,)`
+    from scipy.stats import rankdata
+    rng = np.random.default_rng([seed, 1])
+    swap = rng.integers(2, size=(resamples, G)).astype(bool)[:, group]
+    out = np.zeros(resamples)
+    for x, y, (known, truth) in zip(a.T, b.T, columns):
+        u, v = rankdata(x[known]), rankdata(y[known])
+        w, positive = swap[:, known], truth[known] == 1
+        first, second = (_rank_auc(rankdata(np.where(w, *pair), axis=1), positive)
+                         for pair in ((u, v), (v, u)))
+        out += (first - second) / len(columns)
+    return out
 
 def _rank_auc(ranks, positive): # `(r, n)` ranks -> `(r,)`
     n = positive.sum()
