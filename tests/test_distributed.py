@@ -71,6 +71,16 @@ def trained(rank, world, folder):
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
+def fitted(rank, world, folder):
+    "The bias that suits the first step, of which each process has its share."
+    import ctvlm.training as t, ctvlm.vision
+    ctvlm.vision.random_factor = lambda: 1.
+    config = replace(CONFIG, start_bias="fit", effective_batch=22)
+    run = t.Run(made_up.model(), made_up.Data(22, rank=rank, world=world), config, folder)
+    t.fit_start(run, next(run.data.steps(1)))
+    return run.model.b.detach()
+
+
 def disagree(rank, world, folder):
     "What each process says when process 1 cannot read the checkpoint, and when it comes to other weights."
     import ctvlm.checkpoints, ctvlm.training as t
@@ -175,6 +185,14 @@ def test_training(processes, tmp_path, monkeypatch):
     for p in processes[1:]:
         for name in one: assert torch.equal(p["trained"][name], processes[0]["trained"][name]), name   # processes agree to the bit
     for name in one: torch.testing.assert_close(processes[0]["trained"][name], one[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_a_fitted_start_does_not_depend_on_the_processes(tmp_path, monkeypatch):
+    import ctvlm.vision
+    monkeypatch.setattr(ctvlm.vision, "random_factor", lambda: 1.)
+    one, two = fitted(0, 1, tmp_path), run_processes(2, fitted, str(tmp_path))
+    assert two[0] == two[1] and one != made_up.model().b
+    same(two[0], one, 1e-4)
 
 
 def test_processes_that_disagree_stop(tmp_path):

@@ -95,7 +95,7 @@ def test_gradient_checkpointing_changes_nothing():
     gradients = []
     for on in (False, True):
         model = made_up.model(adapters={}).train()
-        if on: model.gradient_checkpointing_enable()
+        if on: getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()   # transformers 5 renamed it
         effective_batch_backward(model, [made_up.batch(3, s) for s in (1, 2)], made_up.prompts(), replace(CONFIG, text_tokens=64), 3, CPU)
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for n, g in gradients[0].items(): torch.testing.assert_close(g, gradients[1][n], rtol=1e-5, atol=1e-6 * max(1., float(g.abs().max())))
