@@ -57,24 +57,33 @@ class PhantomStudy:
         self.scan = plan_scan(a)
         z = self.scan.shift[2]
         a.low, a.high, a.heights = self.scan.low - z, self.scan.high - z, organ_heights(a)
-        self.planted = tuple(replace(p, depth_mm=p.depth_mm + z, low_mm=p.low_mm + z, high_mm=p.high_mm + z) for p in plant(a))
+        self.planted = tuple(replace(p, depth_mm=p.depth_mm + z, low_mm=p.low_mm + z,
+                                     high_mm=p.high_mm + z) for p in plant(a))
         present = {p.finding for p in self.planted}
         present |= {parent for f in present for parent in PARENTS.get(f, ())}
-        self.labels = {f: 1 if f in present else 0 if examined(a, f) else None for f in PLANTERS}
+        self.labels = {f: 1 if f in present else 0 if examined(a, f) else None
+                       for f in PLANTERS}
         self.organ_heights = {n: (low + z, high + z) for n, (low, high) in a.heights.items()}
         self.report = write_report(a, self.scan, self.planted, self.labels, language)
-    def __reduce__(self): return PhantomStudy, (self.seed, self.index, self.spacing, self.language) # pickles as its seed
+    def __reduce__(self): # pickles as its seed
+        return PhantomStudy, (self.seed, self.index, self.spacing, self.language)
     def __repr__(self):
-        return f"{self.study}: {self.sex}, {self.age} y, {self.region}, {', '.join(f for f, v in self.labels.items() if v) or 'healthy'}"
+        found = ", ".join(f for f, v in self.labels.items() if v)
+        return f"{self.study}: {self.sex}, {self.age} y, {self.region}, {found or 'healthy'}"
 
     @cached_property
     def volume(self): # the main axial series, with image numbers
-        return replace(render(self.anatomy, self.scan, self.scan.main, self.spacing), name=f"{self.study}, series {self.scan.main.number}")
+        main = self.scan.main
+        v = render(self.anatomy, self.scan, main, self.spacing)
+        return replace(v, name=f"{self.study}, series {main.number}")
     @property
     def series_table(self): # one row per image of every series
         import pandas as pd
-        rows = [dict(study=self.study, series=s.number, instance=k, depth_mm=s.position(k) if s.plane == "axial" else np.nan, plane=s.plane or "coronal",
-                     localizer=s.plane is None, frame_of_reference=self.scan.frame_of_reference, series_uid=s.uid, description=s.description)
+        rows = [dict(study=self.study, series=s.number, instance=k,
+                     depth_mm=s.position(k) if s.plane == "axial" else np.nan,
+                     plane=s.plane or "coronal", localizer=s.plane is None,
+                     frame_of_reference=self.scan.frame_of_reference, series_uid=s.uid,
+                     description=s.description)
                 for s in self.scan.series for k in range(1, s.count + 1)]
         return pd.DataFrame(rows).astype({"series": "Int64", "instance": "Int64"})
 
@@ -83,12 +92,15 @@ class PhantomCohort:
     def __init__(self,
         n:int,                   # studies
         seed:int=0,              # another seed, other patients
-        spacing:tuple|None=None, # voxel size `(x, y, z)` in mm; `None`, or an entry that is `None`: as the scanner has it
+        spacing:tuple|None=None, # voxels `(x, y, z)` in mm; `None`, or an entry `None`: the scanner's
         languages:tuple=("en", "de"), # languages of the reports, drawn per study
     ):
-        if n < 0: raise InputError(f"a cohort of {n} studies was asked for, it needs 0 or more: give n >= 0")
+        if n < 0: raise InputError(
+            f"a cohort of {n} studies was asked for, it needs 0 or more: give n >= 0")
         unknown = set(languages) - set(PHRASES)
-        if unknown or not languages: raise InputError(f"reports were asked for in {tuple(languages)}, phantoms write {tuple(PHRASES)}: choose among these")
+        if unknown or not languages: raise InputError(
+            f"reports were asked for in {tuple(languages)}, phantoms write {tuple(PHRASES)}: "
+            "choose among these")
         self.n, self.seed, self.spacing, self.languages = n, seed, spacing, tuple(languages)
     def __len__(self): return self.n
     def __getitem__(self, i):
@@ -99,15 +111,19 @@ class PhantomCohort:
 
 # %% ../nbs/01d_phantoms.ipynb #5a3c9d02
 INSIDE = { # words in the names of what belongs to an organ although it is painted over it
-    "lung": ("pulmonary vessels", "fissure", *PARAGRAPHS[0][3]), "lobe": ("pulmonary vessels", "fissure", *PARAGRAPHS[0][3]),
-    "liver": ("Hepatic", "Biliary"), "kidney": ("renal sinus", "Renal cyst", "Kidney stone", "Hydronephrosis"),
-    "heart": ("ventricle", "atria", "Coronary"), "aorta": ("Arterial wall", "Abdominal aortic aneurysm"),
+    "lung": ("pulmonary vessels", "fissure", *PARAGRAPHS[0][3]),
+    "lobe": ("pulmonary vessels", "fissure", *PARAGRAPHS[0][3]),
+    "liver": ("Hepatic", "Biliary"),
+    "kidney": ("renal sinus", "Renal cyst", "Kidney stone", "Hydronephrosis"),
+    "heart": ("ventricle", "atria", "Coronary"),
+    "aorta": ("Arterial wall", "Abdominal aortic aneurysm"),
     "pancreas": ("Pancreatic",), "gallbladder": ("Gallstones",), "adrenal gland": ("Adrenal",)}
 
 def _own(self, name):
     "The strokes of a finding or an organ, and those that leave its mask as it is."
     a = self.anatomy
-    if name in PLANTERS: return [s for p in self.planted if p.finding == name for s in p.strokes.values()], []
+    if name in PLANTERS:
+        return [s for p in self.planted if p.finding == name for s in p.strokes.values()], []
     own = a.strokes.get(name) or Stroke(LUNG, 0., a.solids[name])
     words = (name + " ", *next((w for organ, w in INSIDE.items() if name.endswith(organ)), ()))
     return [own], [s for n, s in a.strokes.items() if any(w in n for w in words)]
@@ -115,12 +131,15 @@ def _own(self, name):
 @patch
 def mask(self:PhantomStudy,
     name:str,   # a finding of the catalogue, or an organ of `organ_heights` that is one solid
-)->np.ndarray:  # `(X, Y, Z)` float32, on the grid of `volume`, 0 to 1; 0 everywhere if the patient does not have the finding
-    "The share of each voxel that a finding or an organ fills; what is painted over it hides it, unless it lies in the organ."
+)->np.ndarray:  # `(X, Y, Z)` float32 on the grid of `volume`, 0 to 1; all 0 without the finding
+    "The share of each voxel that a finding or an organ fills, as far as nothing lies over it."
     if name not in PLANTERS and name not in self.anatomy.solids:
-        raise InputError(f"there is no mask of {name!r}: choose a finding of {sorted(PLANTERS)} or an organ of {sorted(self.anatomy.solids)}")
+        raise InputError(
+            f"there is no mask of {name!r}: choose a finding of {sorted(PLANTERS)} "
+            f"or an organ of {sorted(self.anatomy.solids)}")
     v = self.volume
-    axes = [v.affine[k, 3] + v.spacing[k] * np.arange(n) - s for k, (n, s) in enumerate(zip(v.array.shape, self.scan.shift))]
+    axes = [v.affine[k, 3] + v.spacing[k] * np.arange(n) - s
+            for k, (n, s) in enumerate(zip(v.array.shape, self.scan.shift))]
     return self.share(name, *axes, max(v.spacing[0], 1.4))
 
 @patch
@@ -133,7 +152,8 @@ def share(self:PhantomStudy,
     own, inside = _own(self, name)
     if not own: return np.zeros((len(x), len(y), len(z)), np.float32)
     mine, kept, first = {id(s) for s in own}, {id(s) for s in inside}, min(s.layer for s in own)
-    others = [replace(s, hu=AIR) for s in self.anatomy.strokes.values() if s.layer >= first and id(s) not in mine | kept]
+    others = [replace(s, hu=AIR) for s in self.anatomy.strokes.values()
+              if s.layer >= first and id(s) not in mine | kept]
     return draw([replace(s, hu=AIR + 1) for s in own] + others, x, y, z, blur) - AIR
 
 # %% ../nbs/01d_phantoms.ipynb #08aa2d25
@@ -144,11 +164,15 @@ def write_nifti(self:PhantomStudy,
     "Write the main axial series as NIfTI."
     import gzip, nibabel as nib
     path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")): raise InputError(f"a NIfTI file ends in .nii or .nii.gz, this one is called {path.name}: rename it")
+    if not path.name.endswith((".nii", ".nii.gz")): raise InputError(
+        f"a NIfTI file ends in .nii or .nii.gz, this one is called {path.name}: rename it")
     image = nib.Nifti1Image(self.volume.array.astype(np.int16), self.volume.affine)
-    image.set_qform(self.volume.affine, 1); image.set_sform(self.volume.affine, 1); image.header.set_xyzt_units("mm")
+    image.set_qform(self.volume.affine, 1)
+    image.set_sform(self.volume.affine, 1)
+    image.header.set_xyzt_units("mm")
     data = image.to_bytes()
-    with write_atomically(path) as t: t.write_bytes(gzip.compress(data, 3, mtime=0) if path.name.endswith(".gz") else data)
+    if path.name.endswith(".gz"): data = gzip.compress(data, 3, mtime=0)
+    with write_atomically(path) as t: t.write_bytes(data)
     return path
 
 # %% ../nbs/01d_phantoms.ipynb #bf42128a
@@ -157,43 +181,58 @@ def _dicom_images(self:PhantomStudy, series):
     "For image 1, 2, ...: pixels `(rows, columns)` in HU, position, orientation, spacing between rows and columns."
     spacing = (*(self.spacing or (None, None))[:2], None)
     if series.plane is None:   # the localizer: the body seen from the front
-        v = render(self.anatomy, self.scan, replace(series, plane="axial", first=self.scan.high, step=5., count=int((self.scan.high - self.scan.low) / 5) + 1), (5., 5., None))
+        count = int((self.scan.high - self.scan.low) / 5) + 1
+        series_5mm = replace(series, plane="axial", first=self.scan.high, step=5., count=count)
+        v = render(self.anatomy, self.scan, series_5mm, (5., 5., None))
         front = np.rint(np.clip(v.array.mean(1) * 2 + 1000, -1024, 3071))
-        v = CTVolume(np.repeat(front[:, None], 2, 1), v.affine); planes = [0]
+        v, planes = CTVolume(np.repeat(front[:, None], 2, 1), v.affine), [0]
     else:
         v = render(self.anatomy, self.scan, series, spacing)
-        planes = range(v.array.shape[2 if series.plane == "axial" else 1])[::-1]   # from the head, or from the front
-    X, Y, Z = v.array.shape
-    corner = lambda i, j, k: tuple((v.affine @ (i, j, k, 1))[:3] * (-1, -1, 1))   # RAS voxel -> LPS mm
+        planes = range(v.array.shape[2 if series.plane == "axial" else 1])[::-1]   # head, front first
+    (X, Y, Z), (sx, sy, sz) = v.array.shape, v.spacing
+    def corner(i, j, k): return tuple((v.affine @ (i, j, k, 1))[:3] * (-1, -1, 1)) # RAS -> LPS mm
     for k in planes:
-        if series.plane == "axial": yield v.array[::-1, ::-1, k].T, corner(X - 1, Y - 1, k), (1, 0, 0, 0, 1, 0), v.spacing[1::-1]
-        else: yield v.array[::-1, k, ::-1].T, corner(X - 1, k, Z - 1), (1, 0, 0, 0, 0, -1), (v.spacing[2], v.spacing[0])
+        if series.plane == "axial":
+            yield v.array[::-1, ::-1, k].T, corner(X - 1, Y - 1, k), (1, 0, 0, 0, 1, 0), (sy, sx)
+        else:
+            yield v.array[::-1, k, ::-1].T, corner(X - 1, k, Z - 1), (1, 0, 0, 0, 0, -1), (sz, sx)
 
 @patch
 def _dicom_header(self:PhantomStudy, series):
     "What all images of a series share."
     from pydicom.dataset import Dataset
     t, scan, ds = self.traits, self.scan, Dataset()
-    ds.SOPClassUID, ds.Modality, ds.SpecificCharacterSet = "1.2.840.10008.5.1.4.1.1.2", "CT", "ISO_IR 192"
-    ds.PatientName, ds.PatientID, ds.PatientSex, ds.PatientAge = f"Phantom^{self.index:05d}", self.patient, t.sex, f"{t.age:03d}Y"
-    ds.PatientBirthDate, ds.PatientSize, ds.PatientWeight = "", f"{t.height_cm / 100:.2f}", f"{t.bmi * (t.height_cm / 100)**2:.0f}"
+    ds.SOPClassUID, ds.Modality = "1.2.840.10008.5.1.4.1.1.2", "CT"
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    ds.PatientName, ds.PatientID = f"Phantom^{self.index:05d}", self.patient
+    ds.PatientSex, ds.PatientAge, ds.PatientBirthDate = t.sex, f"{t.age:03d}Y", ""
+    metres = t.height_cm / 100
+    ds.PatientSize, ds.PatientWeight = f"{metres:.2f}", f"{t.bmi * metres**2:.0f}"
     ds.StudyDate = ds.SeriesDate = ds.ContentDate = f"{scan.date:%Y%m%d}"
     ds.StudyTime = ds.SeriesTime = ds.ContentTime = "120000"
-    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = _uid(self.seed, "study", self.index), series.uid, scan.frame_of_reference
-    ds.StudyID, ds.AccessionNumber, ds.ReferringPhysicianName, ds.PositionReferenceIndicator = str(self.index), self.study, "", ""
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = _uid(self.seed, "study", self.index), series.uid
+    ds.FrameOfReferenceUID = scan.frame_of_reference
+    ds.StudyID, ds.AccessionNumber = str(self.index), self.study
+    ds.ReferringPhysicianName = ds.PositionReferenceIndicator = ""
     ds.Manufacturer, ds.ManufacturerModelName = "ctvlm", "phantom"
-    ds.SeriesNumber, ds.AcquisitionNumber, ds.SeriesDescription, ds.StudyDescription = series.number, 1, series.description, f"CT {self.region}"
-    ds.ImageType = {None: ["ORIGINAL", "PRIMARY", "LOCALIZER"], "axial": ["ORIGINAL", "PRIMARY", "AXIAL"], "coronal": ["DERIVED", "SECONDARY", "REFORMATTED"]}[series.plane]
+    ds.SeriesNumber, ds.AcquisitionNumber = series.number, 1
+    ds.SeriesDescription, ds.StudyDescription = series.description, f"CT {self.region}"
+    ds.ImageType = {
+        None: ["ORIGINAL", "PRIMARY", "LOCALIZER"],
+        "axial": ["ORIGINAL", "PRIMARY", "AXIAL"],
+        "coronal": ["DERIVED", "SECONDARY", "REFORMATTED"]}[series.plane]
     ds.PatientPosition, ds.KVP, ds.SliceThickness = "HFS", "120", f"{series.step:g}"
     ds.ConvolutionKernel = {"soft": "B30f", "lung": "B70f", "bone": "B60f"}[series.kernel]
     if t.phase: ds.ContrastBolusAgent = "iodine"
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.PixelRepresentation = 0
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
     ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "1", "-1024", "HU"
     if (scan.outside or 0) < -1024:   # twelve bits do not hold it
         ds.PixelRepresentation, ds.BitsStored, ds.HighBit, ds.RescaleIntercept = 1, 16, 15, "0"
         ds.add_new("PixelPaddingValue", "SS", int(scan.outside))
-    ds.WindowCenter, ds.WindowWidth = (str(v) for v in HU_WINDOWS["lung" if series.kernel == "lung" else "soft tissue"])
+    window = HU_WINDOWS["lung" if series.kernel == "lung" else "soft tissue"]
+    ds.WindowCenter, ds.WindowWidth = map(str, window)
     return ds
 
 # %% ../nbs/01d_phantoms.ipynb #8f59002c
@@ -209,14 +248,20 @@ def write_dicom(self:PhantomStudy,
         ds = self._dicom_header(series)
         with write_atomically(folder / f"series-{series.number:03d}") as t:
             t.mkdir()
-            for k, (hu, position, orientation, spacing) in enumerate(self._dicom_images(series), 1):
-                ds.SOPInstanceUID, ds.InstanceNumber = _uid(self.seed, "image", self.index, series.number, k), k
-                ds.ImagePositionPatient, ds.ImageOrientationPatient = [f"{v:.4f}" for v in position], [str(v) for v in orientation]
-                ds.PixelSpacing, ds.SliceLocation = [f"{v:.6g}" for v in spacing], f"{position[1 if series.plane == 'coronal' else 2]:.4f}"
+            images = enumerate(self._dicom_images(series), 1)
+            for k, (hu, position, orientation, spacing) in images:
+                ds.SOPInstanceUID = _uid(self.seed, "image", self.index, series.number, k)
+                ds.InstanceNumber = k
+                ds.ImagePositionPatient = [f"{v:.4f}" for v in position]
+                ds.ImageOrientationPatient = [str(v) for v in orientation]
+                ds.PixelSpacing = [f"{v:.6g}" for v in spacing]
+                ds.SliceLocation = f"{position[1 if series.plane == 'coronal' else 2]:.4f}"
                 ds.Rows, ds.Columns = hu.shape
                 ds.PixelData = (hu - float(ds.RescaleIntercept)).astype("<i2").tobytes()
                 ds.file_meta = meta = FileMetaDataset()
-                meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, ds.SOPClassUID, ds.SOPInstanceUID
+                meta.TransferSyntaxUID = ExplicitVRLittleEndian
+                meta.MediaStorageSOPClassUID = ds.SOPClassUID
+                meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
                 ds.save_as(t / f"image-{k:04d}.dcm", enforce_file_format=True)
     return folder
 
@@ -224,8 +269,10 @@ def write_dicom(self:PhantomStudy,
 def _truth(study):
     "What is known about a study, ready for JSON."
     planted = [{k: v for k, v in vars(p).items() if k != "strokes"} for p in study.planted]
-    return dict(study=study.study, patient=study.patient, sex=study.sex, age=study.age, region=study.region, language=study.language, labels=study.labels,
-                planted=planted, organ_heights=study.organ_heights, references=[vars(r) for r in study.report.references])
+    return dict(study=study.study, patient=study.patient, sex=study.sex, age=study.age,
+                region=study.region, language=study.language, labels=study.labels,
+                planted=planted, organ_heights=study.organ_heights,
+                references=[vars(r) for r in study.report.references])
 
 def write_cohort(
     cohort:PhantomCohort,
@@ -233,18 +280,21 @@ def write_cohort(
     format:str="nifti",     # "nifti" or "dicom"
     quiet:bool=False,       # no progress bar
 )->Path:
-    "Write every study, `reports.csv`, the table of all images `series.csv`, and what is true in `truth.jsonl`."
+    "Write every study, `reports.csv`, all images in `series.csv`, and what is true in `truth.jsonl`."
     import pandas as pd
-    if format not in ("nifti", "dicom"): raise InputError(f"phantoms were asked for as {format!r}, they are written as 'nifti' or 'dicom': choose one")
+    if format not in ("nifti", "dicom"): raise InputError(
+        f"phantoms were asked for as {format!r}, they are written as 'nifti' or 'dicom': choose one")
     folder, reports, tables, truth = Path(folder), [], [], []
     for s in progress(cohort, "phantoms", total=len(cohort), quiet=quiet):
         if format == "nifti": s.write_nifti(folder/"scans"/f"{s.study}.nii.gz")
         else: s.write_dicom(folder/"scans"/s.study)
         r = s.report
-        reports.append(dict(study=s.study, patient=s.patient, language=r.language, text=r.text, findings=r.findings, impression=r.impression))
+        reports.append(dict(study=s.study, patient=s.patient, language=r.language, text=r.text,
+                            findings=r.findings, impression=r.impression))
         tables.append(s.series_table)
         truth.append(json.dumps(_truth(s), ensure_ascii=False) + "\n")
-    if not reports: raise InputError("a cohort of 0 studies was to be written, it needs 1 or more: give n >= 1")
+    if not reports: raise InputError(
+        "a cohort of 0 studies was to be written, it needs 1 or more: give n >= 1")
     with write_atomically(folder/"reports.csv") as t: pd.DataFrame(reports).to_csv(t, index=False)
     with write_atomically(folder/"series.csv") as t: pd.concat(tables).to_csv(t, index=False)
     with write_atomically(folder/"truth.jsonl") as t: t.write_text("".join(truth), encoding="utf-8")
