@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, psutil, torch
 from safetensors import safe_open
 
-import ctvlm.adaptors
+import ctvlm.adaptors, ctvlm.collection
 from ctvlm.core import write_atomically
 from ctvlm.data import (
     Batches, FeatureStore, embed_studies, read_dicom_root, read_phantoms, read_studies, scan_content, scan_key, spent, write_studies)
@@ -132,17 +132,17 @@ def costs():
 def archive(sizes=(5_000, 10_000, 25_000, 50_000)):
     "Processor time per study of `read_dicom_root`, as a multiple of that in the smallest archive."
     seconds = {}
-    sound = ctvlm.adaptors.scan_problem, ctvlm.adaptors.dicom_studies
+    sound = ctvlm.collection.scan_problem, ctvlm.adaptors.dicom_studies
     with tempfile.TemporaryDirectory() as folder:
         for n in sizes:
             studies = {f"1.2.{k}": ({Path(folder) / f"{k // 500}" / f"{k}" / series for series in ("2", "3")}, f"A{k}", f"p{k // 2}") for k in range(n)}
-            ctvlm.adaptors.scan_problem, ctvlm.adaptors.dicom_studies = (lambda *a: ""), (lambda *a: studies)
+            ctvlm.collection.scan_problem, ctvlm.adaptors.dicom_studies = (lambda *a: ""), (lambda *a: studies)
             pd.DataFrame(dict(study=[f"A{k}" for k in range(n)], report="Normal.", language="en")).to_csv(Path(folder) / "reports.csv", index=False)
             began = time.process_time()
             table, refused = read_dicom_root(folder)
             seconds[n] = (time.process_time() - began) / n
             assert len(table) == n and not len(refused)
-    ctvlm.adaptors.scan_problem, ctvlm.adaptors.dicom_studies = sound
+    ctvlm.collection.scan_problem, ctvlm.adaptors.dicom_studies = sound
     kept(archive={n: round(s / seconds[sizes[0]], 2) for n, s in seconds.items()})
 
 

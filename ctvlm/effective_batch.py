@@ -58,14 +58,14 @@ def _push(parts, first, upstream, embed, device): # <e, g> of each part, the las
         del embedded, own, pushed, kept           # the graph goes before the next comes
 
 def cached_backward(
-    parts:list,          # functions `(graph) -> ({name: (n, E)}, own loss or None)`
-    losses,              # `({name: (N, E)}) -> {loss: (weight, value)}`
-    shared:list,         # parameters that `losses` uses itself, such as t and b
-    seed:int,            # of all random draws
+    parts:list,  # functions `(graph) -> ({name: (n, E)}, own loss or None)`
+    losses,      # `({name: (N, E)}) -> {loss: (weight, value)}`
+    shared:list, # parameters that `losses` uses itself, such as t and b
+    seed:int,    # of all random draws
     device:torch.device,
-    keep:int=1,          # how many of the last parts keep the first pass's graph
+    keep:int=1,  # how many of the last parts keep the first pass's graph
     autocast=contextlib.nullcontext, # context of the encoders' precision
-)->tuple:                # {loss: value}, {loss: norm of its gradient on the embeddings}
+)->tuple:        # {loss: value}, {loss: norm of its gradient on the embeddings}
     "Add the gradient of all losses to `.grad` of every parameter, embedding one part at a time."
     shared = [p for p in shared if p.requires_grad]
     def embed(i, graph):
@@ -158,10 +158,10 @@ def _on(device, batch): # its tensors there
 def scan_part(
     model, batch,
     config:Objective,
-    snippets:int,  # of the whole effective batch, over all processes
-    seen:dict, # collects the localization loss and the gradients on slices and snippets
+    snippets:int, # of the whole effective batch, over all processes
+    seen:dict,    # collects the localization loss and the gradients on slices and snippets
     device:torch.device,
-):                 # a part for `cached_backward`
+):                # a part for `cached_backward`
     "Scans of one micro-batch; with a graph, also slices and snippets."
     def part(graph):
         here = _on(device, batch)
@@ -172,12 +172,12 @@ def scan_part(
         return {"image": out.scan, "disease": out.disease}, own
     return part
 
-# %% ../nbs/09a_effective_batch.ipynb #2ff8c075
+# %% ../nbs/09a_effective_batch.ipynb #e089fc64
 def text_parts(
     model,
-    rows:list,   # token ids of each text
-    tokens:int,  # per group
-    name:str,    # of the embeddings
+    rows:list,  # token ids of each text
+    tokens:int, # per group
+    name:str,   # of the embeddings
     device:torch.device,
 )->tuple:       # parts for `cached_backward`, and where row i is found among their rows
     "Texts in groups of similar length, through the first head."
@@ -277,17 +277,17 @@ def _kept(parts, batches, config): # how many of the last parts are embedded onc
     together = itertools.accumulate(p.tokens for p in reversed(parts))
     return 1 + sum(n <= config.text_tokens for n in together)
 
-# %% ../nbs/09a_effective_batch.ipynb #57070b20
+# %% ../nbs/09a_effective_batch.ipynb #59102398
 def effective_batch_backward(
     model,
-    batches:list,   # micro-batches of this process; may be empty where others have some
-    prompts:dict|None,     # see `train`
+    batches:list,       # micro-batches of this process; may be empty where others have some
+    prompts:dict|None,  # see `train`
     config:Objective,
-    step:int,              # for the random draws
+    step:int,           # for the random draws
     device:torch.device,
     autocast=contextlib.nullcontext,
     keep:int|None=None, # parts that are embedded once; `None`: as many as fit, see below
-)->dict:                   # what the log shows
+)->dict:                # what the log shows
     "Leave the gradient of one effective batch, over all processes, in `.grad`; return what it was."
     add_up = lambda x: over_processes(x, device=device)
     rank = dist.get_rank() if process_count() > 1 else 0
@@ -339,7 +339,7 @@ def effective_batch_backward(
 
 # %% ../nbs/09a_effective_batch.ipynb #f4d0a8f9
 def noise_batch(
-    B:int,    # scans
+    B:int,              # scans
     seed:int,
     windows:bool=False, # windows of 16 x 16 x 32 voxels; else features, 24 wide
 )->dict:
@@ -363,7 +363,7 @@ def noise_batch(
 
 def noise_prompts(
     phrasings:int=2, # of each question
-)->dict:          # `ids`, `mask` `(3, K, 2, 5)`, `pos_weight`, `question_weight` `(3,)`
+)->dict:             # `ids`, `mask` `(3, K, 2, 5)`, `pos_weight`, `question_weight` `(3,)`
     "Three questions of noise in the format of `train`."
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 40, (3, phrasings, 2, 5), generator=g)

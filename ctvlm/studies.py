@@ -42,18 +42,18 @@ STUDY_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in
 def scan_name(
     row, # a study: `scan`, and `file` where there is one
 )->str:
-    "What a scan is called wherever its collection lies: its path below the root, or that path's end."
+    "What a scan is called wherever its collection lies: its path below the root, or its end."
     below = getattr(row, "file", "")
     return below if isinstance(below, str) and below else row.scan.rpartition("/")[2]
 
-# %% ../nbs/11_studies.ipynb #e082dc42
+# %% ../nbs/11_studies.ipynb #d72fe3d2
 _NO_CAST = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError)
 
 def _first(mask): # position of the first True
     return int(np.flatnonzero(np.asarray(mask))[0])
 
 def _cast(column, field, where):
-    "The column in the type of the schema, or an error that names the first row that does not fit."
+    "The column in the type of the schema; else an error names the first row that does not fit."
     try: return column.cast(field.type)
     except _NO_CAST: pass
     for i in range(len(column)):
@@ -63,10 +63,11 @@ def _cast(column, field, where):
                 f"{where}: row {i}, column {field.name!r} holds {column[i].as_py()!r:.60} "
                 f"({column.type}), "
                 f"expected {field.type}: write the table with `write_studies`") from None
-    raise InputError(f"{where}: column {field.name!r} is {column.type}, expected {field.type}: "
+    raise InputError(f"{where}: column {field.name!r} is {column.type}, "
+                     f"expected {field.type}: "
                      "write the table with `write_studies`")
 
-def _typed(table, where): # the columns of the schema, in its order and types, none of them null
+def _typed(table, where): # the columns of the schema, in its order and types, none null
     columns = []
     for field in STUDY_SCHEMA:
         column = table[field.name]
@@ -174,14 +175,14 @@ def check_reports(
                 "earlier row: scans of one study share one report; "
                 "give each report a study of its own")
 
-# %% ../nbs/11_studies.ipynb #d353ce8d
+# %% ../nbs/11_studies.ipynb #c3e31c1c
 def check_studies(
     table:pa.Table, # of studies
     where:str="the table of studies", # for messages
 )->pa.Table:        # the columns of `STUDY_SCHEMA`, in its order and types
     "Refuse a table that breaks the schema or its promises, naming row and column."
     given = table.column_names
-    if "file" not in given and "scan" in given:                     # written before there was one
+    if "file" not in given and "scan" in given:           # written before there was one
         names = [str(s).rpartition("/")[2] for s in table["scan"].to_pylist()]
         table = table.append_column("file", pa.array(names))
     _check_columns(table.column_names, where)
@@ -253,18 +254,18 @@ def _place(patient, shares, seed): # the split that the hash of a name decides
 
 def split_patients(
     studies:pd.DataFrame,
-    shares:dict,  # {"val": 0.1, "test": 0.2}: of the patients in "train"
-    seed:int=0,   # another seed, another choice
-)->pd.DataFrame:  # the same studies
+    shares:dict, # {"val": 0.1, "test": 0.2}: of the patients in "train"
+    seed:int=0,  # another seed, another choice
+)->pd.DataFrame: # the same studies
     "Move shares of the training patients to other splits, chosen by a hash of their names."
     known = not set(shares) - {"val", "test"} and all(0 <= s <= 1 for s in shares.values())
     if not known or sum(shares.values()) > 1:
         raise InputError(f"shares are {shares}, expected val and test, each from 0 to 1, "
-                         "most 1: for example {'val': 0.1, 'test': 0.2}")
+                         "with a sum of at most 1: for example {'val': 0.1, 'test': 0.2}")
     people = list(zip(studies.source, studies.patient.map(patient_name)))
     published = dict(zip(people, studies.split, strict=True))
     for who, split in zip(people, studies.split):
-        if split != "train": published[who] = split          # a patient held out anywhere stays so
+        if split != "train": published[who] = split # a patient held out anywhere stays so
     ours = {who: _place(who[1], shares, seed) if split == "train" else split
             for who, split in published.items()}
     splits = [ours[who] if s == "train" else s for who, s in zip(people, studies.split)]
@@ -338,7 +339,7 @@ def alive(
     except PermissionError: pass
     return True
 
-# %% ../nbs/11_studies.ipynb #aacc42bd
+# %% ../nbs/11_studies.ipynb #7c313a97
 def _running_line(script): # of the script, on the stack of calls; `None` if there is no script
     frame = sys._getframe()
     while frame and not (frame.f_globals is vars(script) and frame.f_code.co_name == "<module>"):
@@ -352,7 +353,7 @@ def _check_guard(): # what is running now lies under `if __name__ == "__main__":
     script = sys.modules["__main__"]
     line = _running_line(script)
     try: statements = ast.parse(Path(script.__file__).read_bytes()).body if line else []
-    except (AttributeError, OSError, SyntaxError): return # a notebook, standard input, compiled code
+    except (AttributeError, OSError, SyntaxError): return # a notebook, compiled code
     guarded = [range(s.lineno, s.end_lineno + 1) for s in statements if _guarded(s)]
     if statements and not any(line in lines for lines in guarded):
         raise InputError(
@@ -369,7 +370,7 @@ def processes(
     known = multiprocessing.get_all_start_methods()
     usual = "forkserver" if "forkserver" in known else "spawn"
     here = multiprocessing.get_context(context or usual)
-    if here.get_start_method() == "forkserver":                    # imported once, for all workers
+    if here.get_start_method() == "forkserver":         # imported once, for all workers
         here.set_forkserver_preload(["torch", "ctvlm.data"])
     return here
 
@@ -418,8 +419,8 @@ def _phantom(recipe): # "seed=3,index=0,spacing=3.0x3.0x-,language=en"
     return PhantomStudy(int(said["seed"]), int(said["index"]), spacing, said["language"])
 
 def open_scan(
-    scan:str,       # the `scan` of a study: a path, a DICOMweb address, or a phantom's recipe
-    series:str="",  # the `series` of a study
+    scan:str, # the `scan` of a study: a path, a DICOMweb address, or a phantom's recipe
+    series:str="",         # the `series` of a study
     workers:int|None=None, # processes that decode compressed DICOM
 )->CTVolume:
     "The volume of a study."
@@ -428,7 +429,7 @@ def open_scan(
     if scan.startswith("phantom:"): return _phantom(scan.removeprefix("phantom:")).volume
     return load_volume(scan, int(series) if series.isdigit() else series or None, workers=workers)
 
-# %% ../nbs/11_studies.ipynb #47c857d7
+# %% ../nbs/11_studies.ipynb #e433ad66
 def report_text(
     findings:str,
     impression:str,
@@ -459,7 +460,7 @@ def _missing(value): return isinstance(value, float) and math.isnan(value) or va
 def _pair(row): # of the mining chapter, or any dictionary: what the schema knows of it
     row = {f.name: row.get(f.name) for f in PAIR}
     row["cleaned"] = row["cleaned"] or row["snippet"]
-    if row["asserts"] is None: row["asserts"] = asserts(row["cleaned"])   # "no nodule" lies nowhere
+    if row["asserts"] is None: row["asserts"] = asserts(row["cleaned"]) # "no nodule" lies nowhere
     return {name: None if _missing(value) else value for name, value in row.items()}
 
 # %% ../nbs/11_studies.ipynb #39c0e344

@@ -261,6 +261,34 @@ def test_rad_chestct(tmp_path):
     assert np.unravel_index(v.array.argmax(), v.array.shape) == (25 - 7, 27 - 5, 29 - 3)   # and RAS from left, back and feet
 
 
+@pytest.mark.parametrize("labels, metadata", [("", ".npz"), (".npz", ""), (".npz", ".npz"), ("", "")])
+def test_the_patient_is_found_with_and_without_the_ending(tmp_path, labels, metadata):
+    (tmp_path / "npz").mkdir()
+    np.savez_compressed(tmp_path / "npz" / "trn1.npz", ct=body((12, 12, 12)))
+    pd.DataFrame({"NoteAcc_DEID": ["trn1" + labels], "nodule*lung": 1}).to_csv(tmp_path / "imgtrain_Abnormality_and_Location_Labels.csv", index=False)
+    pd.DataFrame({"NoteAcc_DEID": ["trn1" + metadata], "MRN_DEID": ["m7"]}).to_csv(tmp_path / "CT_Scan_Metadata_Complete_1.csv", index=False)
+    studies, refused = read_rad_chestct(tmp_path)
+    assert studies[["study", "patient"]].values.tolist() == [["trn1", "m7"]] and not len(refused)
+
+
+def test_the_owners_split_wins_and_its_overlap_is_said(tmp_path):
+    "p1 is in training and test, p2 in validation and test: the test part is whole, the other rows are refused and counted."
+    root = clinic(tmp_path, "study,patient,split,report\na,p1,train,Emphysema.\nb,P1 ,test,Normal.\nc,p2,val,x\nd,p2,test,y\ne,p3,train,z\n", "abcde")
+    counts = scan_studies(root, "csv", tmp_path / "t.parquet", quiet=True)
+    studies = read_studies(tmp_path / "t.parquet")
+    assert studies.study.tolist() == ["b", "d", "e"] and studies.split.tolist() == ["test", "test", "train"]
+    assert counts["reasons"] == {"study a is in train, its patient is held out in test": 1, "study c is in val, its patient is held out in test": 1}
+
+
+def test_a_report_over_the_limit_keeps_its_impression_and_is_counted(hospital, filled, tokenizer):
+    long = hospital.iloc[:1].assign(findings="Nodule number 1. " * 900, impression="Unchanged.")
+    b = Batches(long, filled[0], tokenizer)
+    batch, = b
+    text = tokenizer.decode(batch["report_ids"][0], skip_special_tokens=True)
+    assert b.left_out["reports: too long, the findings lose their end"] == 1
+    assert len(batch["report_ids"][0]) <= 1024 and text.endswith("Impressions: Unchanged.\n")
+
+
 def test_the_classes_of_the_benchmarks_are_in_the_catalogue():
     assert set(CT_RATE_CLASSES) <= set(FINDINGS)
     assert set(data.RAD_CHESTCT) == {f.rad_chestct for f in FINDINGS.values() if f.rad_chestct} and len(data.RAD_CHESTCT) == 16
@@ -541,6 +569,28 @@ def test_features_are_those_of_the_encoder(hospital, filled):
     assert torch.allclose(saved["cls"].float(), cls, atol=2e-3) and torch.allclose(saved["depth_tokens"].float(), tokens, atol=2e-3)
     assert saved["grid"].tolist() == w.grid.tolist() and np.allclose(saved["bin_depths_mm"], w.bin_depths_mm)
     assert torch.equal(saved["patch_mask"], w.patch_mask.flatten(1, -2).any(1)) and saved["cls"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("scans, compiled", [(3, False), (51, True)])
+def test_a_card_has_an_encoder_laid_out_for_it(hospital, monkeypatch, scans, compiled):
+    "The same numbers to 1e-5 in float32; it is compiled where there is enough to do."
+    import ctvlm.prepared
+    made, real = [], ctvlm.prepared.PreparedEncoder
+    def watched(*args, compiled):
+        made.append(compiled)
+        return real(*args, compiled=False)
+    monkeypatch.setattr(ctvlm.prepared, "PreparedEncoder", watched)
+    monkeypatch.setattr("ctvlm.answers.fast_dtype", lambda device: torch.float32)
+    model, spec = tiny(), tiny().config.window_spec
+    found = read_windows(("", hospital.scan[0], "", spec, "pad"))
+    plain, _ = ctvlm.features._encoder(model, 4, scans)(found)
+    monkeypatch.setattr(ctvlm.features, "_on_card", lambda model: True)
+    ready, _ = ctvlm.features._encoder(model, 4, scans)(found)
+    assert made == [compiled]
+    for name, x in plain.items(): torch.testing.assert_close(ready[name], x, rtol=0, atol=2e-3)   # float16 files
+    inside = real(model.window_encoder, torch.float32).features(torch.from_numpy(found["windows"]), 4)
+    with torch.no_grad(): exact = model.encode_windows(torch.from_numpy(found["windows"]), 4)
+    for x, y in zip(inside, exact): torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
 def test_a_second_run_computes_nothing_and_another_encoder_everything(hospital, filled, tmp_path):
