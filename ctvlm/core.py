@@ -20,7 +20,7 @@ class InputError(ValueError):
 class Notice(UserWarning):
     "What was left out, guessed or replaced, in one line; the command prints it."
     def __init__(self,
-        what:str,            # in a few words, such as "studies left out, their features are missing"
+        what:str, # in a few words, such as "studies left out, their features are missing"
         names=(),            # which; the first three are shown
         missing:bool=False,  # something that was asked for is not in the result: status 1
     ):
@@ -39,14 +39,17 @@ def needed(
     except ImportError:
         package = module.partition(".")[0].replace("_", "-")
         raise InputError(f"{purpose} needs {package}, which is not installed: "
-                         f"pip install 'ctvlm[{extra}]'") from None
+            f"pip install 'ctvlm[{extra}]'") from None
 
 # %% ../nbs/00_core.ipynb #30c98c23
 def legible(
     text:str, # from anywhere
 )->str:       # what a terminal can show: no control characters except line ends and tabs
     "Text without the characters that a terminal would obey."
-    return "".join(c if c.isprintable() or c in "\n\t" else " " if c.isspace() else "�" for c in str(text))
+    def shown(c):
+        if c.isprintable() or c in "\n\t": return c
+        return " " if c.isspace() else "�"
+    return "".join(map(shown, str(text)))
 
 def picture_text(
     text, # anything, made a string
@@ -79,33 +82,43 @@ def pick_device(
 )->"torch.device":
     "The device to compute on."
     import torch
-    if name is None: name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name is None:
+        if torch.cuda.is_available(): name = "cuda"
+        else: name = "mps" if torch.backends.mps.is_available() else "cpu"
     try: device = torch.device(name)
-    except RuntimeError: raise InputError(f"no device is called {name!r}: use cpu, cuda, cuda:0 ... or mps") from None
+    except RuntimeError:
+        raise InputError(f"no device is called {name!r}: use cpu, cuda, "
+            "cuda:0 ... or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices: use --device cpu, or install a CUDA build of torch")
+        raise InputError(f"device {name} was asked for, "
+            f"but torch sees {torch.cuda.device_count()} CUDA devices: use --device cpu, "
+            "or install a CUDA build of torch")
     return device
 
 # %% ../nbs/00_core.ipynb #30a5584f
-_FULL = {errno.ENOSPC: "no space is left", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is larger than allowed"}
+_FULL = {errno.ENOSPC: "no space is left", errno.EDQUOT: "the quota is used up",
+         errno.EFBIG: "the file is larger than allowed"}
 
 def _written_through(path): # devices, pipes and open descriptors: there is nothing to rename
-    return str(path).startswith(("/dev/", "/proc/")) or path.exists() and not (path.is_file() or path.is_dir())
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    return special or str(path).startswith(("/dev/", "/proc/"))
 
-def _remove(path): shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+def _remove(path):
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 def _why_full(e): # in words, or `None`; libraries wrap the system's error, its text stays
-    return next((words for number, words in _FULL.items() if getattr(e, "errno", None) == number or os.strerror(number) in str(e)), None)
+    for number, words in _FULL.items():
+        if getattr(e, "errno", None) == number or os.strerror(number) in str(e): return words
 
 def _beside(path): # a temporary name in the same folder
-    words = path.name[:40], os.uname().nodename[:20] if hasattr(os, "uname") else "", os.getpid(), os.urandom(4).hex()
-    return path.with_name(".{}.{}.{}.{}.tmp".format(*words))
+    host = os.uname().nodename[:20] if hasattr(os, "uname") else ""
+    return path.with_name(f".{path.name[:40]}.{host}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
 @contextlib.contextmanager
 def write_atomically(
     path:str|Path, # where the file, or the folder, shall stand in the end
 ):
-    "Give a temporary path beside `path`, renamed to it at the end of the block, removed on any error."
+    "Give a temporary path, renamed to `path` at the end of the block, removed on any error."
     path, through = Path(path), _written_through(Path(path))
     if not through: path = Path(os.path.realpath(path))
     temporary = _beside(Path(tempfile.gettempdir())/path.name if through else path)
@@ -115,8 +128,10 @@ def write_atomically(
         if temporary.is_file():
             with open(temporary, "rb") as f: os.fsync(f.fileno())
         if through:
-            with open(temporary, "rb") as source, open(path, "wb") as f: shutil.copyfileobj(source, f)
-        elif temporary.is_dir() and path.is_dir():               # the old folder stands aside until the new one is there
+            with open(temporary, "rb") as source, open(path, "wb") as f:
+                shutil.copyfileobj(source, f)
+        # the old folder stands aside until the new one is there
+        elif temporary.is_dir() and path.is_dir():
             old = _beside(path)
             os.rename(path, old)
             os.rename(temporary, path)
@@ -126,7 +141,8 @@ def write_atomically(
             os.replace(temporary, path)
     except Exception as e:
         if (why := _why_full(e)) is None: raise
-        raise InputError(f"{path} cannot be written, {why}: make room, or write elsewhere") from None
+        raise InputError(f"{path} cannot be written, {why}: make room, "
+            "or write elsewhere") from None
     finally: _remove(temporary)
 
 # %% ../nbs/00_core.ipynb #5a23bd54
@@ -144,14 +160,19 @@ def check_output(
     "Refuse to write where something would be lost; call it before anything is computed."
     path = Path(path)
     if _written_through(path): return
-    if path.is_dir(): raise InputError(f"{path} is a folder, the result is a file: name a file in it")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, the result is a file: name a file in it")
     if not path.exists(): return
     for source in [inputs] if isinstance(inputs, (str, Path)) else inputs:
-        inside = Path(source).is_dir() and Path(os.path.realpath(source)) in Path(os.path.realpath(path)).parents
-        if os.path.exists(source) and os.path.samefile(source, path) or inside and not _is_ours(path):
-            raise InputError(f"{path} is {'part of ' if inside else ''}the input, it would be lost: write to another file")
+        real = Path(os.path.realpath(source))
+        inside = real.is_dir() and real in Path(os.path.realpath(path)).parents
+        same = os.path.exists(source) and os.path.samefile(source, path)
+        if same or inside and not _is_ours(path):
+            raise InputError(f"{path} is {'part of ' if inside else ''}the input, "
+                "it would be lost: write to another file")
     if path.stat().st_size and not overwrite and not _is_ours(path):
-        raise InputError(f"{path} exists, and was not written by ctvlm or has been changed since: name another file, or add --overwrite")
+        raise InputError(f"{path} exists, and was not written by ctvlm or has been changed "
+            "since: name another file, or add --overwrite")
 
 @contextlib.contextmanager
 def write_output(
@@ -163,7 +184,8 @@ def write_output(
     check_output(path, inputs, overwrite)
     with write_atomically(path) as temporary: yield temporary
     if _written_through(Path(path)): return
-    with contextlib.suppress(OSError, AttributeError): os.setxattr(path, "user.ctvlm", _mark(path))
+    with contextlib.suppress(OSError, AttributeError):
+        os.setxattr(path, "user.ctvlm", _mark(path))
 
 # %% ../nbs/00_core.ipynb #8abe51b3
 class PrivateFolder(tempfile.TemporaryDirectory):
@@ -202,76 +224,109 @@ def progress(
 ):
     "Go through `things` with a progress bar on standard error if that is a terminal."
     from tqdm import tqdm
-    return tqdm(things, desc=what, total=total, disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True, leave=False)
+    return tqdm(things, desc=what, total=total,
+                disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True, leave=False)
 
-# %% ../nbs/00_core.ipynb #bd3eaf40
+# %% ../nbs/00_core.ipynb #bc2ec021
 def is_straight(
     affine:np.ndarray, # `(4, 4)` voxel index to mm
     shape:tuple,       # voxels along each axis
 )->bool:
-    "Whether each axis runs along the patient axis of its number, to half a voxel at the far corner."
+    "Whether axes run along the patient axes of their numbers, to half a voxel at the far corner."
     along, aside = np.diag(affine)[:3], np.abs(affine[:3, :3] - np.diag(np.diag(affine)[:3]))
     return bool((along > 0).all() and (aside @ (np.array(shape) - 1) <= along / 2).all())
 
+def _check_array(array):
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+        kind = f"a {type(array).__name__}"
+        if isinstance(array, np.ndarray): kind = f"{array.dtype} values"
+        raise InputError(f"a CTVolume holds a NumPy array of HU, this is {kind}: "
+            "convert it, for example by tensor.numpy()")
+    if array.ndim != 3:
+        raise InputError("a CT volume has 3 axes, "
+            f"this array has {array.ndim} ({array.shape}): pick one time point or channel")
+    if not array.size:
+        raise InputError(f"a CT volume of {array.shape} voxels is empty: give the whole scan")
+    if not np.isfinite(float(array.min()) + float(array.max())):
+        wrong = array.size - int(np.isfinite(array).sum())
+        raise InputError(f"{wrong} of {array.size} voxels are not finite numbers, "
+            "all must be: replace them by -1000 (air)")
+
+def _check_affine(affine, shape):
+    if affine.shape != (4, 4) or affine.dtype.kind not in "iuf":
+        raise InputError("the affine of a CTVolume is a 4 x 4 matrix of numbers, "
+            f"this is {affine.dtype} of shape {affine.shape}: give voxel to RAS mm, "
+            "with the origin in the last column")
+    if not np.isfinite(affine).all() or not is_straight(affine, shape):
+        raise InputError("a CTVolume is axis-aligned in RAS, "
+            f"this affine is {np.round(affine[:3, :3], 3).tolist()}: "
+            "read it with `load_volume`, which reorients")
+
+# %% ../nbs/00_core.ipynb #bd3eaf40
 @dataclass(frozen=True, eq=False)
 class CTVolume:
     "A CT scan in Hounsfield units, axes towards the patient's right, front and head."
     array:np.ndarray          # `(X, Y, Z)` float32, HU
-    affine:np.ndarray         # `(4, 4)` float64, voxel index to scanner mm (RAS), axis-aligned with positive diagonal
-    image_numbers:np.ndarray|None=None # `(Z,)` DICOM InstanceNumber of each slice, where there is one
+    affine:np.ndarray         # `(4, 4)` float64, voxel index to RAS mm, straight, positive diagonal
+    image_numbers:np.ndarray|None=None # `(Z,)` DICOM InstanceNumber of each slice, if any
     name:str=""               # where it comes from, for people
-    choice:str=""             # which series this is and why it was taken, one line, where there was a choice
+    choice:str=""             # which series this is and why, one line, where there was a choice
     notes:tuple=()            # what was left out, guessed or replaced while reading, a line each
     series_number:int|None=None # DICOM SeriesNumber
     series_uid:str=""         # DICOM SeriesInstanceUID
     study_uid:str=""          # DICOM StudyInstanceUID
-    frame_uid:str=""          # DICOM FrameOfReferenceUID: depths of series that share it can be compared
+    frame_uid:str=""          # DICOM FrameOfReferenceUID: series that share it have one z
 
     def __post_init__(self):
-        if not isinstance(self.array, np.ndarray) or self.array.dtype.kind not in "iuf":
-            kind = f"{self.array.dtype} values" if isinstance(self.array, np.ndarray) else f"a {type(self.array).__name__}"
-            raise InputError(f"a CTVolume holds a NumPy array of HU, this is {kind}: convert it, for example by tensor.numpy()")
-        if self.array.ndim != 3: raise InputError(f"a CT volume has 3 axes, this array has {self.array.ndim} ({self.array.shape}): pick one time point or channel")
-        if not self.array.size: raise InputError(f"a CT volume of {self.array.shape} voxels is empty: give the whole scan")
-        if not np.isfinite(float(self.array.min()) + float(self.array.max())):
-            wrong = self.array.size - int(np.isfinite(self.array).sum())
-            raise InputError(f"{wrong} of {self.array.size} voxels are not finite numbers, all must be: replace them by -1000 (air)")
-        affine = np.asarray(self.affine)
-        if affine.shape != (4, 4) or affine.dtype.kind not in "iuf":
-            raise InputError(f"the affine of a CTVolume is a 4 x 4 matrix of numbers, this is {affine.dtype} of shape {affine.shape}: give voxel to RAS mm, with the origin in the last column")
-        if not np.isfinite(affine).all() or not is_straight(affine, self.array.shape):
-            raise InputError(f"a CTVolume is axis-aligned in RAS, this affine is {np.round(affine[:3, :3], 3).tolist()}: read it with `load_volume`, which reorients")
-        if self.image_numbers is not None and len(self.image_numbers) != self.array.shape[2]:
-            raise InputError(f"{len(self.image_numbers)} image numbers for {self.array.shape[2]} slices: give one per slice")
+        _check_array(self.array)
+        affine, slices = np.asarray(self.affine), self.array.shape[2]
+        _check_affine(affine, self.array.shape)
+        if self.image_numbers is not None and len(self.image_numbers) != slices:
+            raise InputError(f"{len(self.image_numbers)} image numbers for {slices} "
+                "slices: give one per slice")
         object.__setattr__(self, "affine", affine.astype(np.float64))
 
     @property
-    def spacing(self): return tuple(float(s) for s in np.diag(self.affine)[:3]) # mm per voxel `(x, y, z)`
+    def spacing(self): # mm per voxel `(x, y, z)`
+        return tuple(float(s) for s in np.diag(self.affine)[:3])
     @property
-    def depths_mm(self): return self.affine[2, 3] + self.affine[2, 2] * np.arange(self.array.shape[2]) # `(Z,)` scanner z of each slice centre
-    def slice_at(self, depth_mm): # index of the slice that holds `depth_mm`; outside of the scan there is none
+    def depths_mm(self): # `(Z,)` scanner z of each slice centre
+        return self.affine[2, 3] + self.affine[2, 2] * np.arange(self.array.shape[2])
+    # index of the slice that holds `depth_mm`; outside of the scan there is none
+    def slice_at(self, depth_mm):
         low, high = self.depths_mm[[0, -1]] + np.array([-0.5, 0.5]) * self.affine[2, 2]
         if not low - 1e-3 <= depth_mm <= high + 1e-3:
-            raise InputError(f"{float(depth_mm):.1f} mm lies outside of the scan, which reaches from {low:.1f} to {high:.1f} mm: give a depth in it")
+            raise InputError(f"{float(depth_mm):.1f} mm lies outside of the scan, "
+                f"which reaches from {low:.1f} to {high:.1f} mm: give a depth in it")
         return int(np.abs(self.depths_mm - depth_mm).argmin())
-    def image_number_at(self, depth_mm): # DICOM image number of the slice that holds `depth_mm`, `None` where unknown
-        return None if self.image_numbers is None else int(self.image_numbers[self.slice_at(depth_mm)])
+    # DICOM image number of the slice that holds `depth_mm`, `None` where unknown
+    def image_number_at(self, depth_mm):
+        if self.image_numbers is None: return None
+        return int(self.image_numbers[self.slice_at(depth_mm)])
     def __repr__(self):
         (x, y, z), d = self.array.shape, self.depths_mm
         mm = " x ".join(f"{s:.4g}" for s in self.spacing)
-        return f"CTVolume({self.name + ': ' if self.name else ''}{x} x {y} x {z} voxels of {mm} mm, z {d[0]:.1f} to {d[-1]:.1f} mm)"
+        of = f"{self.name}: " if self.name else ""
+        return f"CTVolume({of}{x} x {y} x {z} voxels of {mm} mm, z {d[0]:.1f} to {d[-1]:.1f} mm)"
 
 # %% ../nbs/00_core.ipynb #1ec5a2dc
-BLUE, ORANGE, GREEN = "#0173b2", "#de8f05", "#029e73"  # image, text, localization: seaborn's "colorblind" palette
+# image, text, localization: seaborn's "colorblind" palette
+BLUE, ORANGE, GREEN = "#0173b2", "#de8f05", "#029e73"
 
 def use_theme()->None:
     "Set the plotting theme of all chapters."
     import seaborn as sns
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
-                  rc={"figure.figsize": (6, 3.5), "figure.dpi": 80, "savefig.dpi": 80, "axes.titlesize": "medium"})
+                  rc={"figure.figsize": (6, 3.5), "figure.dpi": 80, "savefig.dpi": 80,
+                      "axes.titlesize": "medium"})
 
 # %% ../nbs/00_core.ipynb #861b0979
-HU_WINDOWS = {"lung": (-600, 1500), "soft tissue": (40, 400), "bone": (500, 2000)} # centre and width in HU
+# centre and width in HU
+HU_WINDOWS = {"lung": (-600, 1500), "soft tissue": (40, 400), "bone": (500, 2000)}
+
+# where the letters of the patient's sides stand in a picture
+_SIDES = [(0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"),
+          (0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")]
 
 def show_planes(
     volume:CTVolume,        # the scan
@@ -281,25 +336,30 @@ def show_planes(
 ):                          # the three axes
     "Show the axial slice at `depth_mm` and the middle coronal and sagittal slices, true to scale."
     import matplotlib.pyplot as plt
-    if window not in HU_WINDOWS: raise InputError(f"no window is called {window!r}: use one of {', '.join(HU_WINDOWS)}")
+    if window not in HU_WINDOWS:
+        raise InputError(f"no window is called {window!r}: "
+            f"use one of {', '.join(HU_WINDOWS)}")
     centre, width = HU_WINDOWS[window]
     X, Y, Z = volume.array.shape
     sx, sy, sz = volume.spacing
     k = Z // 2 if depth_mm is None else volume.slice_at(depth_mm)
     z = volume.depths_mm
+    up = z[0] - sz / 2, z[-1] + sz / 2
     planes = [("axial", volume.array[:, :, k].T[:, ::-1], (X * sx, 0, 0, Y * sy), "RLAP"),
-              ("coronal", volume.array[:, Y // 2].T[:, ::-1], (X * sx, 0, z[0] - sz / 2, z[-1] + sz / 2), "RLHF"),
-              ("sagittal", volume.array[X // 2].T[:, ::-1], (Y * sy, 0, z[0] - sz / 2, z[-1] + sz / 2), "APHF")]
+              ("coronal", volume.array[:, Y // 2].T[:, ::-1], (X * sx, 0, *up), "RLHF"),
+              ("sagittal", volume.array[X // 2].T[:, ::-1], (Y * sy, 0, *up), "APHF")]
     label = {"R": "mm to the right", "A": "mm to the front", "H": "z in mm"}
     if axes is None: _, axes = plt.subplots(1, 3, figsize=(9, 3.5), layout="constrained")
     for ax, (name, image, extent, sides) in zip(axes, planes):
-        ax.imshow(image, cmap="gray", vmin=centre - width / 2, vmax=centre + width / 2, origin="lower", extent=extent, aspect="equal")
+        ax.imshow(image, cmap="gray", vmin=centre - width / 2, vmax=centre + width / 2,
+                  origin="lower", extent=extent, aspect="equal")
         ax.grid(False)
-        for side, x, y in zip(sides, (0.02, 0.98, 0.5, 0.5), (0.5, 0.5, 0.98, 0.02)):
-            across, up = {0.02: "left", 0.98: "right", 0.5: "center"}[x], {0.02: "bottom", 0.98: "top", 0.5: "center"}[y]
-            ax.text(x, y, side, color="w", ha=across, va=up, fontsize="small", fontweight="bold", transform=ax.transAxes)
+        for side, (x, y, across, upright) in zip(sides, _SIDES):
+            ax.text(x, y, side, color="w", ha=across, va=upright, fontsize="small",
+                    fontweight="bold", transform=ax.transAxes)
         if name != "axial":
-            for color, wide, dashes in (("k", 2.5, "-"), (GREEN, 1, "--")): ax.axhline(z[k], color=color, lw=wide, ls=dashes)
+            ax.axhline(z[k], color="k", lw=2.5)
+            ax.axhline(z[k], color=GREEN, lw=1, ls="--")
         title = f"axial, z = {z[k]:.0f} mm" if name == "axial" else f"{name}, {window} window"
         ax.set(title=title, xlabel=label[sides[0]], ylabel=label[sides[2]])
     return axes

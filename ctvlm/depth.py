@@ -26,8 +26,11 @@ def fit_temperature(
 )->float:              # tau
     "The temperature under which the true bins are most probable."
     k = _row_bin(true_bin, valid)
-    def nll(tau): return -depth_posterior(similarity, valid, tau).gather(1, k).clamp(min=1e-30).log().mean().item()
-    return min((0.005 * 2**(i / 8) for i in range(73)), key=nll)       # 0.005 ... 2.56, steps of 9 %
+    def nll(tau):
+        right = depth_posterior(similarity, valid, tau).gather(1, k)
+        return -right.clamp(min=1e-30).log().mean().item()
+    # 0.005 ... 2.56, steps of 9 %
+    return min((0.005 * 2**(i / 8) for i in range(73)), key=nll)
 
 # %% ../nbs/08a_depth.ipynb #59979583
 def expected_error_mm(
@@ -38,8 +41,10 @@ def expected_error_mm(
 )->Tensor:                # `(S,)` mm
     "How far from the answer the posterior itself expects the truth to lie."
     depths = torch.as_tensor(bin_depths_mm, dtype=torch.float32).expand(len(prob), -1)
-    away, half = (torch.where(depths.isfinite(), depths, 0) - depth_mm[:, None]).abs(), bin_mm / 2    # (S, D)
-    inside = (away**2 + half**2) / bin_mm                                                             # the bin that holds the answer reaches to both sides of it
+    # (S, D)
+    away, half = (torch.where(depths.isfinite(), depths, 0) - depth_mm[:, None]).abs(), bin_mm / 2
+    # the bin that holds the answer reaches to both sides of it
+    inside = (away**2 + half**2) / bin_mm
     return (torch.where(depths.isfinite(), prob, 0) * torch.where(away < half, inside, away)).sum(1)
 
 # %% ../nbs/08a_depth.ipynb #99c95bfa
@@ -47,22 +52,27 @@ def conformal_quantile(
     score:Tensor,    # `(S,)` how badly each held-out case was missed
     patient:list,    # `(S,)` whose snippet it is
     coverage:float=0.9, # share that shall be covered
-)->float:            # what a new patient's score stays below with that probability; infinite with too few patients
-    "Quantile of held-out scores in which every patient weighs the same and the one to come counts as missed."
+)->float:            # a new patient's score stays below it so often; infinite with too few
+    "Quantile of held-out scores; every patient weighs the same, the one to come counts as missed."
     if len(score) != len(patient):
-        raise InputError(f"found {len(score)} cases of {len(patient)} patients' names, expected one name per case")
+        raise InputError(f"found {len(score)} cases of {len(patient)} patients' names, "
+            "expected one name per case")
     if not 0 < coverage < 1:
-        raise InputError(f"found the coverage {coverage}, expected a share between 0 and 1, as 0.9")
+        raise InputError(f"found the coverage {coverage}, "
+            "expected a share between 0 and 1, as 0.9")
     if score.isnan().any():
-        raise InputError(f"found {int(score.isnan().sum())} of {len(score)} scores that are no numbers: leave those cases out")
-    names, who, many = np.unique(np.asarray(patient, str), return_inverse=True, return_counts=True)
+        raise InputError(f"found {int(score.isnan().sum())} of {len(score)} scores that "
+            "are no numbers: leave those cases out")
+    names, who, many = np.unique(np.asarray(patient, str), return_inverse=True,
+                                 return_counts=True)
     order = torch.argsort(score)
     share = torch.tensor(1 / many[who] / (len(names) + 1), dtype=torch.float64)[order].cumsum(0)
     enough = (share >= coverage - 1e-12).nonzero()
     return float(score[order[enough[0, 0]]]) if len(enough) else math.inf
 
 # %% ../nbs/08a_depth.ipynb #a9222e5b
-def _mass_above(prob): # `(S, D)` posterior -> `(S, D)` mass of the bins that are more probable than each
+# `(S, D)` posterior -> `(S, D)` mass of the bins that are more probable than each
+def _mass_above(prob):
     p, order = prob.double().sort(dim=1, descending=True, stable=True)
     return torch.empty_like(p).scatter_(1, order, p.cumsum(1) - p)
 
@@ -103,11 +113,11 @@ def best_similarity(
 # %% ../nbs/08a_depth.ipynb #865f8254
 @dataclass(frozen=True)
 class DepthCalibration:
-    "What held-out patients taught about a model's posteriors: temperature, interval, and when to abstain."
+    "What held-out patients taught about posteriors: temperature, interval, when to abstain."
     tau:float=0.1             # temperature of the posterior
     coverage:float=0.9        # share of cases that the interval holds
-    stretch:float|None=None   # half an interval, in units of the posterior's own expected error; `None`: none promised
-    mass:float|None=None      # share of the posterior outranking the last bin of a set of intervals
+    stretch:float|None=None   # half an interval, in units of the posterior's own expected error
+    mass:float|None=None # share of the posterior outranking the last bin of a set of intervals
     flat:float|None=None      # a flatter posterior is no answer; `None`: never refused
     least:float|None=None     # nor is one whose best bin has a smaller cosine
     n_patients:int=0          # held-out patients behind this; 0: not calibrated
@@ -157,25 +167,30 @@ def fit(cls:DepthCalibration,
     "Calibrate on held-out patients."
     n = len(set(map(str, patient)))
     if n < 5:
-        raise InputError(f"found {n} held-out patients, expected 5 or more "
-            "(11 for a 90 % interval, 23 to abstain): hold out more")
-    for name, bad in (("depths", ~depth_mm.isfinite()), ("cosines", (valid & ~similarity.isfinite()).any(1))):
+        raise InputError(f"found {n} held-out patients, expected 5 or more (11 for a 90 % "
+            "interval, 23 to abstain): hold out more")
+    for name, bad in (("depths", ~depth_mm.isfinite()),
+        ("cosines", (valid & ~similarity.isfinite()).any(1))):
         if bad.any():
-            raise InputError(f"found {name} that are no numbers in {int(bad.sum())} of {len(bad)} cases: leave them out")
+            raise InputError(f"found {name} that are no numbers in {int(bad.sum())} of "
+                f"{len(bad)} cases: leave them out")
     lot, k = _lot(patient), _row_bin((depth_mm - bin_depths_mm[:, 0]) / bin_mm, valid)
     rest = [p for p, drawn in zip(patient, lot.tolist()) if not drawn]
     def quantile(score, share): return conformal_quantile(score[~lot], rest, share)
     tau = fit_temperature(similarity[lot], valid[lot], k[lot][:, 0])
     prob = depth_posterior(similarity, valid, tau)
     answer = posterior_median_mm(prob, bin_depths_mm, bin_mm)
-    stretch = quantile((depth_mm - answer).abs() / expected_error_mm(prob, bin_depths_mm, answer, bin_mm), coverage)
+    expected = expected_error_mm(prob, bin_depths_mm, answer, bin_mm)
+    stretch = quantile((depth_mm - answer).abs() / expected, coverage)
     mass = quantile(_mass_above(prob).gather(1, k)[:, 0], coverage)
-    signs = torch.stack([flatness(prob, valid), -best_similarity(similarity, valid)], 1)              # (S, 2)
+    # (S, 2)
+    signs = torch.stack([flatness(prob, valid), -best_similarity(similarity, valid)], 1)
     middle, high = signs[lot].quantile(0.5, dim=0), signs[lot].quantile(0.9, dim=0)
     spread = (high - middle).clamp(min=1e-3)
     worst = quantile(((signs - middle) / spread).amax(1), 1 - missed)
     flat, unlike = (middle + worst * spread).tolist()
-    return cls(tau, coverage, *map(_finite, (stretch, mass, flat, -unlike)), n, population, bin_mm)
+    return cls(tau, coverage, *map(_finite, (stretch, mass, flat, -unlike)), n,
+               population, bin_mm)
 
 # %% ../nbs/08a_depth.ipynb #825a1d49
 @patch
@@ -196,8 +211,8 @@ def interval_mm(self:DepthCalibration,
 def set_mm(self:DepthCalibration,
     prob:Tensor,          # `(S, D)` posterior at the calibration's temperature
     bin_depths_mm:Tensor, # `(S, D)` or `(D,)` bin centres in scanner mm, NaN where padded
-)->list:                  # of each snippet, a list of `(lower, upper)` in mm; empty where nothing is promised
-    "Set of intervals with the promised coverage: several short ones where the posterior has several peaks."
+)->list: # of each snippet, a list of `(lower, upper)` in mm; empty where nothing is promised
+    "Set of intervals with the promised coverage: several short ones where there are several peaks."
     if self.mass is None: return [[] for _ in prob]
     return posterior_set(prob, bin_depths_mm, self.mass, self.bin_mm)
 
@@ -208,5 +223,6 @@ def abstains(self:DepthCalibration,
 )->Tensor:             # `(S,)` bool
     "Whether the snippet seems not to be in its scan."
     if self.flat is None: return torch.zeros(len(similarity), dtype=torch.bool)
-    flat = flatness(self.posterior(similarity, valid), valid) > self.flat + 1e-6    # not by rounding
+    # not by rounding
+    flat = flatness(self.posterior(similarity, valid), valid) > self.flat + 1e-6
     return flat | (best_similarity(similarity, valid) < self.least - 1e-6)

@@ -17,8 +17,9 @@ from .core import InputError, legible
 _SHARP = re.compile(r"\b(lung\w*|bone\w*|edge|sharp|hrct|detail|knochen|pulm\w*|parench\w*)\b")
 _SOFT = re.compile(r"\b(soft\w*|stand\w*|std|smooth|mediast\w*|weich\w*|abd\w*)\b")
 _SCOUT = re.compile(r"scout|topogram|localizer|surview|scanogram", re.I)
-_COMPUTED = {"MIP", "MINIP", "MPR", "CSA MPR", "CPR", "PROJECTION IMAGE", "VRT", "VOLUME RENDERING",
-             "AVERAGE", "SECONDARY", "SCREEN SAVE", "REFORMATTED", "SUBTRACT", "PERFUSION"}
+_COMPUTED = {"MIP", "MINIP", "MPR", "CSA MPR", "CPR", "PROJECTION IMAGE", "VRT",
+             "VOLUME RENDERING", "AVERAGE", "SECONDARY", "SCREEN SAVE", "REFORMATTED",
+             "SUBTRACT", "PERFUSION"}
 
 def kernel_kind(
     kernel:str,         # ConvolutionKernel
@@ -26,7 +27,8 @@ def kernel_kind(
 )->str:                 # "soft", "sharp" or "unknown"
     "Which kind of reconstruction kernel made an image."
     name = kernel.strip().lower()
-    if toshiba := re.match(r"fc(\d\d)", name): return "soft" if int(toshiba[1]) < 30 else "sharp"
+    if toshiba := re.match(r"fc(\d\d)", name):
+        return "soft" if int(toshiba[1]) < 30 else "sharp"
     if siemens := re.match(r"[a-z]{1,2}(\d\d)", name):
         return "soft" if int(siemens[1]) < 50 else "sharp"
     if re.fullmatch(r"[a-c]", name): return "soft"                   # Philips
@@ -36,6 +38,7 @@ def kernel_kind(
         if _SOFT.search(words): return "soft"
     return "unknown"
 
+# %% ../nbs/00b_dicom.ipynb #4accf48b
 @dataclass(frozen=True)
 class DicomImage:
     "Where one image lies and what it says about itself."
@@ -70,20 +73,25 @@ class DicomImage:
         if [len(v) for v in three] != [3, 6, 2]: return False
         return bool(np.isfinite(np.concatenate(three)).all()) and min(self.pixel_spacing) > 0
     @property
-    def normal(self): return np.cross(self.orientation[:3], self.orientation[3:]) # of the image's plane, LPS
+    def normal(self): # of the image's plane, LPS
+        return np.cross(self.orientation[:3], self.orientation[3:])
     @property
-    def plane(self): # "axial", "coronal", "sagittal", "oblique"; `None` where the header does not say
+    # "axial", "coronal", "sagittal", "oblique"; `None` where the header does not say
+    def plane(self):
         if not self.placed: return None
         along = np.abs(self.normal)
         return ("sagittal", "coronal", "axial")[along.argmax()] if along.max() > 0.82 else "oblique"
     @property
     def axial(self): return self.plane == "axial" # whether the plane is axial
     @property
-    def localizer(self): return "LOCALIZER" in self.kind or bool(_SCOUT.search(self.description)) # whether it is a scout view
+    def localizer(self): # whether it is a scout view
+        return "LOCALIZER" in self.kind or bool(_SCOUT.search(self.description))
     @property
-    def derived(self): return bool(_COMPUTED & set(self.kind)) or self.kind[:1] == ("DERIVED",) # whether it is computed from others
+    def derived(self): # whether it is computed from others
+        return bool(_COMPUTED & set(self.kind)) or self.kind[:1] == ("DERIVED",)
     @property
-    def kernel_kind(self): return kernel_kind(self.kernel, self.description) # "soft", "sharp" or "unknown"
+    def kernel_kind(self): # "soft", "sharp" or "unknown"
+        return kernel_kind(self.kernel, self.description)
     @property
     def depth_mm(self): # scanner z of the image's centre, NaN where unknown
         if not self.placed: return math.nan
@@ -97,10 +105,68 @@ class DicomImage:
         return (self.series_uid, self.shape, *grid)
 
 # %% ../nbs/00b_dicom.ipynb #ab17cb9a
-_TAGS = """SOPClassUID SOPInstanceUID StudyInstanceUID StudyID AccessionNumber PatientID SeriesInstanceUID
-    SeriesNumber SeriesDescription Modality ImageType InstanceNumber AcquisitionNumber ConvolutionKernel
-    FrameOfReferenceUID ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns BitsAllocated
-    SamplesPerPixel NumberOfFrames RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence
+def _first_line(e): return legible((str(e).strip() or type(e).__name__).splitlines()[0][:200])
+def _integer(x): # DICOM writes "4", "4 " or nothing
+    try: return int(float(str(x)))
+    except (TypeError, ValueError, OverflowError): return None
+def _groups(item): # the elements of the functional groups of a frame
+    groups = [group.value[0] for group in item if group.VR == "SQ" and group.value]
+    return {e.keyword: e.value for group in groups for e in group}
+def _words(x): # one legible line of one value or several
+    several = not isinstance(x, str) and hasattr(x, "__iter__")
+    return " ".join(legible(" ".join(map(str, x)) if several else str(x or "")).split())
+
+def _plane(tags):
+    "Place and scale of one image from its elements."
+    numbers = lambda name: tuple(map(float, tags.get(name) or ()))
+    return dict(position=numbers("ImagePositionPatient"),
+                orientation=numbers("ImageOrientationPatient"),
+                pixel_spacing=numbers("PixelSpacing"),
+                slope=float(tags.get("RescaleSlope") or 1),
+                intercept=float(tags.get("RescaleIntercept") or 0))
+
+# %% ../nbs/00b_dicom.ipynb #b0e7bb9a
+def _images(path, ds):
+    "The images of one parsed header."
+    storage = ds.file_meta.get("MediaStorageSOPClassUID") or ds.get("SOPClassUID")
+    if "Rows" not in ds or "SeriesInstanceUID" not in ds:
+        if not storage or "Image Storage" in storage.name:
+            raise InputError("its header ends early")
+        return []                                                # a report, a directory
+    kind, syntax = ds.get("ImageType") or (), ds.file_meta.get("TransferSyntaxUID")
+    whole = dict(
+        path=path, shape=(int(ds.Rows), int(ds.Columns)),
+        samples=int(ds.get("SamplesPerPixel") or 1),
+        uid=str(ds.get("SOPInstanceUID", path)), series_uid=str(ds.SeriesInstanceUID),
+        study_uid=str(ds.get("StudyInstanceUID") or ""),
+        frame_uid=str(ds.get("FrameOfReferenceUID") or ""),
+        series_number=_integer(ds.get("SeriesNumber")),
+        acquisition=_integer(ds.get("AcquisitionNumber")),
+        description=_words(ds.get("SeriesDescription")),
+        kernel=_words(ds.get("ConvolutionKernel")),
+        modality=_words(ds.get("Modality")) or "unknown",
+        kind=tuple(str(k).upper() for k in ([kind] if isinstance(kind, str) else kind)),
+        compressed=bool(syntax and syntax.is_compressed and not syntax.is_deflated),
+        accession=_words(ds.get("AccessionNumber")), study_id=_words(ds.get("StudyID")),
+        patient=hashlib.sha256(str(ds.get("PatientID") or "").encode()).hexdigest()[:12])
+    frames = ds.get("PerFrameFunctionalGroupsSequence") or []
+    count = _integer(ds.get("NumberOfFrames")) or 1
+    if not frames and count == 1:
+        return [DicomImage(frame=None, number=_integer(ds.get("InstanceNumber")),
+                           **_plane(ds), **whole)]
+    if len(frames) != count:
+        raise InputError(f"its header describes {len(frames)} of {count} frames")
+    shared = _groups((ds.get("SharedFunctionalGroupsSequence") or [()])[0])
+    planes = [_plane({**shared, **_groups(f)}) for f in frames]
+    return [DicomImage(frame=k, number=k + 1, **p, **whole) for k, p in enumerate(planes)]
+
+# %% ../nbs/00b_dicom.ipynb #02e3e179
+_TAGS = """
+    SOPClassUID SOPInstanceUID StudyInstanceUID StudyID AccessionNumber PatientID
+    SeriesInstanceUID SeriesNumber SeriesDescription Modality ImageType InstanceNumber
+    AcquisitionNumber ConvolutionKernel FrameOfReferenceUID ImagePositionPatient
+    ImageOrientationPatient PixelSpacing Rows Columns BitsAllocated SamplesPerPixel
+    NumberOfFrames RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence
     PerFrameFunctionalGroupsSequence""".split()
 # groups with which a data set begins that has no preamble
 _FIRST = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
@@ -116,74 +182,34 @@ def dicom_images(
     marked, named = start[128:] == b"DICM", path.suffix.lower() in (".dcm", ".ima")
     numbered = not path.suffix and any(map(str.isdigit, path.name))              # IM0001
     if (named or numbered) and not any(start):
-        raise InputError(f"{damaged}: it {'begins with zeros' if start else 'is empty'}: copy it again")
+        raise InputError(f"{damaged}: it {'begins with zeros' if start else 'is empty'}: "
+            "copy it again")
     if not marked and not named: return []
     if not marked and start[:2] not in _FIRST:
         raise InputError(f"{damaged}: it does not begin as DICOM files do: copy it again")
     try:
         with warnings.catch_warnings(), open(path, "rb") as f:
             warnings.simplefilter("ignore")
-            ds = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=_TAGS, force=not marked)
+            ds = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=_TAGS,
+                                 force=not marked)
             rest = os.fstat(f.fileno()).st_size - f.tell()
             images = _images(path, ds)
             syntax = ds.file_meta.get("TransferSyntaxUID")
     except InputError as e: raise InputError(f"{damaged}: {e}: copy it again") from None
-    except Exception as e: raise InputError(f"{damaged}: {_first_line(e)}: copy it again") from None
+    except Exception as e:
+        raise InputError(f"{damaged}: {_first_line(e)}: copy it again") from None
     if pixels and images and not (syntax and (syntax.is_compressed or syntax.is_deflated)):
         bits = math.prod(images[0].shape) * images[0].samples * int(ds.get("BitsAllocated") or 16)
         need = len(images) * bits // 8
         if rest < need:
-            raise InputError(f"{damaged}: {max(rest, 0)} of {need} bytes of its pixels are there: copy it again")
+            raise InputError(f"{damaged}: {max(rest, 0)} of {need} bytes of its pixels are "
+                "there: copy it again")
     return images
 
-def _first_line(e): return legible((str(e).strip() or type(e).__name__).splitlines()[0][:200])
-def _integer(x): # DICOM writes "4", "4 " or nothing
-    try: return int(float(str(x)))
-    except (TypeError, ValueError, OverflowError): return None
-def _groups(item): # the elements of the functional groups of a frame
-    return {e.keyword: e.value for group in item if group.VR == "SQ" and group.value for e in group.value[0]}
-def _words(x): # one legible line of one value or several
-    several = not isinstance(x, str) and hasattr(x, "__iter__")
-    return " ".join(legible(" ".join(map(str, x)) if several else str(x or "")).split())
-
-def _images(path, ds):
-    "The images of one parsed header."
-    storage = ds.file_meta.get("MediaStorageSOPClassUID") or ds.get("SOPClassUID")
-    if "Rows" not in ds or "SeriesInstanceUID" not in ds:
-        if not storage or "Image Storage" in storage.name: raise InputError("its header ends early")
-        return []                                                # a report, a directory
-    kind, syntax = ds.get("ImageType") or (), ds.file_meta.get("TransferSyntaxUID")
-    whole = dict(
-        path=path, shape=(int(ds.Rows), int(ds.Columns)), samples=int(ds.get("SamplesPerPixel") or 1),
-        uid=str(ds.get("SOPInstanceUID", path)), series_uid=str(ds.SeriesInstanceUID),
-        study_uid=str(ds.get("StudyInstanceUID") or ""), frame_uid=str(ds.get("FrameOfReferenceUID") or ""),
-        series_number=_integer(ds.get("SeriesNumber")), acquisition=_integer(ds.get("AcquisitionNumber")),
-        description=_words(ds.get("SeriesDescription")), kernel=_words(ds.get("ConvolutionKernel")),
-        modality=_words(ds.get("Modality")) or "unknown",
-        kind=tuple(str(k).upper() for k in ([kind] if isinstance(kind, str) else kind)),
-        compressed=bool(syntax and syntax.is_compressed and not syntax.is_deflated),
-        accession=_words(ds.get("AccessionNumber")), study_id=_words(ds.get("StudyID")),
-        patient=hashlib.sha256(str(ds.get("PatientID") or "").encode()).hexdigest()[:12])
-    frames = ds.get("PerFrameFunctionalGroupsSequence") or []
-    count = _integer(ds.get("NumberOfFrames")) or 1
-    if not frames and count == 1:
-        return [DicomImage(frame=None, number=_integer(ds.get("InstanceNumber")), **_plane(ds), **whole)]
-    if len(frames) != count:
-        raise InputError(f"its header describes {len(frames)} of {count} frames")
-    shared = _groups((ds.get("SharedFunctionalGroupsSequence") or [()])[0])
-    planes = [_plane({**shared, **_groups(f)}) for f in frames]
-    return [DicomImage(frame=k, number=k + 1, **p, **whole) for k, p in enumerate(planes)]
-
-def _plane(tags):
-    "Place and scale of one image from its elements."
-    numbers = lambda name: tuple(map(float, tags.get(name) or ()))
-    return dict(position=numbers("ImagePositionPatient"), orientation=numbers("ImageOrientationPatient"),
-                pixel_spacing=numbers("PixelSpacing"), slope=float(tags.get("RescaleSlope") or 1),
-                intercept=float(tags.get("RescaleIntercept") or 0))
-
+# %% ../nbs/00b_dicom.ipynb #80cbd445
 def read_headers(
     path:Path, # a file, or a folder that is searched with its subfolders
-)->tuple:      # list of `DicomImage`; list of `(path, reason)` for the files that cannot be read
+)->tuple: # list of `DicomImage`; list of `(path, reason)` for the files that cannot be read
     "The headers of all DICOM images in a folder."
     path = Path(path)
     images, damaged = [], []
@@ -220,95 +246,115 @@ def _why(stack): # one line
     slices = f"{len(stack)} slices of {_step(stack):.3g} mm over {_extent(stack):.0f} mm"
     return f"{of.plane}, {'derived' if of.derived else 'original'}, {kernel}{slices}"
 
+# %% ../nbs/00b_dicom.ipynb #5c8f56b4
 def _one_study(images, name): # refuse several studies or patients
     for what, key in (("studies", lambda i: i.study_uid), ("patients", lambda i: i.patient)):
         counts = defaultdict(lambda: [set(), 0])
         for i in images:
             counts[key(i)][0].add(i.series_uid)
             counts[key(i)][1] += 1
-        if len(counts) > 1:
-            first = enumerate(list(counts.values())[:6], 1)
-            listed = "; ".join(f"{k}: {len(s)} series, {n} images" for k, (s, n) in first)
-            raise InputError(f"{name} holds {len(counts)} {what} ({listed}{'; ...' if len(counts) > 6 else ''}), "
-                             "a scan is of one: give the folder of one, or the SeriesInstanceUID as series")
+        if len(counts) < 2: continue
+        first = enumerate(list(counts.values())[:6], 1)
+        listed = "; ".join(f"{k}: {len(s)} series, {n} images" for k, (s, n) in first)
+        raise InputError(f"{name} holds {len(counts)} {what} "
+            f"({listed}{'; ...' if len(counts) > 6 else ''}), a scan is of one: "
+            "give the folder of one, or the SeriesInstanceUID as series")
 
-def choose_series(
-    images:list,  # of `DicomImage`
-    series:int|str|None=None, # SeriesNumber or SeriesInstanceUID; what a radiologist would read if `None`
-    name:str="",  # for messages
-)->tuple:         # images of one stack; which that is; why it was taken, empty where there was no choice
-    "Pick the images of one CT series."
-    if not images:
-        raise InputError(f"{name} holds no DICOM image: give the folder that holds the series")
-    if series is not None:
-        found = [i for i in images if str(series) in (str(i.series_number), i.series_uid)]
-        if not found:
-            there = ", ".join(sorted({str(i.series_number) for i in images}))
-            raise InputError(f"{name} has no series {legible(series)}, it has {there}: choose one of these")
-        images = found
-    _one_study(images, name)
+def _of_series(images, series, name): # those of a number or UID
+    found = [i for i in images if str(series) in (str(i.series_number), i.series_uid)]
+    if found: return found
+    there = ", ".join(sorted({str(i.series_number) for i in images}))
+    raise InputError(f"{name} has no series {legible(series)}, it has {there}: "
+        "choose one of these")
+
+def _one_series(images, series, name): # refuse several of one number
     uids = sorted({i.series_uid for i in images})
-    if series is not None and len(uids) > 1:
-        shown = ", ".join(uids[:4]) + (", ..." if len(uids) > 4 else "")
-        raise InputError(f"{name} has {len(uids)} series of number {legible(series)}: choose one by its UID, {shown}")
+    if len(uids) < 2: return
+    shown = ", ".join(uids[:4]) + (", ..." if len(uids) > 4 else "")
+    raise InputError(f"{name} has {len(uids)} series of number {legible(series)}: "
+        f"choose one by its UID, {shown}")
+
+def _placed_ct(images, name): # gray images of CT that say where they lie
     ct = [i for i in images if i.modality == "CT"]
     if not ct:
         there = ", ".join(sorted({i.modality for i in images}))
         raise InputError(f"{name} holds modality {there}, expected CT: give a CT series")
     gray = [i for i in ct if i.samples == 1]
     if not gray:
-        raise InputError(f"{name} holds colours ({ct[0].samples} samples per pixel), a CT has 1: "
-                         "give the original series, not a screenshot of it")
+        raise InputError(f"{name} holds colours ({ct[0].samples} samples per pixel), "
+            "a CT has 1: give the original series, not a screenshot of it")
     placed = [i for i in gray if i.placed]
     if not placed:
-        raise InputError(f"{name}: 0 of {len(gray)} images say where they lie (ImagePositionPatient, "
-                         "ImageOrientationPatient, PixelSpacing), all must: give the original series")
+        raise InputError(f"{name}: 0 of {len(gray)} images say where they lie "
+            "(ImagePositionPatient, ImageOrientationPatient, PixelSpacing), all must: "
+            "give the original series")
+    return placed
+
+# %% ../nbs/00b_dicom.ipynb #851c0cdd
+def choose_series(
+    images:list,  # of `DicomImage`
+    series:int|str|None=None, # SeriesNumber or SeriesInstanceUID; as a radiologist if `None`
+    name:str="",  # for messages
+)->tuple:         # images of one stack; which that is; why it was taken, if there was a choice
+    "Pick the images of one CT series."
+    if not images:
+        raise InputError(f"{name} holds no DICOM image: give the folder that holds the series")
+    if series is not None: images = _of_series(images, series, name)
+    _one_study(images, name)
+    if series is not None: _one_series(images, series, name)
+    placed = _placed_ct(images, name)
     stacks = defaultdict(list)
     for i in placed:
         if not i.localizer and (series is not None or i.axial): stacks[i.stack].append(i)
     if not stacks:
-        raise InputError(f"{name}: {len(placed)} of {len(placed)} images are localizers or not axial, "
-                         "expected an axial series: choose one by series=")
+        raise InputError(f"{name}: {len(placed)} of {len(placed)} images are localizers or "
+            "not axial, expected an axial series: choose one by series=")
     longest = max(map(_extent, stacks.values()))
     best = min(stacks.values(), key=lambda s: (len(s) < 2, *_rank(s, longest)))
     if len(best) < 2:
-        raise InputError(f"{name}: the largest series has 1 image, a volume has at least 2: "
-                         "give the folder that holds the whole series")
+        raise InputError(f"{name}: the largest series has 1 image, "
+            "a volume has at least 2: give the folder that holds the whole series")
     of, others = best[0], len({i.series_uid for i in placed})
     note, choice = f"{_label(of)}, {len(best)} images", ""
     if others > 1:
         note += f", chosen from {others} series"
         choice = f"{_label(of)} chosen from {others} series: {_why(best)}"
     left = sum(i.series_uid == of.series_uid for i in placed) - len(best)
-    return best, note + (f", {left} images on another grid left out" if left else ""), choice
+    if left: note += f", {left} images on another grid left out"
+    return best, note, choice
 
 # %% ../nbs/00b_dicom.ipynb #d2311fd0
 def series_table(
     folder:str|Path, # with DICOM files at any depth
-):                   # DataFrame, a row per series; `study` is a number, `use` how to read it, or why not
+): # DataFrame, a row per series; `study` is a number, `use` how to read it, or why not
     "List the series of a folder: what they are, which would be read, and why the others would not."
     import pandas as pd
     images, damaged = read_headers(folder)
     if not images:
-        lost = f", {len(damaged)} files cannot be read ({damaged[0][0].name}, ...)" if damaged else ""
-        raise InputError(f"{folder} holds no DICOM image{lost}: give the folder that holds the series")
+        lost = ""
+        if damaged: lost = f", {len(damaged)} files cannot be read ({damaged[0][0].name}, ...)"
+        raise InputError(f"{folder} holds no DICOM image{lost}: "
+            "give the folder that holds the series")
     studies, groups, rows = list(dict.fromkeys(i.study_uid for i in images)), defaultdict(list), []
     for i in images: groups[i.series_uid].append(i)
     chosen = {}
     for s in studies:
-        try: chosen[s] = choose_series([i for i in images if i.study_uid == s])[0][0].series_uid
+        try:
+            chosen[s] = choose_series([i for i in images if i.study_uid == s])[0][0].series_uid
         except InputError: chosen[s] = None
     for uid, group in groups.items():
         of = group[0]
         placed = [i for i in group if i.placed]
         named = f"--series {uid if of.series_number is None else of.series_number}"
-        try: use = "chosen" if choose_series(group, uid) and chosen[of.study_uid] == uid else named
+        try:
+            use = "chosen" if choose_series(group, uid) and chosen[of.study_uid] == uid else named
         except InputError as e: use = str(e).removeprefix(": ").strip()
         depths = [i.depth_mm for i in placed if i.axial]
         mm = (*(placed[0].pixel_spacing[::-1]), _step(placed)) if placed else ()
         rows.append(dict(
             study=studies.index(of.study_uid) + 1, series=of.series_number, uid=uid,
-            description=of.description, modality=of.modality, kernel=of.kernel, images=len(group),
+            description=of.description, modality=of.modality, kernel=of.kernel,
+            images=len(group),
             plane="localizer" if of.localizer else of.plane or "unknown",
             spacing_mm=" x ".join(f"{v:.3g}" for v in mm),
             low_mm=min(depths, default=None), high_mm=max(depths, default=None), use=use))

@@ -40,13 +40,18 @@ def parse_address(
     study, _, series = rest.strip("/").partition("/series/")
     uids = [study, series] if series else [study]
     if not is_address(text) or not url.hostname or any(not _is_uid(u) for u in uids):
-        raise InputError(f"{legible(text)} is no address: write {SCHEME}host/path/studies/STUDY/series/SERIES with two UIDs")
-    if url.username or url.password: raise InputError(f"an address holds a user or a password: give them in {TOKEN}, not where everybody reads them")
-    return Address(f"{'http' if url.hostname in LOOPBACK else 'https'}://{url.netloc}{path}", study, series or None)
+        raise InputError(f"{legible(text)} is no address: "
+            f"write {SCHEME}host/path/studies/STUDY/series/SERIES with two UIDs")
+    if url.username or url.password:
+        raise InputError(f"an address holds a user or a password: give them in {TOKEN}, "
+            "not where everybody reads them")
+    scheme = "http" if url.hostname in LOOPBACK else "https"
+    return Address(f"{scheme}://{url.netloc}{path}", study, series or None)
 
 def _is_uid(text): return bool(text) and len(text) <= 64 and set(text) <= set("0123456789.")
 
-TOKEN = "CTVLM_DICOMWEB_TOKEN" # a token, or the whole of an Authorization header ("Basic ...")
+# a token, or the whole of an Authorization header ("Basic ...")
+TOKEN = "CTVLM_DICOMWEB_TOKEN"
 
 # %% ../nbs/00c_dicomweb.ipynb #7d9f7142
 def _libraries():
@@ -63,17 +68,22 @@ def connect(
     dicomweb_client, requests = _libraries()
     from urllib3.util import Retry
     session, token = requests.Session(), os.environ.get(TOKEN, "").strip()
-    again = Retry(4, backoff_factor=backoff, status_forcelist=RETRIED, allowed_methods={"GET"}, raise_on_status=False)
-    for scheme in ("http://", "https://"): session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=again))
+    again = Retry(4, backoff_factor=backoff, status_forcelist=RETRIED,
+                  allowed_methods={"GET"}, raise_on_status=False)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=again))
     if token:
-        if base.startswith("http://") and urlsplit(base).hostname not in LOOPBACK: raise InputError(f"{base} is not encrypted, a token would be readable: use https")
+        if base.startswith("http://") and urlsplit(base).hostname not in LOOPBACK:
+            raise InputError(f"{base} is not encrypted, a token would be readable: use https")
         session.headers["Authorization"] = token if " " in token else f"Bearer {token}"
     client = dicomweb_client.DICOMwebClient(base, session=session, timeout=60)
     client.set_http_retry_params(retry=False)     # the session does
     return client
 
-REMEDIES = {401: f"it wants to know who asks: set {TOKEN}", 403: f"the token in {TOKEN} may not read this: ask the archive's keepers",
-            404: "it has no such study or series: check both UIDs", 409: "it refuses what was sent: look into its log"}
+REMEDIES = {401: f"it wants to know who asks: set {TOKEN}", 403: f"the token in "
+    f"{TOKEN} may not read this: ask the archive's keepers",
+            404: "it has no such study or series: check both UIDs",
+            409: "it refuses what was sent: look into its log"}
 
 @contextmanager
 def _told(base):
@@ -82,9 +92,11 @@ def _told(base):
     try: yield
     except requests.HTTPError as e:
         status = e.response.status_code
-        raise InputError(f"{base} answers {status}: {REMEDIES.get(status, 'the server has a problem: try again later')}") from None
+        raise InputError(f"{base} answers {status}: "
+            f"{REMEDIES.get(status, 'the server has a problem: try again later')}") from None
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
-        raise InputError(f"{base} cannot be reached, or stopped in the middle: check the address and the network, then start again") from None
+        raise InputError(f"{base} cannot be reached, or stopped in the middle: "
+            "check the address and the network, then start again") from None
 
 # %% ../nbs/00c_dicomweb.ipynb #ace22013
 def find_series(
@@ -93,9 +105,16 @@ def find_series(
 )->list:             # of dictionaries: uid, number, description, images
     "The CT series of a study, by number."
     with _told(address.base):
-        found = client.search_for_series(address.study, fields=["SeriesDescription", "NumberOfSeriesRelatedInstances"], search_filters={"Modality": "CT"})
+        found = client.search_for_series(address.study,
+            fields=["SeriesDescription", "NumberOfSeriesRelatedInstances"],
+            search_filters={"Modality": "CT"})
     def first(tags, tag): return next(iter(tags.get(tag, {}).get("Value", [])), None)
-    rows = [dict(uid=first(s, "0020000E"), number=first(s, "00200011"), description=legible(first(s, "0008103E") or ""), images=first(s, "00201209")) for s in found]
+    rows = [{
+        "uid": first(s, "0020000E"),
+        "number": first(s, "00200011"),
+        "description": legible(first(s, "0008103E") or ""),
+        "images": first(s, "00201209"),
+    } for s in found]
     return sorted(rows, key=lambda r: (r["number"] is None, r["number"], r["uid"]))
 
 def choose(
@@ -107,8 +126,10 @@ def choose(
     if address.series: return address.series
     meant = [r for r in rows if number is None or str(number) in (str(r["number"]), r["uid"])]
     if len(meant) == 1: return meant[0]["uid"]
-    there = "; ".join(f"{r['number']} {r['description']} ({r['images']} images), /series/{r['uid']}" for r in rows) or "none"
-    raise InputError(f"{len(meant)} CT series of study {address.study} fit: name one in the address, or by --series. There are: {there}")
+    there = "; ".join(f"{r['number']} {r['description']} ({r['images']} images), "
+        f"/series/{r['uid']}" for r in rows) or "none"
+    raise InputError(f"{len(meant)} CT series of study {address.study} fit: "
+        f"name one in the address, or by --series. There are: {there}")
 
 # %% ../nbs/00c_dicomweb.ipynb #5e0df774
 def fetch_series(
@@ -123,21 +144,28 @@ def fetch_series(
     series = choose([] if address.series else find_series(client, address), address, number)
     with _told(address.base): listed = client.search_for_instances(address.study, series)
     wanted = {i["00080018"]["Value"][0] for i in listed}
-    if not wanted: raise InputError(f"{address.base} has no image of series {series}: check both UIDs")
+    if not wanted:
+        raise InputError(f"{address.base} has no image of series {series}: check both UIDs")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     def keep(images):
         for ds in images:
             if ds.SOPInstanceUID not in wanted: continue
             path = folder/f"{ds.SOPInstanceUID}.dcm"
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as f: ds.save_as(f, enforce_file_format=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as f:
+                ds.save_as(f, enforce_file_format=True)
             wanted.discard(ds.SOPInstanceUID)
     as_stored = (("application/dicom", "*"),)
     n = len(wanted)
     with _told(address.base):
         try: keep(client.iter_series(address.study, series, media_types=as_stored))
-        except _libraries()[1].exceptions.RequestException: pass   # the stream broke off: the rest one by one
-        for uid in sorted(wanted): keep([client.retrieve_instance(address.study, series, uid, media_types=as_stored)])
-    if wanted: raise InputError(f"{len(wanted)} of {n} images of series {series} did not come: the series is incomplete, try again later")
+        # the stream broke off: the rest one by one
+        except _libraries()[1].exceptions.RequestException: pass
+        for uid in sorted(wanted):
+            keep([client.retrieve_instance(address.study, series, uid,
+                media_types=as_stored)])
+    if wanted:
+        raise InputError(f"{len(wanted)} of {n} images of series {series} did not come: "
+            "the series is incomplete, try again later")
     return folder
 
 @contextmanager
@@ -146,7 +174,8 @@ def fetched(
     number:int|str|None=None, # as in `fetch_series`
 ):                         # the folder
     "A series in a private folder that is there as long as the block runs."
-    with PrivateFolder("series") as folder: yield fetch_series(scan, Path(folder)/"series", number)
+    with PrivateFolder("series") as folder:
+        yield fetch_series(scan, Path(folder)/"series", number)
 
 # %% ../nbs/00c_dicomweb.ipynb #d656b1cb
 def send(
@@ -159,7 +188,8 @@ def send(
     client, out = connect(address.base, backoff), []
     for ds in datasets:
         with _told(address.base):
-            there = client.search_for_instances(search_filters={"SOPInstanceUID": str(ds.SOPInstanceUID)})
+            same = {"SOPInstanceUID": str(ds.SOPInstanceUID)}
+            there = client.search_for_instances(search_filters=same)
             if not there: client.store_instances([ds])
         out.append(dict(uid=str(ds.SOPInstanceUID), stored=not there))
     return out

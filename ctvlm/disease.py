@@ -18,7 +18,9 @@ def positive_weights(
     most:float=20.,  # a finding seen once shall not outweigh all others
     silence:float=0., # how much of a denial `SILENT` is
 )->Tensor:           # `(Q,)`
-    "How much more a present finding weighs: negatives / positives, at most `most`; 1 where nothing is known, 0 where nobody denies it."
+    """How much more a present finding weighs: negatives / positives, at most `most`.
+
+    1 where nothing is known, 0 where nobody denies it."""
     positives = (labels == 1).sum(0)                                           # (Q,)
     negatives = (labels == 0).sum(0) + silence * (labels == SILENT).sum(0)
     weights = (negatives / positives.clamp(min=1)).clamp(max=most)
@@ -30,11 +32,15 @@ def label_census(
     labels:Tensor,   # `(B, Q)` in {-2, -1, 0, 1}, of the whole training set
     findings:tuple,  # Q names
     silence:float=0., # how much of a denial `SILENT` is
-)->tuple:            # rows `finding positive negative silent unknown` of those asserted, most first; names of those that cannot learn
-    "How often each finding is asserted, denied and left open, and which questions never meet both a yes and a no."
+)->tuple:            # `(rows, names)`, see below
+    """How often each finding is asserted, denied and left open; which questions cannot learn.
+
+    `rows` of `finding positive negative silent unknown`, those asserted, most first;
+    `names` of questions that never meet both a yes and a no."""
     labels = torch.as_tensor(labels)
     if labels.ndim != 2 or labels.shape[1] != len(findings):
-        raise InputError(f"found labels {tuple(labels.shape)} and {len(findings)} findings, expected (B, Q) and Q")
+        raise InputError(f"found labels {tuple(labels.shape)} and {len(findings)} "
+            "findings, expected (B, Q) and Q")
     names = dict(positive=1, negative=0, silent=SILENT, unknown=-1)
     rows = [{"finding": f} | {name: int((labels[:, q] == v).sum()) for name, v in names.items()}
             for q, f in enumerate(findings)]
@@ -51,53 +57,65 @@ def census_text(
     rows, dumb = label_census(labels, findings, silence)
     width = max([len("finding"), *map(len, findings)])
     lines = [f"{'finding':{width}} positive negative silent unknown"]
-    lines += [f"{r['finding']:{width}}{r['positive']:9}{r['negative']:9}{r['silent']:7}{r['unknown']:8}"
-              for r in rows]
+    for r in rows:
+        counts = f"{r['positive']:9}{r['negative']:9}{r['silent']:7}{r['unknown']:8}"
+        lines.append(f"{r['finding']:{width}}{counts}")
     if dumb:
-        lines.append(f"{len(dumb)} of {len(findings)} findings are never denied, or never asserted, and teach nothing: {', '.join(dumb)}")
+        lines.append(f"{len(dumb)} of {len(findings)} findings are never denied, "
+            f"or never asserted, and teach nothing: {', '.join(dumb)}")
     return "\n".join(lines)
 
 # %% ../nbs/09_disease.ipynb #da0d3dff
 def _check(image, prompts, labels, pos_weight, question_weight): # shapes and labels
     B, Q = len(image), len(prompts)
     if prompts.shape != (Q, 2, image.shape[-1]) or image.ndim != 2:
-        raise InputError(f"found image {tuple(image.shape)} and prompts {tuple(prompts.shape)}, "
-            "expected (B, E) and (Q, 2, E): give a positive and a negative prompt per question")
+        raise InputError(f"found image {tuple(image.shape)} and prompts "
+            f"{tuple(prompts.shape)}, expected (B, E) and (Q, 2, E): "
+            "give a positive and a negative prompt per question")
     if labels.shape != (B, Q):
-        raise InputError(f"found labels {tuple(labels.shape)} for {B} scans and {Q} questions, "
-            f"expected ({B}, {Q}): give one label per scan and question, -1 where unknown")
+        raise InputError(f"found labels {tuple(labels.shape)} for {B} scans and {Q} "
+            f"questions, expected ({B}, {Q}): give one label per scan and question, "
+            "-1 where unknown")
     if not torch.isin(labels, torch.tensor([SILENT, -1, 0, 1], device=labels.device)).all():
-        raise InputError(f"found labels from {labels.min().item()} to {labels.max().item()}, "
-            f"expected 1 (present), 0 (absent), -1 (unknown) and {SILENT} (not mentioned)")
+        raise InputError(f"found labels from {labels.min().item()} to "
+            f"{labels.max().item()}, expected 1 (present), 0 (absent), "
+            f"-1 (unknown) and {SILENT} (not mentioned)")
     for name, weight in (("pos_weight", pos_weight), ("question_weight", question_weight)):
         if weight is not None and weight.shape != (Q,):
-            raise InputError(f"found {name} of shape {tuple(weight.shape)} for {Q} questions, expected ({Q},)")
+            raise InputError(f"found {name} of shape {tuple(weight.shape)} for {Q} "
+                f"questions, expected ({Q},)")
 
 def _check_lengths(image, prompts): # of length one, which bfloat16 rounds to 0.99 to 1.01
-    for name, x, least in (("images", image, 0.98), ("prompts", prompts, 0.)):  # means of prompts are shorter
+    # means of prompts are shorter
+    for name, x, least in (("images", image, 0.98), ("prompts", prompts, 0.)):
         length = x.detach().norm(dim=-1)
         wrong = length[(length > 1.02) | (length < least) & (length > 0)]
         if len(wrong):
-            raise InputError(f"found {name} of length {wrong[0].item():.2f}, expected 1: normalise them")
+            raise InputError(f"found {name} of length {wrong[0].item():.2f}, expected 1: "
+                "normalise them")
 
 def disease_prompt_loss(
     image:Tensor,   # `(B, E)` disease embeddings of scans, of length one
-    prompts:Tensor, # `(Q, 2, E)` prompt embeddings of length one (or a mean of such), positive first
+    prompts:Tensor, # `(Q, 2, E)` prompts of length one (or a mean of such), positive first
     labels:Tensor,  # `(B, Q)` 1 present, 0 absent, -1 unknown, -2 not mentioned (`SILENT`)
     t:Tensor,       # logarithm of the scale
-    pos_weight:Tensor|None=None,      # `(Q,)` weight of a present finding, see `positive_weights`
+    pos_weight:Tensor|None=None, # `(Q,)` weight of a present finding, see `positive_weights`
     question_weight:Tensor|None=None, # `(Q,)` weight of a question
     smoothing:float=0.,               # targets become y (1 - 2 s) + s
     silence:float=0.,                 # how much of a denial `SILENT` is; 0: unknown
 )->Tensor:          # scalar; 0, with a graph, where no label is known
-    "Weighted binary cross-entropy of exp(t) (cosine to positive - cosine to negative prompt) over known labels of some weight."
+    """Weighted binary cross-entropy over known labels of some weight.
+
+    A score is exp(t) (cosine to positive - cosine to negative prompt)."""
     _check(image, prompts, labels, pos_weight, question_weight)
     with torch.autocast(image.device.type, enabled=False):
         exact = torch.float64 if image.dtype == torch.float64 else torch.float32
         each = (labels >= 0).to(exact) + silence * (labels == SILENT).to(exact) # (B, Q)
         known = each > 0
-        v = image.to(exact).masked_fill(~known.any(1)[:, None], 0)              # nothing, NaN included,
-        p = prompts.to(exact).masked_fill(~known.any(0)[:, None, None], 0)      # comes from the unknown
+        # nothing, NaN included,
+        v = image.to(exact).masked_fill(~known.any(1)[:, None], 0)
+        # comes from the unknown
+        p = prompts.to(exact).masked_fill(~known.any(0)[:, None, None], 0)
         _check_lengths(v, p)
         d = t.to(exact).exp() * v @ (p[:, 0] - p[:, 1]).T                       # (B, Q)
         y = (labels == 1).to(exact) * (1 - 2 * smoothing) + smoothing
@@ -105,13 +123,14 @@ def disease_prompt_loss(
         if pos_weight is not None: weight = torch.where(labels == 1, pos_weight.to(d), weight)
         if question_weight is not None: weight = question_weight.to(d) * weight
         loss = y * F.softplus(-d) + (1 - y) * F.softplus(d)
-        return (weight * loss).sum() / (each * (weight > 0)).sum().clamp(min=1) # weight 0 teaches nothing
+        # weight 0 teaches nothing
+        return (weight * loss).sum() / (each * (weight > 0)).sum().clamp(min=1)
 
 # %% ../nbs/09_disease.ipynb #771ca28b
 def mean_phrasings(
     prompts:Tensor, # `(Q, K, 2, E)` of length one, K phrasings
 )->Tensor:          # `(Q, 2, E)`
-    "The plain mean over phrasings, not normalised again: the score becomes the mean of the phrasings' scores."
+    "The plain mean over phrasings, not normalised again: the score is the mean of their scores."
     return prompts.mean(1)
 
 def draw_phrasings(

@@ -20,13 +20,13 @@ def depth_target(
 )->Tensor:             # `(S, D)`
     "The soft target over depth."
     columns = torch.arange(valid.shape[1], device=valid.device)
-    away = (columns - target_bin.to(torch.float32)[:, None]).abs()                  # (S, D) bins
+    away = (columns - target_bin.to(torch.float32)[:, None]).abs()  # (S, D) bins
     if padding_free: away = away.masked_fill(~valid, torch.inf)
-    if sigma == 0:                                                                  # the nearest bin
+    if sigma == 0:  # the nearest bin
         return F.one_hot(away.argmin(1), valid.shape[1]).float() * valid
-    if padding_free:                                                                # a centre far
-        nearest = away.amin(1, keepdim=True)                                        # outside must not
-        return torch.softmax((nearest**2 - away**2) / (2 * sigma**2), 1)            # underflow
+    if padding_free:  # a centre far
+        nearest = away.amin(1, keepdim=True)  # outside must not
+        return torch.softmax((nearest**2 - away**2) / (2 * sigma**2), 1)  # underflow
     weight = torch.exp(-away**2 / (2 * sigma**2)) * (away <= 3 * sigma)
     return weight / weight.sum(1, keepdim=True).clamp(min=1e-12) * valid
 
@@ -47,17 +47,20 @@ def localization_loss(
     tau:float=0.1,     # temperature of the posterior
     padding_free:bool=False, # ours instead of the released form
 )->Tensor:             # scalar, mean over snippets; 0, with a graph, without any
-    "Cross-entropy between a Gaussian around the cited slice and the posterior over the scan's depth bins."
+    "Cross-entropy between a Gaussian around the cited slice and the posterior over depth bins."
     found = [tuple(x.shape) for x in (slices, snippets, target_bin, valid)]
     S, D, E = slices.shape if slices.ndim == 3 else (0, 0, 0)
     if found != [(S, D, E), (S, E), (S,), (S, D)]:
-        raise InputError("found slices {}, snippets {}, targets {} and valid {}, expected (S, D, E), "
+        raise InputError("found slices {}, snippets {}, targets {} and valid {}, "
+            "expected (S, D, E), "
             "(S, E), (S,) and (S, D): gather the slices of each snippet's scan".format(*found))
     if S and not valid.any(1).all():
-        raise InputError("a snippet's scan has no valid depth bin: check the grid of its windows")
+        raise InputError("a snippet's scan has no valid depth bin: "
+            "check the grid of its windows")
     with torch.autocast(slices.device.type, enabled=False):
         exact = torch.float64 if slices.dtype == torch.float64 else torch.float32
-        own = slices.to(exact).masked_fill(~valid[:, :, None], 0)       # no NaN comes out of padding
+        # no NaN comes out of padding
+        own = slices.to(exact).masked_fill(~valid[:, :, None], 0)
         logit = depth_similarity(own, snippets.to(exact)) / tau         # (S, D)
         logp = F.log_softmax(logit.masked_fill(~valid, -torch.inf), 1).masked_fill(~valid, 0)
         target = depth_target(target_bin, valid, sigma, padding_free)   # (S, D)
@@ -73,14 +76,16 @@ def depth_posterior(
     return torch.softmax((similarity.float() / tau).masked_fill(~valid, -torch.inf), 1)
 
 # %% ../nbs/08_localization.ipynb #f9368930
-def _edges(bin_depths_mm:Tensor, bin_mm:float)->Tensor: # `(S, D + 1)` bin edges; padding repeats the last
+# `(S, D + 1)` bin edges; padding repeats the last
+def _edges(bin_depths_mm:Tensor, bin_mm:float)->Tensor:
     D = bin_depths_mm.shape[1]
     known = bin_depths_mm.isfinite()
-    last = torch.where(known, bin_depths_mm, -torch.inf).amax(1, keepdim=True)                        # (S, 1)
+    last = torch.where(known, bin_depths_mm, -torch.inf).amax(1, keepdim=True)  # (S, 1)
     centres = torch.where(known, bin_depths_mm, last)
     return torch.cat([centres - bin_mm / 2, last + bin_mm / 2], 1) if D else centres
 
-def _on_bins(prob, bin_depths_mm): # posterior that sums to one over the known bins, and their depths; `(S, D)`, float64
+# posterior that sums to one over the known bins, and their depths; `(S, D)`, float64
+def _on_bins(prob, bin_depths_mm):
     depths = torch.as_tensor(bin_depths_mm, dtype=torch.float64).expand(len(prob), -1)
     p = torch.where(depths.isfinite(), prob.double(), 0)
     return p / p.sum(1, keepdim=True), depths
@@ -92,14 +97,16 @@ def posterior_quantile_mm(
     bin_mm:float=12.,     # thickness of a bin
 )->Tensor:                # `(S,)` mm
     "Depth below which the share `q` of the posterior lies, interpolated inside the bin."
-    if not 0 <= q <= 1: raise InputError(f"found the quantile {q}, expected a share from 0 to 1")
-    p, depths = _on_bins(prob, bin_depths_mm)                                       # (S, D) each
-    total = p.cumsum(1)                                                             # at upper edges
+    if not 0 <= q <= 1:
+        raise InputError(f"found the quantile {q}, expected a share from 0 to 1")
+    p, depths = _on_bins(prob, bin_depths_mm)  # (S, D) each
+    total = p.cumsum(1)  # at upper edges
     last = depths.isfinite().sum(1) - 1
-    k = (total <= max(0, q - 1e-12)).sum(1).minimum(last)[:, None]                  # the bin that
+    k = (total <= max(0, q - 1e-12)).sum(1).minimum(last)[:, None]  # the bin that
     inside = (q - total.gather(1, k)) / p.gather(1, k).clamp(min=1e-300) + 1        # holds it
     return (_edges(depths, bin_mm).gather(1, k) + bin_mm * inside.clamp(0, 1))[:, 0].float()
 
+# %% ../nbs/08_localization.ipynb #bf28b3bb
 def posterior_median_mm(
     prob:Tensor,          # `(S, D)` posterior
     bin_depths_mm:Tensor, # `(S, D)` or `(D,)` bin centres in scanner mm, NaN where padded
@@ -114,11 +121,13 @@ def posterior_interval_mm(
     coverage:float=0.9,   # share of the posterior inside
     bin_mm:float=12.,     # thickness of a bin
 )->Tensor:                # `(S, 2)` mm, lower and upper
-    "Central interval of the posterior. What it promises holds only as far as the posterior is right."
+    "Central interval of the posterior; it promises as much as the posterior is right."
     if not 0 < coverage < 1:
-        raise InputError(f"found the coverage {coverage}, expected a share between 0 and 1, as 0.9")
+        raise InputError(f"found the coverage {coverage}, "
+            "expected a share between 0 and 1, as 0.9")
     tail = (1 - coverage) / 2
-    return torch.stack([posterior_quantile_mm(prob, bin_depths_mm, q, bin_mm) for q in (tail, 1 - tail)], 1)
+    ends = [posterior_quantile_mm(prob, bin_depths_mm, q, bin_mm) for q in (tail, 1 - tail)]
+    return torch.stack(ends, 1)
 
 def decode_depth(
     prob:Tensor,          # `(S, D)` posterior
@@ -127,8 +136,9 @@ def decode_depth(
     bin_mm:float=12.,     # thickness of a bin
 )->Tensor:                # `(S,)` mm
     "One depth per posterior."
-    p, depths = _on_bins(prob, bin_depths_mm)                                       # (S, D) each
+    p, depths = _on_bins(prob, bin_depths_mm)  # (S, D) each
     if decode == "median": return posterior_median_mm(p, depths, bin_mm)
     if decode == "argmax": return depths.gather(1, p.argmax(1, keepdim=True))[:, 0].float()
     if decode == "mean": return (p * depths.nan_to_num()).sum(1).float()
-    raise InputError(f"no way to read a depth is called {decode!r}: use median, argmax or mean")
+    raise InputError(f"no way to read a depth is called {decode!r}: use median, "
+        "argmax or mean")

@@ -20,7 +20,8 @@ def value_and_gradients(
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     value = loss(*inputs)
     gradients = torch.autograd.grad(value, inputs, allow_unused=True)
-    return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients))]
+    return [value.detach(),
+            *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients))]
 
 # %% ../nbs/07_siglip.ipynb #e4efa55b
 def _neither(
@@ -49,7 +50,7 @@ def _pairs(
     for i in range(0, len(x), rows):
         some, diagonal = x[i:i + rows], first + i
         z = (some @ y.T).mul_(scale).add_(b)              # (rows, N) logits
-        z.diagonal(diagonal).neg_()                       # -y * logit: the positives turned round
+        z.diagonal(diagonal).neg_()  # -y * logit: the positives turned round
         cost = F.softplus(z)
         if groups is not None:
             neither = _neither(groups, slice(diagonal, diagonal + len(some)))
@@ -73,7 +74,7 @@ def process_count()->int:
 
 def gather_rows(
     x:Tensor, # `(n, ...)` rows of this process; n may differ between processes, and be 0
-)->tuple:     # `(N, ...)` rows of all processes in their order, and the index of our first row
+)->tuple: # `(N, ...)` rows of all processes in their order, and the index of our first row
     "Collect the rows of all processes; gradients do not pass."
     x = x.detach()
     if process_count() == 1: return x, 0
@@ -98,19 +99,23 @@ class _SigLIP(torch.autograd.Function):
         many = across and process_count() > 1
         columns, first = gather_rows(y) if many else (y, 0)                     # (N, E)
         N = max(1, len(columns))
-        if many:                                            # all must take part in the same sums
-            *wanted, given, missing = _anywhere((*wanted, groups is not None, groups is None), x.device)
+        if many:  # all must take part in the same sums
+            *wanted, given, missing = _anywhere((*wanted, groups is not None,
+                groups is None), x.device)
             if given and missing:
                 raise InputError("found groups on some processes and none on others, "
-                    "expected them everywhere or nowhere: an empty batch brings (0, K) of them")
+                    "expected them everywhere or nowhere: an empty batch brings (0, "
+                    "K) of them")
             if given: groups = gather_rows(groups)[0]                           # (N, K)
         on_x, on_y, on_t, on_b = wanted
-        loss, gx, gy, gb = _pairs(x, columns, t.exp(), b, first, (on_x or on_t, on_y, on_b), groups=groups)
+        loss, gx, gy, gb = _pairs(x, columns, t.exp(), b, first,
+            (on_x or on_t, on_y, on_b), groups=groups)
         gt = (x * gx).sum() if on_t else None
         if many:
             for part in (loss, gy, gt, gb):
                 if part is not None: dist.all_reduce(part)
-        home = process_count() if many and averaged else 1  # DistributedDataParallel divides by this
+        # DistributedDataParallel divides by this
+        home = process_count() if many and averaged else 1
         if gx is not None: gx.mul_(home / N)
         if gy is not None: gy = gy[first:first + len(y)].mul_(home / N)
         if gt is not None: gt = (gt / N).view_as(t)
@@ -130,8 +135,8 @@ def siglip_loss(
     t:Tensor,      # logarithm of the scale
     b:Tensor,      # bias
     across:bool=True,    # over all processes, where `torch.distributed` runs
-    averaged:bool=False, # for DistributedDataParallel, which averages gradients instead of adding them
-    groups:Tensor|None=None, # `(n, K)` integers (report, patient): scans that share one are no pair; -1: unknown
+    averaged:bool=False, # for DistributedDataParallel, which averages gradients, not adds them
+    groups:Tensor|None=None, # `(n, K)` integers: scans that share one are no pair; -1: unknown
 )->Tensor:         # scalar, the same on every process
     "Sigmoid contrastive loss over all pairs, divided by their diagonal; no N x N tensor is kept."
     if zimg.shape != ztxt.shape or zimg.ndim != 2:
@@ -139,11 +144,13 @@ def siglip_loss(
             f"{tuple(ztxt.shape)}, expected the same (n, E): give one report per scan")
     if groups is not None:
         if groups.ndim != 2 or len(groups) != len(zimg) or groups.is_floating_point():
-            raise InputError(f"found groups {tuple(groups.shape)} of {groups.dtype}, expected integers "
-                f"({len(zimg)}, K): give K numbers per scan, such as one for its report and one for its patient")
+            raise InputError(f"found groups {tuple(groups.shape)} of {groups.dtype}, "
+                f"expected integers ({len(zimg)}, K): give K numbers per scan, "
+                "such as one for its report and one for its patient")
         groups = groups.to(zimg.device, torch.long)
     wanted = tuple(torch.is_grad_enabled() and v.requires_grad for v in (zimg, ztxt, t, b))
-    with torch.autocast(zimg.device.type, enabled=False):   # 16 bits are not enough for exp(t) cos + b
+    # 16 bits are not enough for exp(t) cos + b
+    with torch.autocast(zimg.device.type, enabled=False):
         exact = torch.float64 if zimg.dtype == torch.float64 else torch.float32
         x, y = (F.normalize(z.to(exact), dim=-1) for z in (zimg, ztxt))         # (n, E)
         return _SigLIP.apply(x, y, t.to(exact), b.to(exact), groups, wanted, across, averaged)
@@ -151,7 +158,8 @@ def siglip_loss(
 # %% ../nbs/07_siglip.ipynb #14f70210
 def _process(rank, world, folder, function, args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank,
+                            world_size=world)
     try: torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
     finally: dist.destroy_process_group()
 
@@ -169,4 +177,5 @@ def share_of_loss(rank, world, zimg, ztxt, t, b, cuts, groups=None):
     "`siglip_loss` and its gradients on the rows `cuts[rank]:cuts[rank + 1]`, to try out processes."
     mine = slice(cuts[rank], cuts[rank + 1])
     rows = None if groups is None else groups[mine]
-    return value_and_gradients(lambda *z: siglip_loss(*z, groups=rows), zimg[mine], ztxt[mine], t, b)
+    return value_and_gradients(lambda *z: siglip_loss(*z, groups=rows), zimg[mine],
+                               ztxt[mine], t, b)

@@ -24,7 +24,8 @@ def rotary_coordinates(
 )->Tensor:       # `(L, 3)` float32; [-1, 1], along z as far as [-1, 2 bins - 1]
     "Where each token of a grid lies, (x, y, z) with z fastest."
     with torch.inference_mode(False):
-        x, y, z = ((torch.arange(n * b, dtype=torch.float32) + 0.5) / n * 2 - 1 for n, b in zip(grid, (1, 1, bins)))
+        def axis(n, b): return (torch.arange(n * b, dtype=torch.float32) + 0.5) / n * 2 - 1
+        x, y, z = map(axis, grid, (1, 1, bins))
         return torch.cartesian_prod(x, y, z)                                            # (L, 3)
 
 # %% ../nbs/05_vision.ipynb #16baff96
@@ -33,7 +34,9 @@ def rotary_periods(
     base:float,     # the longest period, nearly
 )->Tensor:          # `(head_width / 6,)` float32
     "Periods of one axis, in units of half the grid."
-    if head_width % 6: raise InputError(f"a head has {head_width} numbers, three axes of pairs need a multiple of 6: change width or heads")
+    if head_width % 6:
+        raise InputError(f"a head has {head_width} numbers, "
+            "three axes of pairs need a multiple of 6: change width or heads")
     return base ** (2 * torch.arange(head_width // 6, dtype=torch.float32) / (head_width // 3))
 
 def rotary_angles(
@@ -41,22 +44,25 @@ def rotary_angles(
     periods:Tensor,     # `(head_width / 6,)`
 )->Tensor:              # `(..., head_width / 2)`
     "The angle of each pair: those of x, then y, then z."
-    return (2 * math.pi * coordinates[..., None] / periods).flatten(-2)                 # (..., h/2)
+    return (2 * math.pi * coordinates[..., None] / periods).flatten(-2)  # (..., h/2)
 
 # %% ../nbs/05_vision.ipynb #75c7d45c
 def rotary_table(
     coordinates:Tensor, # `(..., L, 3)`
     periods:Tensor,     # `(head_width / 6,)`
-)->tuple:               # cosines and signed sines, `(..., 1 + L, head_width)`, the CLS token first
+)->tuple: # cosines and signed sines, `(..., 1 + L, head_width)`, the CLS token first
     "What `rotate` multiplies with."
-    angles = F.pad(rotary_angles(coordinates, periods), (0, 0, 1, 0))                   # (..., 1 + L, h/2)
+    # (..., 1 + L, h/2)
+    angles = F.pad(rotary_angles(coordinates, periods), (0, 0, 1, 0))
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)                        # (..., 1 + L, h)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # (..., 1 + L, h)
 
 @lru_cache(maxsize=64)
 def _grid_table(grid, bins, head_width, base, device): # the tables of one grid, computed once
-    with torch.inference_mode(False): # or a first use in inference mode would spoil them for training
-        return tuple(t.to(device) for t in rotary_table(rotary_coordinates(grid, bins), rotary_periods(head_width, base)))
+    # or a first use in inference mode would spoil them for training
+    with torch.inference_mode(False):
+        table = rotary_table(rotary_coordinates(grid, bins), rotary_periods(head_width, base))
+        return tuple(t.to(device) for t in table)
 
 def rotate(
     x:Tensor,   # `(..., heads, 1 + L, head_width)`
@@ -84,7 +90,9 @@ class EncoderSizes:
     layer_scale:float=1e-5  # what LayerScale starts from
 
     def __post_init__(self):
-        if self.width % self.heads: raise InputError(f"a width of {self.width} does not divide into {self.heads} heads: change one of them")
+        if self.width % self.heads:
+            raise InputError(f"a width of {self.width} does not divide into {self.heads} "
+                "heads: change one of them")
         rotary_periods(self.head_width, self.rope_base)
 
     @property
@@ -97,23 +105,31 @@ def attend(
     v:Tensor, # `(N, heads, L, h)`
     mask:Tensor|None=None, # `(N, 1, 1, L)` bool, which tokens may be looked at
 )->Tensor:    # `(N, heads, L, h)`
-    "Softmax attention; on a CPU in bfloat16 by two matrix products, some heads at a time, which there take half the time of the fused kernel."
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if mask is not None: mask = mask.expand(-1, q.shape[1], -1, -1).flatten(0, 1)       # (N heads, 1, L)
-    some = max(1, 2**20 // q.shape[2]**2)                                               # heads whose scores stay in the cache
-    parts, out = [t.flatten(0, 1).split(some) for t in (q * q.shape[-1] ** -0.5, k, v)], []                   # (some, L, h) each
+    """Softmax attention; on a CPU in bfloat16 by two matrix products, some heads at a time.
+
+    There these take half the time of the fused kernel."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # (N heads, 1, L)
+    if mask is not None: mask = mask.expand(-1, q.shape[1], -1, -1).flatten(0, 1)
+    some = max(1, 2**20 // q.shape[2]**2)  # heads whose scores stay in the cache
+    # (some, L, h) each
+    parts, out = [t.flatten(0, 1).split(some) for t in (q * q.shape[-1] ** -0.5, k, v)], []
     for i, (a, b, c) in enumerate(zip(*parts)):
-        scores = a @ b.transpose(1, 2)                                                  # (some, L, L)
-        if mask is not None: scores = scores.masked_fill(~mask[i * some:(i + 1) * some], -torch.inf)
-        out.append(scores.softmax(-1) @ c)                                              # (some, L, h)
-    return torch.cat(out).view_as(q)                                                    # (N, heads, L, h)
+        scores = a @ b.transpose(1, 2)  # (some, L, L)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[i * some:(i + 1) * some], -torch.inf)
+        out.append(scores.softmax(-1) @ c)  # (some, L, h)
+    return torch.cat(out).view_as(q)  # (N, heads, L, h)
 
 class Attention(nn.Module):
     "Self-attention with rotary positions."
     def __init__(self, sizes:EncoderSizes):
         super().__init__()
         self.heads = sizes.heads
-        self.q, self.kv, self.proj = nn.Linear(sizes.width, sizes.width), nn.Linear(sizes.width, 2 * sizes.width), nn.Linear(sizes.width, sizes.width)
+        width = sizes.width
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self,
         x:Tensor,        # `(N, L, E)`
@@ -122,9 +138,11 @@ class Attention(nn.Module):
         mask:Tensor|None=None, # `(N, 1, 1, L)` bool, which tokens may be looked at
     )->Tensor:           # `(N, L, E)`
         N, L, E = x.shape
-        q = self.q(x).view(N, L, self.heads, -1).transpose(1, 2)                        # (N, heads, L, h)
-        k, v = self.kv(x).view(N, L, 2, self.heads, -1).permute(2, 0, 3, 1, 4)          # (N, heads, L, h) each
-        x = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)                   # (N, heads, L, h)
+        q = self.q(x).view(N, L, self.heads, -1).transpose(1, 2)  # (N, heads, L, h)
+        # (N, heads, L, h) each
+        k, v = self.kv(x).view(N, L, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # (N, heads, L, h)
+        x = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
         return self.proj(x.transpose(1, 2).reshape(N, L, E))                            # (N, L, E)
 
 # %% ../nbs/05_vision.ipynb #9baa7973
@@ -147,8 +165,9 @@ class Block(nn.Module):
     "Pre-norm transformer block."
     def __init__(self, sizes:EncoderSizes):
         super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(sizes.width, eps=sizes.eps), Attention(sizes), LayerScale(sizes)
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(sizes.width, eps=sizes.eps), MLP(sizes), LayerScale(sizes)
+        norm = lambda: nn.LayerNorm(sizes.width, eps=sizes.eps)
+        self.norm1, self.attn, self.ls1 = norm(), Attention(sizes), LayerScale(sizes)
+        self.norm2, self.mlp, self.ls2 = norm(), MLP(sizes), LayerScale(sizes)
 
     def forward(self, x, cos, sin, mask=None):                                          # (N, L, E)
         x = torch.addcmul(x, self.attn(self.norm1(x), cos, sin, mask), self.ls1.gamma)
@@ -163,25 +182,35 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, sizes.width))
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
-        self.gradient_checkpointing = False                         # see `gradient_checkpointing_enable`
+        self.gradient_checkpointing = False  # see `gradient_checkpointing_enable`
 
     def tables(self,
         grids:list, # one `(x, y, z)` per row, or a single one for all rows
         bins:int=1, # depth tokens per window
         device=None,
-    )->tuple:       # cosines and sines, `(1 + L, h)` for one grid, `(B, 1, 1 + L, h)` for several
+    )->tuple: # cosines and sines, `(1 + L, h)` for one grid, `(B, 1, 1 + L, h)` for several
         "Rotary tables of the rows' own grids, padded to the longest."
         if self.training:
-            factor, periods = random_factor(), rotary_periods(self.sizes.head_width, self.sizes.rope_base)
-            each = {g: tuple(t.to(device) for t in rotary_table(factor * rotary_coordinates(g, bins), periods)) for g in set(grids)}
-        else: each = {g: _grid_table(g, bins, self.sizes.head_width, self.sizes.rope_base, torch.device(device or "cpu")) for g in set(grids)}
+            factor = random_factor()
+            periods = rotary_periods(self.sizes.head_width, self.sizes.rope_base)
+            def table(grid):
+                stretched = factor * rotary_coordinates(grid, bins)
+                return tuple(t.to(device) for t in rotary_table(stretched, periods))
+        else:
+            width, base = self.sizes.head_width, self.sizes.rope_base
+            def table(grid): return _grid_table(grid, bins, width, base, torch.device(device or "cpu"))
+        each = {g: table(g) for g in set(grids)}
         if len(each) == 1: return each[grids[0]]
-        return tuple(pad_sequence([each[g][i] for g in grids], batch_first=True)[:, None] for i in range(2))  # (B, 1, 1 + L, h)
+        padded = [pad_sequence([each[g][i] for g in grids], batch_first=True) for i in range(2)]
+        return tuple(x[:, None] for x in padded)                # (B, 1, 1 + L, h)
 
     def encode(self, tokens, cos, sin, mask=None): # `(N, L, E)`, mask `(N, L)` bool
         "`(N, 1 + L, E)`: the CLS token's output, then the tokens'."
-        x = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)               # (N, 1 + L, E)
-        if mask is not None: mask = F.pad(mask, (1, 0), value=True)[:, None, None]                            # (N, 1, 1, 1 + L)
+        # (N, 1 + L, E)
+        x = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1),
+                       tokens], 1)
+        # (N, 1, 1, 1 + L)
+        if mask is not None: mask = F.pad(mask, (1, 0), value=True)[:, None, None]
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask)
@@ -196,7 +225,8 @@ def hu_ramps(
     "The same voxels through several HU windows."
     low, high = (voxels.new_tensor(x)[:, None] for x in (levels[:-1], levels[1:]))
     slope, start = 2000 / (high - low), (-1000 - low) / (high - low) - 0.5              # (C, 1)
-    return torch.addcmul(start, voxels[..., None, :], slope).clamp_(-0.5, 0.5)          # (..., C, V)
+    # (..., C, V)
+    return torch.addcmul(start, voxels[..., None, :], slope).clamp_(-0.5, 0.5)
 
 # %% ../nbs/05_vision.ipynb #741122fc
 def cut_patches(
@@ -205,8 +235,9 @@ def cut_patches(
 )->Tensor:          # `(N, L, voxels of a patch)`, patches ordered (x, y, z), z fastest
     "The voxels of each patch in a row."
     (N, _, X, Y, Z), (x, y, z) = windows.shape, patch
-    cut = windows.reshape(N, X // x, x, Y // y, y, Z // z, z).permute(0, 1, 3, 5, 2, 4, 6)                    # (N, px, py, pz, x, y, z)
-    return cut.reshape(N, -1, x * y * z)                                                                      # (N, L, x y z)
+    # (N, px, py, pz, x, y, z)
+    cut = windows.reshape(N, X // x, x, Y // y, y, Z // z, z).permute(0, 1, 3, 5, 2, 4, 6)
+    return cut.reshape(N, -1, x * y * z)  # (N, L, x y z)
 
 class WindowEncoder(Encoder):
     "What one window of 96 mm shows: a CLS vector and a vector for each of its depths."
@@ -214,47 +245,59 @@ class WindowEncoder(Encoder):
         sizes:EncoderSizes=EncoderSizes(),
         window:tuple=(128, 128, 32), # voxels
         patch:tuple=(16, 16, 4),     # voxels
-        hu_levels:tuple=(),          # see `hu_ramps`; empty: the voxels as they are, as in the released weights
+        hu_levels:tuple=(), # see `hu_ramps`; empty: voxels as they are, as in the released weights
     ):
         super().__init__(sizes)
         self.window, self.patch, self.hu_levels = tuple(window), tuple(patch), tuple(hu_levels)
         self.grid = tuple(w // p for w, p in zip(window, patch))
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv3d(max(1, len(hu_levels) - 1), sizes.width, self.patch, self.patch)
+        self.patch_embed.proj = nn.Conv3d(max(1, len(hu_levels) - 1), sizes.width,
+            self.patch, self.patch)
 
     def forward(self, windows): # `(N, 1, X, Y, Z)`
         "`(N, 1 + L, E)`: CLS and patch tokens."
-        if tuple(windows.shape[1:]) != (1, *self.window) or not len(windows): raise InputError(f"found windows of shape {tuple(windows.shape)}, expected (N, 1, {', '.join(map(str, self.window))}): cut the scan with the model's own WindowSpec")
+        if tuple(windows.shape[1:]) != (1, *self.window) or not len(windows):
+            raise InputError(f"found windows of shape {tuple(windows.shape)}, expected (N, "
+                f"1, {', '.join(map(str, self.window))}): "
+                "cut the scan with the model's own WindowSpec")
         proj = self.patch_embed.proj
-        x = cut_patches(windows.to(proj.weight.dtype), self.patch)                                            # (N, L, voxels)
-        if self.hu_levels: x = hu_ramps(x, self.hu_levels).flatten(2)                                         # (N, L, C voxels)
-        x = F.linear(x, proj.weight.flatten(1), proj.bias)                                                    # (N, L, E)
-        return self.encode(x, *self.tables([self.grid], device=windows.device))                               # (N, 1 + L, E)
+        x = cut_patches(windows.to(proj.weight.dtype), self.patch)  # (N, L, voxels)
+        # (N, L, C voxels)
+        if self.hu_levels: x = hu_ramps(x, self.hu_levels).flatten(2)
+        x = F.linear(x, proj.weight.flatten(1), proj.bias)  # (N, L, E)
+        # (N, 1 + L, E)
+        return self.encode(x, *self.tables([self.grid], device=windows.device))
 
     def features(self, windows): # `(N, 1, X, Y, Z)`
         "CLS `(N, E)` and depth tokens `(N, bins, E)`, each the mean of the patches at one depth."
-        x = self(windows)                                                                                     # (N, 1 + L, E)
-        return x[:, 0], x[:, 1:].unflatten(1, (-1, self.grid[2])).mean(1)                                     # (N, E), (N, bins, E)
+        x = self(windows)  # (N, 1 + L, E)
+        # (N, E), (N, bins, E)
+        return x[:, 0], x[:, 1:].unflatten(1, (-1, self.grid[2])).mean(1)
 
 # %% ../nbs/05_vision.ipynb #a5c81d06
 @torch.no_grad()
 def start_patches(
     encoder:WindowEncoder, # with `hu_levels`
     windows:Tensor,        # `(N, 1, X, Y, Z)` of some scans
-    filters:float=0.3,     # size of the filters of what varies inside a patch, relative to the mean's
+    filters:float=0.3, # size of the filters of what varies inside a patch, relative to the mean's
     seed:int=0,
 )->None:
     "Start the patch embedding as random directions of whitened channel means."
     rng, proj = torch.Generator().manual_seed(seed), encoder.patch_embed.proj
     C, voxels = proj.weight.shape[1], math.prod(encoder.patch)
-    r = hu_ramps(cut_patches(windows.float(), encoder.patch), encoder.hu_levels).mean(-1).flatten(0, 1).T     # (C, patches)
-    r = r[:, r.std(0) > 0.02]                                                           # without patches of air
-    if r.shape[1] < 2 * C: raise InputError(f"found {r.shape[1]} patches with tissue, {2 * C} or more are needed for {C} channels: give windows of more scans")
+    # (C, patches)
+    patches = cut_patches(windows.float(), encoder.patch)
+    r = hu_ramps(patches, encoder.hu_levels).mean(-1).flatten(0, 1).T
+    r = r[:, r.std(0) > 0.02]  # without patches of air
+    if r.shape[1] < 2 * C:
+        raise InputError(f"found {r.shape[1]} patches with tissue, "
+            f"{2 * C} or more are needed for {C} channels: give windows of more scans")
     values, vectors = torch.linalg.eigh(torch.cov(r))
     whiten = vectors @ torch.diag(values.clamp(min=1e-4) ** -0.5) @ vectors.T           # (C, C)
     mean = torch.randn(len(proj.weight), C, generator=rng) @ whiten * C ** -0.5         # (E, C)
     inside = torch.randn(len(proj.weight), C, voxels, generator=rng)
-    inside = (inside - inside.mean(2, keepdim=True)) / r.std(1)[:, None].clamp(min=1e-2) * (C * voxels) ** -0.5
+    inside = inside - inside.mean(2, keepdim=True)
+    inside = inside / r.std(1)[:, None].clamp(min=1e-2) * (C * voxels) ** -0.5
     proj.weight.copy_((mean[..., None] / voxels + filters * inside).view_as(proj.weight))
     proj.bias.copy_(-mean @ r.mean(1))
 
@@ -264,54 +307,73 @@ def start_projections(
     cls:Tensor,           # `(N, E)` of the windows of some scans
     depth_tokens:Tensor,  # `(N, bins, E)`
 )->None:
-    "Let the scan encoder's two projections see features of mean 0 and deviation 1: cached features of a frozen encoder differ little from window to window."
-    for linear, x in ((encoder.patch_proj, torch.cat([cls, depth_tokens.mean(1)], 1)), (encoder.axis_patch_proj, depth_tokens.flatten(0, 1))):
+    """Let the scan encoder's two projections see features of mean 0 and deviation 1.
+
+    Cached features of a frozen encoder differ little from window to window."""
+    for linear, x in ((encoder.patch_proj, torch.cat([cls, depth_tokens.mean(1)], 1)),
+        (encoder.axis_patch_proj, depth_tokens.flatten(0, 1))):
         mean, deviation = x.float().mean(0), x.float().std(0).clamp(min=1e-3)
         linear.weight /= deviation
         linear.bias -= linear.weight @ mean
 
 # %% ../nbs/05_vision.ipynb #1e4abca5
 def window_bins(
-    patch_mask:Tensor, # `(N, px, py, bins)` or `(N, bins)`, True where a patch holds any of the scan
+    patch_mask:Tensor, # `(N, px, py, bins)` or `(N, bins)`, True where a patch holds some scan
 )->Tensor:             # `(N, bins)` bool
     "Which depths of each window hold any of the scan."
     return patch_mask.flatten(1, -2).any(1) if patch_mask.ndim > 2 else patch_mask.bool()
 
 class ScanEncoder(Encoder):
     "A vector for the scan and one for each of its depth bins, from the windows' vectors."
-    def __init__(self, sizes:EncoderSizes=EncoderSizes(depth=4, rope_base=100.), features:int|None=None):
+    def __init__(self,
+        sizes:EncoderSizes=EncoderSizes(depth=4, rope_base=100.),
+        features:int|None=None, # width of the window encoder; `sizes.width` if `None`
+    ):
         super().__init__(sizes)
-        features = features or sizes.width                                              # width of the windows' vectors
+        features = features or sizes.width  # width of the windows' vectors
         self.patch_proj = nn.Linear(2 * features, sizes.width)
         self.axis_patch_proj = nn.Linear(features, sizes.width)
 
-    def _rows(self, tokens, mask, counts): # tokens of all scans in a row -> one row per scan, padded; mask None where nothing is to be masked
-        if mask is None and len(set(counts)) == 1: return tokens.view(len(counts), counts[0], -1), None
-        mask = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device) if mask is None else mask
-        return tuple(pad_sequence(t.split(counts), batch_first=True) for t in (tokens, mask))                 # (B, L, E), (B, L)
+    # tokens of all scans in a row -> one row per scan, padded; mask None where nothing
+    # is to be masked
+    def _rows(self, tokens, mask, counts):
+        if mask is None and len(set(counts)) == 1:
+            return tokens.view(len(counts), counts[0], -1), None
+        if mask is None: mask = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        # (B, L, E), (B, L)
+        return tuple(pad_sequence(t.split(counts), batch_first=True) for t in (tokens, mask))
 
     def scan(self, cls, depth_tokens, grids, held=None):
         "`(B, 2 E)`: CLS, and the mean over windows."
-        if held is None: mean, mask = depth_tokens.mean(1), None                                              # (N, E)
-        else: mean, mask = (depth_tokens * held[..., None]).sum(1) / held.sum(1, keepdim=True).clamp(min=1), held.any(1)
-        x, mask = self._rows(self.patch_proj(torch.cat([cls, mean], 1)), mask, [math.prod(g) for g in grids]) # (B, L, E)
-        x = self.encode(x, *self.tables(grids, device=x.device), mask)                                        # (B, 1 + L, E)
-        if mask is None: return torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)                                     # (B, 2 E)
-        return torch.cat([x[:, 0], (x[:, 1:] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)], 1)       # (B, 2 E)
+        if held is None: mean, mask = depth_tokens.mean(1), None  # (N, E)
+        else:
+            filled = held.sum(1, keepdim=True).clamp(min=1)
+            mean, mask = (depth_tokens * held[..., None]).sum(1) / filled, held.any(1)
+        # (B, L, E)
+        x, mask = self._rows(self.patch_proj(torch.cat([cls, mean], 1)), mask,
+            [math.prod(g) for g in grids])
+        x = self.encode(x, *self.tables(grids, device=x.device), mask)  # (B, 1 + L, E)
+        if mask is None: return torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)  # (B, 2 E)
+        # (B, 2 E)
+        mean = (x[:, 1:] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return torch.cat([x[:, 0], mean], 1)
 
     def slices(self, depth_tokens, grids, held=None):
-        "`(B, D, 2 E)` and which of them are valid `(B, D)`: CLS of this pass, and the mean over the windows at each depth."
+        "`(B, D, 2 E)` CLS and the mean over the windows at each depth; `(B, D)` which are valid."
         bins = depth_tokens.shape[1]
-        x = self.axis_patch_proj(depth_tokens).flatten(0, 1)                                                  # (N bins, E)
-        mask = None if held is None else held.flatten()                                                       # (N bins,)
-        x, mask = self._rows(x, mask, [math.prod(g) * bins for g in grids])                                   # (B, L, E)
-        x = self.encode(x, *self.tables(grids, bins, x.device), mask)                                         # (B, 1 + L, E)
+        x = self.axis_patch_proj(depth_tokens).flatten(0, 1)  # (N bins, E)
+        mask = None if held is None else held.flatten()  # (N bins,)
+        x, mask = self._rows(x, mask, [math.prod(g) * bins for g in grids])  # (B, L, E)
+        x = self.encode(x, *self.tables(grids, bins, x.device), mask)  # (B, 1 + L, E)
         means, valid = [], []
         for row, (H, W, D) in enumerate(grids):
             L = H * W * D * bins
-            each = x[row, 1:1 + L].view(H * W, D * bins, -1)                                                  # (H W, D bins, E)
-            here = x.new_ones(H * W, D * bins, 1) if mask is None else mask[row, :L].view(H * W, -1, 1)
-            means.append((each * here).sum(0) / here.sum(0).clamp(min=1))                                     # (D bins, E)
-            valid.append(here.any(0)[:, 0])                                                                   # (D bins,)
-        means, valid = pad_sequence(means, batch_first=True), pad_sequence(valid, batch_first=True)           # (B, D, E), (B, D)
-        return torch.cat([x[:, :1].expand(-1, means.shape[1], -1), means], 2), valid.bool()                   # (B, D, 2 E), (B, D)
+            each = x[row, 1:1 + L].view(H * W, D * bins, -1)  # (H W, D bins, E)
+            if mask is None: here = x.new_ones(H * W, D * bins, 1)
+            else: here = mask[row, :L].view(H * W, -1, 1)
+            means.append((each * here).sum(0) / here.sum(0).clamp(min=1))  # (D bins, E)
+            valid.append(here.any(0)[:, 0])  # (D bins,)
+        # (B, D, E), (B, D)
+        means, valid = pad_sequence(means, batch_first=True), pad_sequence(valid, batch_first=True)
+        # (B, D, 2 E), (B, D)
+        return torch.cat([x[:, :1].expand(-1, means.shape[1], -1), means], 2), valid.bool()

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, EnhancedCTImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
-from ctvlm import preprocessing
+from ctvlm import guards, preprocessing, reading
 from ctvlm.core import CTVolume, InputError
 from ctvlm.preprocessing import (WindowSpec, apply_matrices, check_paths, check_values, find_scans, load_volume, make_windows, place_windows,
                                  resample_matrix, resampled_length)
@@ -625,10 +625,10 @@ def test_guard_extent(tmp_path):
 
 def test_guard_memory_is_asked_for_before_reading(tmp_path, monkeypatch, hu):
     huge = edited(nifti(tmp_path / "a.nii", body()), dim=[3, 3000, 3000, 1000, 1, 1, 1, 1], srow_x=[0.5, 0, 0, 1], srow_y=[0, 0.5, 0, 1], srow_z=[0, 0, 0.5, 1], pixdim=[1, 0.5, 0.5, 0.5, 0, 0, 0, 0])
-    monkeypatch.setattr(preprocessing, "free_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr(guards, "free_memory", lambda: 8 * 2**30)
     refused(huge, "needs 50.3 GiB, 8.0 GiB are free")
-    monkeypatch.setattr(preprocessing, "free_memory", lambda: 10_000)
-    monkeypatch.setattr(preprocessing, "decode_image", None)  # nothing is decoded
+    monkeypatch.setattr(guards, "free_memory", lambda: 10_000)
+    monkeypatch.setattr(reading, "decode_image", None)  # nothing is decoded
     for path in (nifti(tmp_path / "b.nii", body()), write_series(tmp_path / "s", hu)): refused(path, "GiB are free")
     np.savez(tmp_path / "c.npz", ct=body())
     refused(tmp_path / "c.npz", "GiB are free")
