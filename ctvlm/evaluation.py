@@ -509,6 +509,8 @@ RESULT_SCHEMA = {
     "localization": {"mae_mm": float, "median_mm": float, "random_mm": float, "middle_mm": float, "n_snippets": int, "n_patients": int,
                      "items": {**_ITEMS, "snippet": list, "depth_mm": list, "pred_mm": list, "error_mm": list},
                      "protocol": {"unit": str, "decode": str}},
+    "depth": {"interval_mae_mm": float, "centroid_mae_mm": float, "hit": float, "n_pairs": int, "n_patients": int,
+              "items": {**_ITEMS, "pair": list, "error_mm": list}, "protocol": {"unit": str, "truth": str}},   # chapter 13f
     "skipped": {}}
 
 def check_result(
@@ -555,7 +557,8 @@ def read_result(path)->dict:
 # %% ../nbs/13b_evaluation.ipynb #ee2eeb6e
 _ALIKE = { # what the protocols of two results must have in common
     "retrieval": ("unit", "ties", "similarity"), "classification": ("unit", "prompts", "label_version"),
-    "localization": ("unit", "truth")}
+    "localization": ("unit", "truth"), "depth": ("unit", "truth")}
+_KEY = {"localization": ["snippet", "depth_mm"], "depth": ["pair"]} # what tells items of one study apart
 
 def _joined(a, b, task, key): # items of both sections, matched by key and by their order among equal keys
     import pandas as pd
@@ -593,6 +596,11 @@ def _compare_localization(a, b, both, options):
     yield "localization.mae_mm", False, paired_difference(*error, both.patient, **options)
     for k in (12, 24): yield f"localization.acc_within_{k}mm", True, paired_difference(error[0] <= k, error[1] <= k, both.patient, **options)
 
+def _compare_depth(a, b, both, options):
+    error = both.error_mm_a, both.error_mm_b
+    yield "depth.interval_mae_mm", False, paired_difference(*error, both.patient, **options)
+    for k in (0, 12, 24): yield f"depth.within_{k}mm", True, paired_difference(error[0] <= k, error[1] <= k, both.patient, **options)
+
 def compare_results(
     a, b,                  # two results, as `evaluate_model` returns, or their files
     level:float=0.05,      # chance of any wrong winner among all rows, if there is none
@@ -601,10 +609,10 @@ def compare_results(
     "Paired differences between two results where they can be compared, and which is better where that can be told."
     a, b = (x if isinstance(x, dict) else read_result(x) for x in (a, b))
     rows, refused, options = [], [], {"resamples": resamples, "seed": seed}
-    compare = {"retrieval": _compare_retrieval, "classification": _compare_classification, "localization": _compare_localization}
+    compare = {"retrieval": _compare_retrieval, "classification": _compare_classification, "localization": _compare_localization, "depth": _compare_depth}
     for task, function in compare.items():
         if not (task in a and task in b): continue
-        key = ["study", "patient", *(["snippet", "depth_mm"] if task == "localization" else [])]
+        key = ["study", "patient", *_KEY.get(task, [])]
         both = _joined(a[task], b[task], task, key)
         sizes = [len(r[task]["items"]["study"]) for r in (a, b)]
         note = "" if len(both) == sizes[0] == sizes[1] else f"on {len(both)} items that both hold, of {sizes[0]} and {sizes[1]}"
