@@ -402,7 +402,7 @@ def train(
 
 # %% ../nbs/15b_cli.ipynb #7e6b35af
 # typer takes no list of literals
-_TASKS = ("retrieval", "pools", "volumes", "classification", "localization")
+_TASKS = ("retrieval", "pools", "volumes", "classification", "localization", "depth")
 Task = Enum("Task", {t: t for t in _TASKS}, type=str)
 
 @app.command()
@@ -431,7 +431,10 @@ def evaluate(
     from ctvlm.evaluation import TASKS, evaluate_studies, evaluation_features, write_result
     from ctvlm.viewer import write_report
     tasks = tuple(t.value for t in task or ()) or None
+    if tasks and "depth" in tasks and tasks != ("depth",): raise InputError(
+        f"found the tasks {', '.join(tasks)}: ask for depth alone, it reads the scans itself")
     loaded, table = load_model(model, device), read_studies(studies)
+    if tasks == ("depth",): return _evaluate_depth(loaded, table, output, split, quiet, as_json)
     if features is None:
         features = evaluation_features(
             loaded, table, output/"features", tasks or TASKS, split, quiet=quiet)
@@ -447,6 +450,21 @@ def evaluate(
     for name, reason in result.get("skipped", {}).items(): _tell(f"{name} was skipped: {reason}")
     if as_json: return print((output/"results.json").read_text())
     print(f"{output}/results.json, {output}/report.html")
+
+def _evaluate_depth(model, table, output, split, quiet, as_json): # chapter 13f
+    from ctvlm.evaluation import write_result
+    from ctvlm.grounding import depth_groups, evaluate_depth
+    result = evaluate_depth(model, table, split, quiet=quiet)
+    output.mkdir(parents=True, exist_ok=True)
+    write_result(output/"results.json", result)
+    if as_json: return print((output/"results.json").read_text())
+    section = result["depth"]
+    rows = [dict(measured=name, value=round(value, 3), low=round(low, 3), high=round(high, 3))
+            for name, value in section.items() if f"{name}_ci95" in section
+            for low, high in [section[f"{name}_ci95"]]]
+    say(rows, False)
+    say(depth_groups(section).round(2).to_dict("records"), False)
+    print(f"{output}/results.json")
 
 def _made(command): # when, by what
     from datetime import date

@@ -6,7 +6,7 @@
 __all__ = ['WITHIN_MM', 'interval_error', 'centroid_error', 'depth_pairs', 'ask_depths', 'depth_scores', 'evaluate_depth',
            'depth_groups']
 
-# %% ../nbs/13f_grounding.ipynb #62af9638
+# %% ../nbs/13f_grounding.ipynb #3313cd1d
 import numpy as np, pandas as pd
 from .baselines import OrganHeight, TextPrior
 from .core import InputError, progress, stable_rng
@@ -14,7 +14,7 @@ from .evaluation import RESULT_FORMAT, check_result
 from .metrics import bootstrap_ci, _columns
 from .studies import open_scan
 
-# %% ../nbs/13f_grounding.ipynb #a6b93bc9
+# %% ../nbs/13f_grounding.ipynb #c38c6929
 def interval_error(
     z,         # `(n,)` depths in mm
     intervals, # `low_mm high_mm` of each component
@@ -31,7 +31,7 @@ def centroid_error(
     "How far depths lie from the middle of a finding."
     return np.min([np.abs(np.asarray(z, float) - c["centroid_mm"]) for c in intervals], 0)
 
-# %% ../nbs/13f_grounding.ipynb #0f865f0b
+# %% ../nbs/13f_grounding.ipynb #ade86675
 def depth_pairs(
     studies, # table of studies
 ):           # DataFrame `study patient scan series pair snippet category intervals depth_mm`
@@ -43,7 +43,8 @@ def depth_pairs(
             known = p.get("intervals")
             if known is None or not len(known) or p["prior"] or p["depth_mm"] is None: continue
             words, category = p["cleaned"] or p["snippet"], p.get("category") or ""
-            rows.append((s.study, s.patient, s.scan, s.series, k, words, category, list(known), p["depth_mm"]))
+            rows.append((s.study, s.patient, s.scan, s.series, k, words, category,
+                         list(known), p["depth_mm"]))
     return pd.DataFrame(rows, columns=columns)
 
 def _foreign(pairs, own, most, rng): # texts that this study has not
@@ -73,9 +74,10 @@ def ask_depths(
     answers = pd.DataFrame(found, columns=columns, index=order)
     return pairs.join(answers), pd.DataFrame(foreign, columns=["study", "patient", "abstains"])
 
-# %% ../nbs/13f_grounding.ipynb #fbab6785
+# %% ../nbs/13f_grounding.ipynb #d047ed74
 WITHIN_MM = (0, 12, 24)
-_ITEMS = ["study", "patient", "pair", "category", "depth_mm", "pred_mm", "abstains", "low_mm", "high_mm"]
+_ITEMS = ["study", "patient", "pair", "category",
+          "depth_mm", "pred_mm", "abstains", "low_mm", "high_mm"]
 
 def _random_error(row): # mean over the scan, on a grid of about 1 mm
     z = np.linspace(row.low_mm, row.high_mm, max(2, round(row.high_mm - row.low_mm)))
@@ -127,7 +129,7 @@ def depth_scores(
     return out | {"n_pairs": len(asked), "n_patients": len(set(patients)), "n_absent": len(foreign),
                   "items": {k: v.tolist() for k, v in items.items()}, "protocol": protocol}
 
-# %% ../nbs/13f_grounding.ipynb #0f42d8b5
+# %% ../nbs/13f_grounding.ipynb #d79497d3
 def _ends(scan, series): # lowest and highest depth of a scan; of a NIfTI file its header will do
     import nibabel
     if scan.endswith((".nii", ".nii.gz")):
@@ -187,6 +189,7 @@ def depth_groups(
         for name, part in t.groupby(group, observed=True, sort=True):
             who = list(part.patient)
             mean, low, high = bootstrap_ci(part.error_mm, who, resamples=resamples, seed=seed)
+            if not part.error_mm.any(): low = high = 0.              # it is no share
             hit = float((part.error_mm == 0).mean())
             rows.append((by, str(name), len(part), mean, low, high, hit))
     return pd.DataFrame(rows, columns=["by", "group", "n", "interval_mae_mm", "low", "high", "hit"])
