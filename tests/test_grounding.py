@@ -41,8 +41,8 @@ def table(tmp_path):
     rng, rows = np.random.default_rng(0), []
     for i in range(4):
         path = tmp_path / f"s{i}.nii.gz"
-        body = np.where(rng.random((12, 12, 30)) < 0.5, -1000, rng.choice([-100, 50], (12, 12, 30)))
-        affine = np.diag([-30., -30, 10, 1]); affine[2, 3] = -100
+        body = np.where(rng.random((30, 30, 30)) < 0.5, -1000, rng.choice([-100, 50], (30, 30, 30))) + rng.normal(0, 15, (30, 30, 30))
+        affine = np.diag([-12., -12, 10, 1]); affine[2, 3] = -100
         nibabel.save(nibabel.Nifti1Image(body.astype(np.int16), affine), path)
         text = f"finding {i}"
         pair = dict(snippet=text, cleaned=text, depth_mm=50. + i, prior=False, asserts=True, status="ok", source="mask",
