@@ -19,10 +19,24 @@ def test_sixty_faults_or_more_can_be_planted():
 def test_a_fault_is_planted_and_taken_away(tmp_path, monkeypatch):
     (tmp_path / "ctvlm").mkdir()
     sound = tmp_path / "ctvlm" / "model.py"
-    sound.write_text("answer = 42\n")
-    fault = dict(module="model", what="another answer", old="42", new="43")
+    sound.write_text("answer = int(\n    42)\n")
+    fault = dict(module="model", what="another answer", old="int( 42 )", new="int(43)")
     seen = []
-    def tests(here, names, seconds): seen.append(sound.read_text()); return "43" not in seen[-1]
+    def tests(here, names, seconds):
+        seen.append(sound.read_text())
+        return "43" not in seen[-1]
     monkeypatch.setattr(mutants, "passes", tests)
-    assert mutants.plant(tmp_path, fault, 1) and seen == ["answer = 43\n"] and sound.read_text() == "answer = 42\n"
+    assert mutants.plant(tmp_path, fault, 1) and seen == ["answer = int(43)\n"]
+    assert sound.read_text() == "answer = int(\n    42)\n"
     assert "| model | 1 | 0 | another answer |" in mutants.table([(fault, False)])
+
+
+def test_a_named_test_is_asked_first_and_a_moved_line_is_found(tmp_path, monkeypatch):
+    (tmp_path / "ctvlm").mkdir()
+    (tmp_path / "ctvlm" / "elsewhere.py").write_text("answer = 42\n")
+    fault = dict(module="model", what="another answer", old="42", new="43", by="tests/test_x.py::test_it")
+    asked = []
+    monkeypatch.setattr(mutants, "passes", lambda here, names, seconds: asked.append(names) or True)
+    assert not mutants.plant(tmp_path, fault, 1) and asked == [[fault["by"]], mutants.TESTS["model"]]
+    asked.clear()
+    assert not mutants.plant(tmp_path, fault, 1, {fault["by"]}) and asked == [mutants.TESTS["model"]]

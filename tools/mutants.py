@@ -6,9 +6,11 @@
     python tools/mutants.py --write             also put the table into CONTRIBUTING.md
 
 A fault is a module of ctvlm, what it is in words, a text that occurs exactly once in the exported module, and what
-stands in its place. The tests of a module are those of `TESTS`; a fault may name further ones. Status 1 if any fault
-survives, or cannot be planted any more: mend the test, or the fault."""
-import argparse, os, shutil, subprocess, sys, tempfile, tomllib
+stands in its place. White space does not count, so that a line may be broken elsewhere; where code has moved to another
+module it is found there. `by` names the test that notices it and is asked first; where it passes, or there is none, the
+tests of the module are asked, those of `TESTS`. Status 1 if any fault survives, or cannot be planted any more: mend the
+test, or the fault."""
+import argparse, os, re, shutil, subprocess, sys, tempfile, tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,11 +19,18 @@ TESTS, FAULTS = FAULTS["tests"], FAULTS["fault"]
 BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 
 
+def found_in(root, fault):
+    "Where the text of a fault stands: (path, match), in its own module, else wherever it is."
+    text = re.compile(r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", fault["old"]))))
+    own = root / "ctvlm" / f"{fault['module']}.py"
+    def matches(path): return [(path, m) for m in text.finditer(path.read_text())]
+    here = matches(own) if own.exists() else []
+    return here or [hit for path in sorted((root / "ctvlm").glob("*.py")) if path.name != "_modidx.py" for hit in matches(path)]
+
+
 def stale(fault):
     "Why a fault cannot be planted; an empty string if it can."
-    path = ROOT / "ctvlm" / f"{fault['module']}.py"
-    if not path.exists(): return "there is no such module"
-    times = path.read_text().count(fault["old"])
+    times = len(found_in(ROOT, fault))
     return "" if times == 1 else f"its text occurs {times} times"
 
 
@@ -43,12 +52,13 @@ def passes(here, tests, seconds):
     return done.returncode == 0
 
 
-def plant(here, fault, seconds):
-    "Whether the fault is noticed."
-    path = here / "ctvlm" / f"{fault['module']}.py"
+def plant(here, fault, seconds, broken=frozenset()):
+    "Whether the fault is noticed: by the test that it names, else by those of its module, but for the `broken` ones."
+    [(path, match)] = found_in(here, fault)
     sound = path.read_text()
-    path.write_text(sound.replace(fault["old"], fault["new"]))
-    try: return not passes(here, fault.get("tests", TESTS[fault["module"]]), seconds)
+    path.write_text(sound[:match.start()] + fault["new"] + sound[match.end():])
+    sets = [t for t in ([fault["by"]] if "by" in fault else [], TESTS[fault["module"]]) if t and not broken & set(t)]
+    try: return not all(passes(here, tests, seconds) for tests in sets)
     finally: path.write_text(sound)
 
 
@@ -85,11 +95,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         here = copy_of(Path(folder))
         now = [f for f in faults if not stale(f)]
-        sets = sorted({tuple(f.get("tests", TESTS[f["module"]])) for f in now})
-        if broken := [" ".join(t) for t in sets if not passes(here, t, args.timeout)]:
-            sys.exit(f"these fail without any fault, so they can show nothing: {'; '.join(broken)}")
+        asked = sorted({f["by"] for f in now if "by" in f})
+        asked += sorted({t for f in now if "by" not in f for t in TESTS[f["module"]]})
+        broken = set() if passes(here, asked, 4 * args.timeout) else {t for t in asked if not passes(here, [t], args.timeout)}
+        if broken: print("fail without any fault, so they can show nothing:", *sorted(broken), sep="\n  ", flush=True)
         for fault in now:
-            found.append((fault, plant(here, fault, args.timeout)))
+            found.append((fault, plant(here, fault, args.timeout, broken)))
             print(f"{'noticed' if found[-1][1] else 'MISSED '} {fault['module']}: {fault['what']}", flush=True)
     print(table(found))
     if args.write: write_table(table(found))
