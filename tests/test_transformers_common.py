@@ -1,4 +1,4 @@
-"""transformers' own common tests of models, run on ours.
+"""transformers' own common tests of models and processors, run on ours.
 
 They are not in its wheel but in its source archive. Fetch it once, beside the tests' other data:
     pip download --no-deps --no-binary transformers -d /tmp transformers==<the version installed>
@@ -12,7 +12,8 @@ SOURCE = Path(os.environ.get("TRANSFORMERS_SOURCE", "/nowhere"))
 if not (SOURCE / "tests" / "test_modeling_common.py").exists():
     pytest.skip("TRANSFORMERS_SOURCE names no source of transformers", allow_module_level=True)
 
-from ctvlm.model import CTVLMConfig, CTVLMModel
+from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor
+from ctvlm.text import train_tokenizer
 
 # What the archive leaves out, and what our models have no use for: export, generation, tables of cases.
 for name, holds in (("exporters.test_export", "ExportTesterMixin"), ("generation.test_utils", "GenerationTesterMixin")):
@@ -26,7 +27,11 @@ if "parameterized" not in sys.modules:
 package = types.ModuleType("tests")
 package.__path__ = [str(SOURCE / "tests")]
 sys.modules["tests"] = package
+fetch = types.ModuleType("fetch_hub_objects_for_ci")            # pictures and films, which nothing here looks at
+fetch.url_to_local_path = lambda url: url
+sys.modules["fetch_hub_objects_for_ci"] = fetch
 from tests.test_modeling_common import ModelTesterMixin
+from tests.test_processing_common import ProcessorTesterMixin
 
 # Why a test of theirs does not apply to ours. Everything else must pass.
 HIDDEN, LOSS = "hidden states and attentions are not given back", "losses belong to the training, not to the model"
@@ -70,4 +75,18 @@ class TestCommon(ModelTesterMixin, unittest.TestCase):
     def setUp(self):
         self.model_tester = Tester()
         why = APART.get(self._testMethodName)
+        if why: self.skipTest(why)
+
+
+PROCESSOR_APART = {}
+
+
+class TestProcessorCommon(ProcessorTesterMixin, unittest.TestCase):
+    processor_class = CTVLMProcessor
+
+    @classmethod
+    def _setup_tokenizer(cls): return train_tokenizer(["There is a cyst in the liver.", "lower newer"], 300)
+
+    def setUp(self):
+        why = PROCESSOR_APART.get(self._testMethodName)
         if why: self.skipTest(why)
