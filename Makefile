@@ -34,7 +34,7 @@ docs: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
-# Run notebooks in place and keep their outputs: make notebooks NB="nbs/02_mining.ipynb"
+# Run notebooks in place and keep their outputs: make notebooks NB="nbs/02g_mining.ipynb"
 notebooks: $(READY)
 	$(BIN)/python tools/run_notebooks.py $(NB)
 

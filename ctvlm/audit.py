@@ -61,7 +61,8 @@ def audit(
 )->dict:              # how many were drawn, and how many each stratum has
     "Draw a sample of mined and refused references into one page that works offline."
     if Path(output).suffix != ".html":
-        raise InputError(f"the audit is a page ending in .html, not {Path(output).name}: name it so")
+        raise InputError(f"the audit is a page ending in .html, not {Path(output).name}: "
+                         "name it so")
     rows = reports_of(Table(reports, columns, encoding, need=("study", "text")))
     kept, sizes = _drawn(progress(rows, "reports", quiet=quiet), n, seed)
     if not sizes:
@@ -101,7 +102,7 @@ def _share(a, b, variance): # a of a + b, with the interval that the variance gi
 
 def score_audit(
     path:str|Path, # audit.json, as the page saves it
-)->dict:           # judged; precision, recall of the whole with 95 % intervals; strata: table of each
+)->dict:           # judged; precision and recall with 95 % intervals; strata: a table
     "What the judgements say about the whole table."
     import pandas as pd
     from scipy.stats import binomtest

@@ -481,7 +481,7 @@ def _planted(study): # labels and pairs as they were planted
 def _read(study): # labels and pairs as they are read from the report
     from ctvlm.mining import SeriesIndex, mine_study
     report = study.report
-    index = SeriesIndex.from_table(study.series_table)
+    index = SeriesIndex(study.series_table)
     labels = rule_labels(report.text, report.language)
     return labels, mine_study(report.text, index, study.study, report.language)
 

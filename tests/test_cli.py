@@ -95,7 +95,7 @@ def _series_index(cohort):
     import pandas as pd
     from ctvlm.mining import SeriesIndex
     path = cohort / "series.parquet"
-    SeriesIndex.from_table(pd.read_csv(cohort / "cohort" / "series.csv")).save(path)
+    SeriesIndex(pd.read_csv(cohort / "cohort" / "series.csv")).save(path)
     return path
 
 

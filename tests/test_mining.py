@@ -3,6 +3,7 @@ import csv, json, os, random, re, subprocess, sys, threading, time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
@@ -145,7 +146,7 @@ def table(**columns):
     return pd.DataFrame(dict(study=["A"] * n) | columns)
 
 def test_resolve_what_a_table_says():
-    index = SeriesIndex.from_table(table(series=[4] * 3 + [5] * 3, instance=[1, 2, 3] * 2, depth_mm=[30., 20, 10, 30, 20, 12]))
+    index = SeriesIndex(table(series=[4] * 3 + [5] * 3, instance=[1, 2, 3] * 2, depth_mm=[30., 20, 10, 30, 20, 12]))
     assert index.resolve("A", SliceReference(4, 2)).depth_mm == 20
     assert index.resolve("A", SliceReference(None, 2)).depth_mm == 20        # both series agree
     assert index.resolve("A", SliceReference(None, 3)).status == "ambiguous series"
@@ -235,22 +236,85 @@ mine_table(sys.argv[1], output=sys.argv[2], quiet=True); print(resource.getrusag
 
 
 # ---------------------------------------------------------------- the second reader
-def test_second_reader_over_http():
-    reply = {"pairs": [dict(reference="series 4, image 38", series=4, image=38, image_end=None, plane=None, prior=False, snippet="Cyst"), dict(reference="image 99", series=None, image=99, image_end=None, plane=None, prior=False, snippet="Hernia")]}
+@pytest.fixture
+def reader():
+    "The address of a server whose model says `reader.content`."
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            body = json.dumps({"choices": [{"message": {"content": json.dumps(reply)}}]}).encode()
-            self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
+            body = json.dumps({"choices": [{"message": {"content": said.content}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
         def log_message(self, *args): pass
     server = HTTPServer(("127.0.0.1", 0), Handler)
+    said = SimpleNamespace(content=None, url=f"http://127.0.0.1:{server.server_port}/v1")
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    text = "Cyst (series 4, image 38)."
-    out, refused = second_reader(text, mine_report(text), f"http://127.0.0.1:{server.server_port}/v1", "m")
+    yield said
     server.shutdown()
+    server.server_close()
+
+def test_second_reader_over_http(reader):
+    pair = dict(reference="series 4, image 38", series=4, image=38, image_end=None, plane=None, prior=False, snippet="Cyst")
+    other = pair | dict(reference="image 99", series=None, image=99, snippet="Hernia")
+    reader.content = json.dumps({"pairs": [pair, other]})
+    text = "Cyst (series 4, image 38)."
+    out, refused = second_reader(text, mine_report(text), reader.url, "m")
     assert [r.rule for r in out] == ["series, image, confirmed"] and refused == [("image 99", "reference not in the report")]
 
 @pytest.mark.parametrize("content", ["no json", "{}", '{"pairs": 3}', '{"pairs": [1, {"image": "x"}]}', None])
-def test_second_reader_survives_nonsense(content):
+def test_second_reader_survives_nonsense(reader, content):
+    reader.content = content
     text = "Cyst (series 4, image 38)."
-    out, _ = second_reader(text, mine_report(text), "", "m", ask=lambda url, payload: {"choices": [{"message": {"content": content}}]})
-    assert [r.image for r in out] == [38]
+    out, refused = second_reader(text, mine_report(text), reader.url, "m", wait=0)
+    assert [r.image for r in out] == [38] and refused
+
+def test_second_reader_without_a_server():
+    text = "Cyst (series 4, image 38)."
+    out, refused = second_reader(text, mine_report(text), "http://127.0.0.1:9/v1", "m", tries=1)
+    assert [r.image for r in out] == [38] and refused == [("", "no answer")]
+
+
+# ---------------------------------------------------------------- words, and what an import brings
+ROOT = HERE.parent
+LISTS = ROOT/"ctvlm"/"data"/"word_lists.csv"
+HEAVY = ("torch", "transformers", "peft", "accelerate", "matplotlib", "seaborn", "sklearn", "nibabel", "ipywidgets", "tensorboard")
+
+def test_word_lists():
+    "Every list says what it is for, holds words, each once, and is used by a chapter."
+    rows = list(csv.DictReader(open(LISTS, encoding="utf-8")))
+    assert list(rows[0]) == ["use", "name", "holds", "words"]
+    names = [(r["use"], r["name"]) for r in rows]
+    assert len(names) == len(set(names))
+    code = "".join(p.read_text(encoding="utf-8") for p in (ROOT/"ctvlm").glob("*.py"))
+    for r in rows:
+        words = r["words"].split(";")
+        assert r["use"] in ("kind", "list", "pattern") and r["holds"], r["name"]
+        assert all(w and w.strip() for w in words), r["name"]
+        if r["use"] == "kind": continue
+        assert len(words) == len(set(words)), r["name"]
+        assert any(f"{q}{r['name']}{q}" in code for q in "\"'"), f"nobody uses {r['name']}"
+        if r["use"] == "list": assert all(w == w.lower() and "*" not in w for w in words), r["name"]
+
+def test_no_word_is_of_two_kinds():
+    rows = [r for r in csv.DictReader(open(LISTS, encoding="utf-8")) if r["use"] == "kind"]
+    kinds = [w for r in rows if r["name"] not in "sy" for w in r["words"].split(";")]
+    twice = {w for w in kinds if kinds.count(w) > 1}
+    assert not twice, twice
+
+def test_mining_needs_no_torch(tmp_path):
+    "`import ctvlm.mining` and `ctvlm mine` where torch, transformers and matplotlib are not installed."
+    (tmp_path/"r.csv").write_text("study,report\nA,Cyst (series 4, image 38).\n")
+    code = f"""import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY}: raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Missing())
+import ctvlm.mining
+assert [r.image for r in ctvlm.mining.mine_report("Cyst (series 4, image 38).")] == [38]
+from ctvlm.cli import main
+sys.argv = ["ctvlm", "mine", {str(tmp_path/"r.csv")!r}, "-o", {str(tmp_path/"p.parquet")!r}, "--json"]
+main()"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path/"p.parquet").exists()

@@ -121,7 +121,7 @@ def test_the_same_answers_are_the_same_object(phantom):
 def test_what_a_radiologist_typed(phantom, tmp_path):
     from ctvlm.mining import SeriesIndex, mine_study
     study, folder = phantom
-    pairs = [p for p in mine_study(study.report.text, SeriesIndex.from_table(study.series_table), study.study) if p["series"] == study.scan.main.number and p["depth_mm"] is not None and not p["prior"]]
+    pairs = [p for p in mine_study(study.report.text, SeriesIndex(study.series_table), study.study) if p["series"] == study.scan.main.number and p["depth_mm"] is not None and not p["prior"]]
     assert pairs
     source = Source.read(folder, study.scan.main.uid)
     report = hd.sr.srread(write_dicom(tmp_path / "sr.dcm", to_sr([], source, references=pairs)))
