@@ -1,7 +1,7 @@
 "Speed of the report labeller: reports a second, and as a ratio to one regular expression of all synonyms (which finds words and denies nothing); labels that rewriting turns."
 import argparse, json, os, re, time
 
-from ctvlm import findings
+from ctvlm.sites import read_sentence
 from ctvlm.core import stable_rng
 from ctvlm.findings import FINDINGS, label_report, label_reports
 from ctvlm.phantoms import PhantomCohort, PhantomStudy
@@ -24,7 +24,7 @@ def main():
     words = sorted({re.escape(x.strip("*").lower()) for f in FINDINGS.values() for x in (f.name, *f.en, *f.de)}, key=len, reverse=True)
     baseline = rate(lambda t, p=re.compile("|".join(words)): p.findall(t.lower()), texts[:max(len(texts) // 10, 1)])
     cold = rate(label_report, texts)                           # nothing known yet, neither words nor sentences
-    findings._read.cache_clear()
+    read_sentence.cache_clear()
     warm = rate(label_report, texts)                           # words known, every sentence new
     again = rate(label_report, texts)                          # sentences known, as in a hospital's phrases
     start = time.perf_counter(); label_reports(texts * 4, workers=2); two = 4 * len(texts) / (time.perf_counter() - start)
