@@ -24,7 +24,7 @@ from .language import any_of
 from .language_model import (AnswerStore, LanguageModel, Question, Unreachable, schema_of,
                                   store_at)
 from .phrases import GRAMMAR, Match, Sentence, Token, fold, statements, tokenize
-from .phrases import statements as sentences # its name for users of this chapter
+from .phrases import statements as sentences # by the name that it had here
 from .scopes import Cue, Scope, View, kin_of
 from .sites import read_sentence
 from .tables import TEXTS, Table

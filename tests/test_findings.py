@@ -14,6 +14,26 @@ SHARED = HERE.parent.parent/"shared"/"findings"
 
 
 # ---------------------------------------------------------------- the catalogue
+def test_latin_is_no_umlaut():
+    "*Filiae*, *Pleuraerguss* and *Residuen* are written with two letters, not with an umlaut."
+    for name in ("findings.csv", "words.csv"):
+        text = (HERE.parent/"ctvlm"/"data"/name).read_text(encoding="utf-8").lower()
+        assert not re.findall(r"filiä\w*|bullä\b|pleurä\w*|portä\b|venä\b|residün\w*|neurön\w*|tracheä\w*", text)
+
+def test_sentences_are_cut_once():
+    "The reader of findings and the miner agree on where a sentence ends."
+    from ctvlm.language import sentences as cut
+    for text in ("Zyste in Seg. VII. V.a. Metastase re. basal. Kein Aszites.", "Pleural effusion: no. Pericardial effusion: yes.",
+                 "Nodule, approx. 4 mm\n2. Cyst, see Fig. 3. No ascites.", "Cyst of the\nleft kidney (series 3,\nimage 50). No stones."):
+        k = cut(text, "de")
+        ours = [w for a, b in zip(k, k[1:]) if (w := re.findall(r"[^\W\d_]+", text[a:b]))]
+        theirs = [w for s in sentences(text) if (w := re.findall(r"[^\W\d_]+", " ".join(t.text for t in s.tokens)))]
+        assert ours == theirs, text
+
+def test_import_builds_no_grammar():
+    code = "import sys, ctvlm.findings as f; assert 'tree' not in vars(f.GRAMMAR) and 'torch' not in sys.modules; assert f.label_report('No ascites.')['Ascites'] == 0"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
 def test_catalogue_schema():
     rows = list(csv.DictReader(open(HERE.parent/"ctvlm"/"data"/"findings.csv", encoding="utf-8")))
     organs = {r["organ"] for r in csv.DictReader(open(HERE.parent/"ctvlm"/"data"/"organs.csv", encoding="utf-8"))}
