@@ -11,7 +11,7 @@ import hashlib, math
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
-from .findings import FINDINGS
+from .catalogue import FINDINGS
 from .reports import data_rows, place_rows
 
 # %% ../nbs/03b_places.ipynb #dbc408b8
