@@ -21,6 +21,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python tools/check_export.py
+	$(BIN)/ruff check
 	cd nbs && $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --path .
 	$(BIN)/python -m pytest tests
 

@@ -12,6 +12,10 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("dicom", "view", "train", "xlsx", "ray", "dev")}
+extras["all"] = [r for name in ("dicom", "view", "train", "xlsx") for r in extras[name]]
+extras["dev"] += extras["all"]
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -27,10 +31,10 @@ setup(
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3.11",
                  "Programming Language :: Python :: 3.12", "Topic :: Scientific/Engineering :: Medical Science Apps.", "Topic :: Scientific/Engineering :: Image Processing"],
     packages=find_packages(include=["ctvlm", "ctvlm.*"]),
-    package_data={"ctvlm": ["data/*", "data/tiny/*"]},
+    package_data={"ctvlm": ["py.typed", "data/*", "data/tiny/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "ray", "view", "dicom")},
+    extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,
 )

@@ -10,7 +10,7 @@ __all__ = ['ORGANS', 'SCALES', 'random_slice_error', 'organ_of', 'NearestSnippet
 import csv, re
 from importlib.resources import files
 import numpy as np
-from .core import InputError, stable_rng
+from .core import InputError, stable_rng, needed
 
 # %% ../nbs/13a_baselines.ipynb #6e763713
 def random_slice_error(
@@ -81,6 +81,7 @@ class NearestSnippets:
         values,            # `(n,)` what to predict
         neighbours:int=25, # how many training snippets answer
     ):
+        needed("sklearn", "train", "the text-only baseline")
         from sklearn.feature_extraction.text import TfidfVectorizer
         self.values, self.neighbours = np.asarray(values, dtype=float), neighbours
         self.overall = float(np.median(self.values))
@@ -108,6 +109,7 @@ class TextTrees:
         values,            # `(n,)` what to predict
         seed:int=0,        # of the trees
     ):
+        needed("sklearn", "train", "the text-only baseline")
         from sklearn.ensemble import HistGradientBoostingRegressor
         from sklearn.feature_extraction.text import CountVectorizer
         def count(**options): return CountVectorizer(binary=True, token_pattern=_WORD, **options)

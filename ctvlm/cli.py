@@ -73,21 +73,27 @@ def localize(
     for path, here, volume in each_scan(scans, quiet, **how):
         with reading(loaded, quiet): answers = loaded.localize(volume, text)
         if any(for_readers.values()):
-            done += write_for_readers(here, path, volume, answers, loaded, overwrite, **for_readers)
+            done += write_for_readers(
+                here, path, volume, answers, loaded, overwrite, **for_readers)
         picture = pictures[path]
         if picture is not None:
             figure = localization_figure(
                 answers, volume, window=window,
                 notes=f"{volume.name}; model {about['model']}, trained on {about['trained_on']}")
             kind = "jpg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png"
-            with write_output(picture, scans, overwrite) as t: figure.savefig(t, format=kind)
+            with write_output(picture, scans, overwrite) as t:
+                figure.savefig(t, format=kind)
         for a in answers:
             low, high = a.interval_mm or (None, None)
-            said = {"answer": answer_words(a), "low_mm": low, "high_mm": high, "picture": picture}
+            said = {
+                "answer": answer_words(a), "low_mm": low, "high_mm": high,
+                "picture": picture}
             rows.append(plain({"path": path, **plain(a), **said, **about}))
     write_rows(tables, rows, _ANSWER, overwrite)
     if as_json: return say(rows, True)
-    say(rows, False, (("path",) if len(scans) > 1 else ()) + ("text", "answer", "interval_mm"))
+    say(
+        rows, False,
+        (("path",) if len(scans) > 1 else ()) + ("text", "answer", "interval_mm"))
     print(f"interval: {about['calibrated']}")
     pictures = dict.fromkeys(r["picture"] for r in rows if r["picture"])
     for p in pictures: print(f"picture: {legible(p)}")
@@ -124,7 +130,8 @@ def classify(
     "Which findings does a scan show?"
     from ctvlm.findings import CT_RATE_CLASSES
     if finding and any(not f.strip() for f in finding):
-        raise InputError("a finding is empty: name one, for example --finding 'Pleural effusion'")
+        raise InputError(
+            "a finding is empty: name one, for example --finding 'Pleural effusion'")
     _, tables = _outputs(scans, output, overwrite, pictures=False)
     _check_dicom(scans, overwrite, send, sr=sr)
     done = []
@@ -140,17 +147,21 @@ def classify(
         rows += sorted(found, key=lambda r: -r["probability"])
     columns = ("path", "scan", "finding", "probability", "score", "source")
     write_rows(tables, rows, columns, overwrite)
-    say(rows, as_json, (("path",) if len(scans) > 1 else ()) + ("finding", "probability", "source"))
+    say(
+        rows, as_json,
+        (("path",) if len(scans) > 1 else ()) + ("finding", "probability", "source"))
     for line in () if as_json else done: print(line)
     if not as_json:
-        print("A probability is a score to rank by: nothing says that 0.5 divides yes from no.")
+        print(
+            "A probability is a score to rank by: nothing says that 0.5 divides yes from no.")
 
 # %% ../nbs/15b_cli.ipynb #020ceb88
 def _stored_vector(model, f): # of a scan whose window features are kept
     import torch
     cls, depth_tokens = f["cls"].float(), f["depth_tokens"].float()
     with torch.no_grad():
-        e = model.encode_features(cls, depth_tokens, f["grid"], f["patch_mask"], slices=False)
+        e = model.encode_features(
+            cls, depth_tokens, f["grid"], f["patch_mask"], slices=False)
     return e.scan[0]
 
 def _embeddings(path): # files that `ctvlm embed SCAN -o` wrote
@@ -171,7 +182,8 @@ def scan_vectors(
     for path in paths:
         _check_scan(path)
         if path.is_dir() and (*path.glob("store.json"), *path.glob("*/store.json")):
-            store = FeatureStore(path, model)                       # refuses another model's
+            # refuses another model's
+            store = FeatureStore(path, model)
             for file in sorted(store.folder.rglob("*.safetensors")):
                 vector = _stored_vector(model, store.load(file.stem))
                 scan = store.header(file.stem)["scan"]
@@ -213,7 +225,8 @@ def search(
         similarity = float(asked @ F.normalize(vector, dim=0))
         rows.append({"path": str(path), "scan": name, "similarity": similarity})
     if not rows:
-        raise InputError("found nothing to choose from: give scans, or a folder of features")
+        raise InputError(
+            "found nothing to choose from: give scans, or a folder of features")
     rows.sort(key=lambda r: -r["similarity"])
     rows = [{"rank": n, **row} for n, row in enumerate(rows, 1)]
     say(rows, as_json, ("rank", "scan", "similarity", "path"))
@@ -242,7 +255,8 @@ def view(
         _hint("open this address in a browser of this machine; Ctrl-C ends it", quiet)
         sys.stdout.flush()
     import ctvlm
-    shipped = Path(ctvlm.__file__).parent/"data"/"tiny"             # what `ready_model` loads
+    # what `ready_model` loads
+    shipped = Path(ctvlm.__file__).parent/"data"/"tiny"
     text = _text_of(report) if report is not None else ""
     _check_scan(scan)
     with at_hand(scan, how.get("series")) as here:
@@ -282,19 +296,22 @@ def embed(
             raise InputError("no output was given: name the folder of the feature store, "
                              "for example -o features")
         names = tuple(name.strip() for name in devices.split(",")) if devices else ()
-        for name in names: pick_device(name)                        # all of them are there
+        # all of them are there
+        for name in names: pick_device(name)
         table = read_studies(scan)
         # of several processes each moves its copy to its own device
         several = names or int(os.environ.get("WORLD_SIZE", 1)) > 1
         loaded = load_model(model, "cpu" if several else device)
         summary = embed_studies(table, loaded, output, workers=2 if workers is None else workers,
                                 devices=names, quiet=quiet)
-        if not summary: return                 # a process of several; the first one speaks for all
+        # a process of several; the first one speaks for all
+        if not summary: return
         del summary["profile"]
         say(summary, as_json)
         if summary["failed"] and not allow_missing: raise typer.Exit(1)
         return
-    _useless("with one scan: it is for a table of studies", workers=workers, devices=devices)
+    _useless(
+        "with one scan: it is for a table of studies", workers=workers, devices=devices)
     if output is not None: check_output(output, scan, overwrite)
     from safetensors.torch import save_file
     [(_, _, volume)] = each_scan([scan], quiet, **how)
@@ -303,7 +320,8 @@ def embed(
     if output is not None:
         names = ("scan", "disease", "slices", "bin_depths_mm")
         tensors = {name: getattr(e, name).contiguous() for name in names}
-        with write_output(output, scan, overwrite) as temporary: save_file(tensors, temporary)
+        with write_output(output, scan, overwrite) as temporary:
+            save_file(tensors, temporary)
     if as_json:
         names = ("name", "scan", "disease", "slices", "bin_depths_mm")
         return say({name: getattr(e, name) for name in names}, True)
@@ -326,10 +344,15 @@ def init(
     model = untrained(size, seed)
     with write_atomically(output) as temporary: model.save_pretrained(temporary)
     parameters = sum(p.numel() for p in model.parameters())
-    say({"model": output, "parameters": parameters, "trained_on": model.config.trained_on}, as_json)
+    say(
+        {
+            "model": output, "parameters": parameters,
+            "trained_on": model.config.trained_on},
+        as_json)
 
 # %% ../nbs/15b_cli.ipynb #ef5f3f09
-def _validation(studies, features, findings): # what `train` asks a model while it learns
+# what `train` asks a model while it learns
+def _validation(studies, features, findings):
     from ctvlm.data import FeatureStore
     from ctvlm.evaluation import evaluate_studies
     store = FeatureStore(features)
@@ -344,7 +367,8 @@ def _validation(studies, features, findings): # what `train` asks a model while 
         out = {}
         for name, (section, *path) in numbers.items():
             value = found.get(section)
-            for step in path: value = value.get(step) if isinstance(value, dict) else None
+            for step in path:
+                value = value.get(step) if isinstance(value, dict) else None
             if value is not None: out[name] = value
         return out
     return evaluate
@@ -383,8 +407,10 @@ def train(
     metric = "-mae_mm" if any(map(len, held_out.pairs)) else "r10"
     defaults = dict(frozen=("window_encoder",), metric=metric)
     settings = TrainingConfig.read(config, **defaults) if config else TrainingConfig(**defaults)
-    loaded = load_model(model, "cpu")          # `train` moves it to the card of its own process
-    findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in table.labels)]
+    # `train` moves it to the card of its own process
+    loaded = load_model(model, "cpu")
+    findings = [
+        f for f in FINDINGS if any(labels.get(f) == 1 for labels in table.labels)]
     data = Batches(
         table, FeatureStore(features, loaded), loaded.processor.tokenizer, batch_size, findings,
         augment=augment_report, variants=10, workers=workers, seed=settings.seed, model=loaded,
@@ -393,11 +419,14 @@ def train(
     if not quiet and findings and first:
         silent = labels_with_silence(table, findings)
         print(census_text(silent, findings, settings.silence), file=sys.stderr)
-    evaluate = _validation(held_out, features, findings) if validate and len(held_out) else None
-    with redirect_stdout(sys.stderr):                        # standard output is for the answer
+    evaluate = _validation(
+        held_out, features, findings) if validate and len(held_out) else None
+    # standard output is for the answer
+    with redirect_stdout(sys.stderr):
         log = run(loaded, data, settings, output, evaluate, quiet=quiet, extend=extend, start=start,
                   about=f"{table.patient.nunique()} patients of {studies.name}")
-    if log is None: return                     # a process of several; the first one speaks for all
+    # a process of several; the first one speaks for all
+    if log is None: return
     say({"model": output/"model"}, True) if as_json else print(f"{output}/model")
 
 # %% ../nbs/15b_cli.ipynb #7e6b35af
@@ -440,14 +469,16 @@ def evaluate(
             loaded, table, output/"features", tasks or TASKS, split, quiet=quiet)
     store = FeatureStore(features)
     output.mkdir(parents=True, exist_ok=True)
-    def keep(result): write_result(output/"results.json", result)   # after each protocol
+    # after each protocol
+    def keep(result): write_result(output/"results.json", result)
     result = evaluate_studies(
         loaded, table, store, split=split, tasks=tasks, prompts=prompts, classes=classes,
         each=keep, quiet=quiet)
     keep(result)
     command = f"ctvlm evaluate {studies} --model {model} --split {split}"
     write_report(output/"report.html", result, made=_made(command))
-    for name, reason in result.get("skipped", {}).items(): _tell(f"{name} was skipped: {reason}")
+    for name, reason in result.get("skipped", {}).items():
+        _tell(f"{name} was skipped: {reason}")
     if as_json: return print((output/"results.json").read_text())
     print(f"{output}/results.json, {output}/report.html")
 
@@ -520,11 +551,13 @@ def manual()->str: # Markdown
                   *_option_rows(command, context)]
     statuses = "\n".join(f"| {n} | {text} |" for n, text in STATUS.items())
     return _MANUAL.format(
-        purpose=group.help, options="\n".join(_option_rows(group, top)), verbs="\n".join(verbs),
+        purpose=group.help, options="\n".join(
+            _option_rows(group, top)), verbs="\n".join(verbs),
         statuses=statuses, examples="\n".join(EXAMPLES))
 
 def _option_rows(command, context): # of the table of its words and options
-    def cell(text): return " ".join(text.split()).replace("|", "/")  # a bar would end the cell
+    # a bar would end the cell
+    def cell(text): return " ".join(text.split()).replace("|", "/")
     rows = []
     for p in command.get_params(context):
         name, text = p.get_help_record(context) or (None, p.help or "")

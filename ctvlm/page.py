@@ -205,7 +205,8 @@ def _sections(metrics, history, examples): # of the page, in order
 
 def _example(example): # one scan with its answer
     named = ("answer", "volume", "reference_mm")
-    answer, volume, reference = [example[k] for k in named] if isinstance(example, dict) else example
+    if isinstance(example, dict): example = [example[k] for k in named]
+    answer, volume, reference = example
     said = f"“{legible(answer.text)}”: predicted {answer_words(answer)}"
     if reference is not None:
         off = abs(reference - answer.depth_mm)

@@ -20,7 +20,7 @@ from .scanner import Scan
 # %% ../nbs/01c_reports.ipynb #97855415
 def _wordings(text): # name -> (assertions, denials, short form)
     "Read a table of wordings."
-    out = {}
+    out, name = {}, ""
     for line in text.strip().splitlines():
         mark, rest = line.strip()[:2], line.strip()[2:].split(" | ")
         if mark in ("+ ", "- "): out[name][mark == "- "].extend(rest)

@@ -142,7 +142,8 @@ def _finding_group(source, answer, about): # of a `FindingAnswer`
 
 def _reference_group(source, pair): # of a mined pair
     from pydicom.sr.codedict import codes
-    mm, depth, where = codes.UCUM.Millimeter, pair["depth_mm"], "Depth of the cited image (scanner z)"
+    mm, depth = codes.UCUM.Millimeter, pair["depth_mm"]
+    where = "Depth of the cited image (scanner z)"
     measured = [_measured(source, "depth", where, depth, mm, depth)]
     return _group(source, pair["snippet"], MINED, measured, ("cited", "cited in the report"), depth)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn, Tensor
-from .core import InputError
+from .core import InputError, needed
 
 # %% ../nbs/06_text.ipynb #6809cb0a
 END, PAD = "<|end|>", "<|pad|>"
@@ -167,6 +167,7 @@ def add_adapters(
     sizes:AdapterSizes,
 )->nn.Module:            # the same, its own weights frozen
     "Put low-rank adapters beside the linear layers called `sizes.targets`."
+    needed("peft", "train", "a text encoder with adapters")
     from peft import LoraConfig, inject_adapter_in_model
     config = LoraConfig(r=sizes.r, lora_alpha=sizes.alpha, lora_dropout=sizes.dropout,
                         target_modules=list(sizes.targets))
@@ -183,6 +184,7 @@ def merge_adapters(
     model:nn.Module, # with adapters
 )->nn.Module:        # without, computing the same
     "Add each adapter into its layer's weight and drop it."
+    needed("peft", "train", "a text encoder with adapters")
     from peft.tuners.lora import LoraLayer
     for name, layer in [m for m in model.named_modules() if isinstance(m[1], LoraLayer)]:
         layer.merge(safe_merge=True)

@@ -92,24 +92,29 @@ def mine(
     "Mine image references of reports and resolve them to mm. Status 1 if a report is unreadable."
     from rich.text import Text
     from ctvlm.mining import explain as explained, mine_report, mine_table
-    named = dict(study_column=study_column, report_column=report_column, encoding=encoding)
+    named = dict(
+        study_column=study_column, report_column=report_column, encoding=encoding)
     if explain:
         _useless("with --explain, which only shows: leave it out, or leave --explain out",
                  output=output, dicom=dicom, **named)
         text = _text_of(reports)
         found = [vars(r) for r in mine_report(text)]
         if as_json: return say(found, True)
-        if _coloured(): return _console().print(Text.from_ansi(str(explained(legible(text)))))
+        if _coloured():
+            return _console().print(Text.from_ansi(str(explained(legible(text)))))
         columns = ("snippet", "series", "image", "image_end", "plane", "prior")
         return say(found, False, columns)              # without colours, as a table
     if sr is not None:
-        _useless("with --sr, which is about one report", output=output, audit=audit, **named)
+        _useless(
+            "with --sr, which is about one report", output=output, audit=audit, **named)
         return say(_report_as_sr(_text_of(reports), dicom, sr, quiet), as_json)
     if score:
         from ctvlm.audit import score_audit
         _useless("with --score", output=output, dicom=dicom, audit=audit)
         found = score_audit(reports)
-        return say(found if as_json else {k: v for k, v in found.items() if k != "strata"}, as_json)
+        return say(
+            found if as_json else {k: v for k, v in found.items() if k != "strata"},
+            as_json)
     if output is None:
         raise InputError("no output was given: name the table of pairs, "
                          "for example -o pairs.parquet")
@@ -117,9 +122,11 @@ def mine(
     if audit:
         from ctvlm.audit import audit as draw
         _useless("with --audit", dicom=dicom)
-        drawn = draw(reports, output, audit, columns=columns, encoding=encoding, quiet=quiet)
+        drawn = draw(
+            reports, output, audit, columns=columns, encoding=encoding, quiet=quiet)
         return say(drawn, as_json)
-    summary = mine_table(reports, dicom, output, quiet=quiet, columns=columns, encoding=encoding)
+    summary = mine_table(
+        reports, dicom, output, quiet=quiet, columns=columns, encoding=encoding)
     say(summary, as_json)
     if summary["unreadable"]: raise typer.Exit(1)
 
@@ -160,13 +167,15 @@ def label(
                          "for example -o labels.parquet")
     server = {}
     if engine == "llm":
-        server = dict(base_url=base_url, model=llm, store=store or output.with_suffix(".sqlite"))
+        server = dict(
+            base_url=base_url, model=llm, store=store or output.with_suffix(".sqlite"))
     summary = label_table(reports, output, engine, quiet=quiet, encoding=encoding,
                           columns=_columns(report=report_column), **server)
     if as_json: say(summary, True)
     else:
         kinds = ("asserted", "denied", "open")
-        rows = [{"finding": f} | {k: summary[k][f] for k in kinds} for f in summary["asserted"]]
+        rows = [
+            {"finding": f} | {k: summary[k][f] for k in kinds} for f in summary["asserted"]]
         rows = [r for r in rows if any(r[k] for k in kinds)]
         say(sorted(rows, key=lambda r: (-r["asserted"], r["finding"])), False)
         open_ = f"{summary['unanswered']} questions without an answer"
@@ -174,8 +183,8 @@ def label(
     if summary["unanswered"]: raise typer.Exit(1)
 
 # %% ../nbs/15a_verbs.ipynb #688574aa
-_Layout = Literal["ct-rate", "merlin", "inspect", "rad-chestct", "csv", "dicom", "phantoms",
-                  "rexgrounding", "totalsegmentator", "dicom-masks", "intervals"]
+_Layout = Literal[
+    "ct-rate", "merlin", "inspect", "rad-chestct", "csv", "dicom", "phantoms"]
 @app.command()
 def studies(
     root:Annotated[Path, typer.Argument(help="Root of the data set.")],
@@ -197,7 +206,6 @@ def studies(
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read a data set into a table of studies. Status 1 if OUTPUT.refused.csv says what was refused."
-    import ctvlm.masks                                              # its layouts, too
     from ctvlm.data import scan_studies
     given = dict(
         reports=reports, duplicates=duplicates, encoding=encoding,
@@ -225,9 +233,11 @@ def check(
     for path in paths: _check_scan(path)
     given = [one for path in paths for one in _each_series(path)]
     remote = any(address_of(path) is not None for path in paths)
-    with ExitStack() as stack:                         # what comes from a server goes at the end
+    # what comes from a server goes at the end
+    with ExitStack() as stack:
         here = {str(stack.enter_context(at_hand(path))): path for path in given}
-        table = check_paths(list(here), None if remote else output, workers, quiet, overwrite)
+        table = check_paths(
+            list(here), None if remote else output, workers, quiet, overwrite)
     if remote:
         table["path"] = [_as_given(path, here) for path in table.path]
         if output is not None: _write_table(table, output, overwrite)
@@ -306,7 +316,8 @@ def findings(
     rows = [{"finding": f.name, "organ": f.organ, "also": [*f.en, *f.de], "ct_rate": f.ct_rate}
             for f in FINDINGS.values()]
     if word:
-        def names(row): return [n.casefold() for n in (row["finding"], row["organ"], *row["also"])]
+        def names(row):
+            return [n.casefold() for n in (row["finding"], row["organ"], *row["also"])]
         found = [r for r in rows if any(word.casefold() in n for n in names(r))]
         by_name = {r["finding"].casefold(): r for r in rows}
         near = difflib.get_close_matches(word.casefold(), list(by_name), 5, 0.6)

@@ -23,14 +23,16 @@ from .page import write_report
 from .reader import Planes, report_sentences, widget_classes
 
 _all_ = ["LETTERS", "answer_words", "draw_cases", "localization_figure", "pick_examples",
-         "plot_auc", "plot_baselines", "plot_depths", "plot_errors", "plot_posterior", "plot_recall",
+         "plot_auc", "plot_baselines", "plot_depths", "plot_errors", "plot_posterior",
+         "plot_recall",
          "plot_reliability", "plot_roc", "plot_training", "promise", "window_for", "window_levels",
          "write_report", "Planes", "report_sentences", "widget_classes"]
 
 # %% ../nbs/14d_viewer.ipynb #bdc01231
 class Explorer:
     "Scan and report side by side; see `explore`."
-    def __init__(self, volume:CTVolume, report, model, series=None, window=None, folder=None):
+    def __init__(
+        self, volume:CTVolume, report, model, series=None, window=None, folder=None):
         w = needed("ipywidgets", "view", "the reader")
         if not isinstance(volume, CTVolume):
             from ctvlm.preprocessing import load_volume
@@ -38,9 +40,11 @@ class Explorer:
         if window is not None: window_levels(window)
         self.volume, self.model, self.embedded, self.answers = volume, model, None, {}
         self.answer, self.reference_mm = None, None
-        self.sentences = _sentences_of(getattr(report, "text", report), volume, series, folder)
+        self.sentences = _sentences_of(
+            getattr(report, "text", report), volume, series, folder)
         self.planes, self.at = Planes(volume), [n // 2 for n in volume.array.shape]
-        self.follow = window is None       # the window follows the question until one is chosen
+        # the window follows the question until one is chosen
+        self.follow = window is None
         self.picture, self.report = self._widgets(window or "soft tissue")
         self._listen()
         row = w.Layout(flex_flow="row wrap", grid_gap="12px", align_items="flex-start",
@@ -60,7 +64,8 @@ def _sentences_of(report, volume, series, folder): # of a text, or of a list of 
         if not report.strip(): return []
         return report_sentences(report, volume, series, _other_series(report, folder))
     alone = {"reference_mm": None, "references": []}
-    return [{"text": s + "\n", "pieces": [[s + "\n", ""]], "query": s, **alone} for s in report]
+    return [
+        {"text": s + "\n", "pieces": [[s + "\n", ""]], "query": s, **alone} for s in report]
 
 def _other_series(report, folder):
     "Index of the scan's folder, where the report cites series and the folder may hold several."
@@ -68,7 +73,8 @@ def _other_series(report, folder):
     if folder is None or not folder.is_dir(): return None
     if not any(r.series is not None for r in mine_report(report)): return None
     try: return SeriesIndex.from_dicom(folder, quiet=True)
-    except InputError: return None      # no DICOM headers: only the scan itself can be cited
+    # no DICOM headers: only the scan itself can be cited
+    except InputError: return None
 
 # %% ../nbs/14d_viewer.ipynb #f582defc
 @patch
@@ -85,14 +91,16 @@ def _widgets(self:Explorer, window): # picture and report
         windows=[[name, *levels] for name, levels in HU_WINDOWS.items()],
         layout=w.Layout(flex="1 1 34rem", min_width="0", max_width=width))
     report = Report(
-        sentences=[{"pieces": s["pieces"], "query": s["query"]} for s in self.sentences],
+        sentences=[
+            {"pieces": s["pieces"], "query": s["query"]} for s in self.sentences],
         layout=w.Layout(flex="1 1 22rem", min_width="0"))
     return picture, report
 
 @patch
 def _listen(self:Explorer): # to the two widgets
     picture, report = self.picture, self.report
-    def stepped(e): self.move(*(n + b - a for n, a, b in zip(self.at, e["old"], e["new"])))
+    def stepped(e):
+        self.move(*(n + b - a for n, a, b in zip(self.at, e["old"], e["new"])))
     picture.observe(stepped, "steps")
     picture.observe(lambda e: self.click(*e["new"][:3]), "clicked")
     picture.observe(lambda e: self.probe(*e["new"][:3]), "pointed")
@@ -104,8 +112,10 @@ def _listen(self:Explorer): # to the two widgets
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0} # the axis that a plane cuts
 
 @patch
-def move(self:Explorer, i=None, j=None, k=None): # to these slices; a direction left out stays
-    def inside(new, old, size): return old if new is None else int(np.clip(new, 0, size - 1))
+def move(self:Explorer, i=None, j=None, k=None):
+    "Go to these slices; a direction left out stays."
+    def inside(new, old, size):
+        return old if new is None else int(np.clip(new, 0, size - 1))
     self.at = [inside(*n) for n in zip((i, j, k), self.at, self.volume.array.shape)]
     self.draw()
 
@@ -157,7 +167,8 @@ def draw(self:Explorer):
     with picture.hold_sync():
         picture.png = self.planes.draw(i, j, k, window, answer, self.reference_mm)
         picture.at = self.at
-        picture.texts = [f"x = {x:.0f} mm", f"y = {y:.0f} mm", f"z = {z:.0f} mm{number}"]
+        picture.texts = [
+            f"x = {x:.0f} mm", f"y = {y:.0f} mm", f"z = {z:.0f} mm{number}"]
         picture.labels = self.planes.labels(answer, self.reference_mm)
         picture.alt = words
         picture.drawn += 1
@@ -181,7 +192,7 @@ def _said(self:Explorer): # the answer: `[kind, words]` per paragraph
 @contextmanager
 def watch_windows(
     model, # a `CTVLMModel`
-    each,  # list of pieces of a scan -> the same pieces one by one, such as a progress bar
+    each,  # pieces of a scan -> the same pieces one by one, such as a progress bar
 ):
     "While the block runs, the model encodes the windows of scans through `each`."
     import torch
@@ -207,7 +218,8 @@ def read(self:Explorer):
             yield piece
     if not hasattr(self.model, "embed"): self.embedded = self.volume
     else:
-        with watch_windows(self.model, each): self.embedded = self.model.embed(self.volume)
+        with watch_windows(self.model, each):
+            self.embedded = self.model.embed(self.volume)
 
 @patch
 def ask(self:Explorer, text:str, reference_mm=None):
@@ -241,7 +253,7 @@ def choose(self:Explorer, i:int, reference:int=-1):
 # %% ../nbs/14d_viewer.ipynb #af694f14
 def explore(
     volume,                   # `CTVolume`, or a path that `load_volume` reads
-    report,                   # a report's text (or an object with `.text`), or a list of snippets
+    report,                   # its text (or an object with `.text`), or a list of snippets
     model,                    # anything with `localize(volume, texts)`
     series:int|None=None,     # the scan's series number, where it does not know it itself
     window=None,              # as `window_levels` takes it; it follows the question if `None`
@@ -308,7 +320,8 @@ def show_job(
     try:
         volume, model = _read_job(job)
         folder = Path(job["scan"])
-        reader = Explorer(volume, job["report"], model, window=job["window"], folder=folder)
+        reader = Explorer(
+            volume, job["report"], model, window=job["window"], folder=folder)
     except InputError as e: display(HTML(f'<p role="alert">{html.escape(str(e))}</p>'))
     else:
         head = f"<h1>ctvlm reader</h1><span>{html.escape(volume.name)}</span>"
@@ -325,7 +338,8 @@ def _read_job(job): # -> scan and model, or the reason why not
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
             if hasattr(signal, name)]
 
-def _voila_class(): return needed("voila.app", "view", "the reader is served by Voila, which").Voila
+def _voila_class():
+    return needed("voila.app", "view", "the reader is served by Voila, which").Voila
 
 def _token_only(): # a class: 403 instead of a page to log in
     from jupyter_server.auth.identity import IdentityProvider
@@ -333,13 +347,15 @@ def _token_only(): # a class: 403 instead of a page to log in
     class TokenOnly(IdentityProvider):
         async def get_user(self, handler):
             user = await super().get_user(handler)
-            if user is None:                           # the page of the error asks for them
+            # the page of the error asks for them
+            if user is None:
                 handler.current_user = handler._jupyter_current_user = None
                 raise HTTPError(403, "without the token of `ctvlm view`")
             return user
     return TokenOnly
 
-def _reader_class(folder, token, ready, browser): # Voila with our page, which ends cleanly
+# Voila with our page, which ends cleanly
+def _reader_class(folder, token, ready, browser):
     import webbrowser
     from jupyter_core.utils import run_sync
     class Reader(_voila_class()):
@@ -364,7 +380,8 @@ def _voila(folder, token, port, ready, browser):
     "A Voila server that only this machine reaches, and only with the token."
     from traitlets.config import Config
     Reader = _reader_class(folder, token, ready, browser)
-    private = os.name == "posix" and len(str(folder)) < 40              # a socket's path is short
+    # a socket's path is short
+    private = os.name == "posix" and len(str(folder)) < 40
     here = dict(allow_remote_access=False, local_hostnames=["localhost", "127.0.0.1"])
     voila = dict(
         ip="127.0.0.1", port=port, token=token, identity_provider_class=_token_only(),
@@ -374,7 +391,8 @@ def _voila(folder, token, port, ready, browser):
         Voila=voila,
         VoilaConfiguration=dict(
             allow_template_override="NO", allow_theme_override="NO", file_allowlist=[]),
-        KernelSpecManager=dict(kernel_dirs=[str(folder/"kernels")], ensure_native_kernel=False),
+        KernelSpecManager=dict(
+            kernel_dirs=[str(folder/"kernels")], ensure_native_kernel=False),
         ConnectionFileMixin=dict(transport="ipc" if private else "tcp"),
         MappingKernelManager=dict(cull_idle_timeout=300, cull_interval=60))
     server = Reader(config=config)
@@ -402,10 +420,12 @@ def serve(
     _voila_class()
     job = dict(scan=place(scan), model=place(model), report=report, device=device,
                window=window, how=how)
-    _read_job(job)                                       # what is wrong is said here, not in a page
+    # what is wrong is said here, not in a page
+    _read_job(job)
     token = secrets.token_urlsafe(32)
     before = {s: signal.getsignal(s) for s in _SIGNALS}
-    with PrivateFolder("view") as folder:                # only this user may look into it
+    # only this user may look into it
+    with PrivateFolder("view") as folder:
         try:
             _private_page(Path(folder), job)
             server = _voila(Path(folder), token, port, ready, browser)

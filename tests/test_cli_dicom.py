@@ -187,6 +187,31 @@ def test_the_marker_would_be_found(marked):
     assert leaks(next(marked.rglob("*.dcm")).read_bytes())
 
 
+def silent(ctvlm, *words):
+    "Run a verb and look for the patient in what it prints; its status."
+    status, *printed = ctvlm(*words)
+    assert not leaks("".join(printed)), words
+    return status
+
+
+@pytest.mark.parametrize("how", ["note", "log"])
+def test_a_planted_leak_is_found(ctvlm, phantom, marked, tmp_path, monkeypatch, how):
+    "A reader that puts the patient's name into a note or into the log."
+    import logging
+    from dataclasses import replace
+    from ctvlm import preprocessing
+    own, scan = preprocessing.load_volume, marked / main_series(phantom).name
+    def leaky(path, *more, **options):
+        name = pydicom.dcmread(next(path.iterdir()), stop_before_pixels=True).PatientName
+        if how == "log": logging.getLogger("ctvlm").error("reading %s", name)
+        volume = own(path, *more, **options)
+        return replace(volume, notes=(f"of {name}",)) if how == "note" else volume
+    words = ("preprocess", scan, "-o", tmp_path / "w.safetensors", "--overwrite")
+    assert silent(ctvlm, *words) == 0
+    monkeypatch.setattr(preprocessing, "load_volume", leaky)
+    with pytest.raises(AssertionError, match="preprocess"): silent(ctvlm, *words)
+
+
 def test_nothing_leaks(ctvlm, phantom, marked, model, tmp_path, temporary, monkeypatch):
     "Of every verb that reads DICOM: what it prints, what it writes, and how it calls that; also of a series that cannot be read."
     out = tmp_path / "out"
@@ -200,16 +225,14 @@ def test_nothing_leaks(ctvlm, phantom, marked, model, tmp_path, temporary, monke
         f = sorted(broken.iterdir())[3]
         f.write_bytes(f.read_bytes()[:-5000])
         sorted(broken.iterdir())[1].unlink()
-    said, statuses = {}, {}
+    statuses = {}
     verbs = [("check", marked, broken, "-o", "check.csv"), ("series", marked), ("series", marked, "--json"), ("preprocess", scan, "-o", "w.safetensors"),
              ("localize", scan, "-m", model, "-t", TEXT, "-o", "a.csv", "-o", "a.json", "-o", "a.png", "--slicer", "a.mrk.json"), ("localize", scan, "-m", model, "-t", TEXT, "--json"),
              ("localize", broken, "-m", model, "-t", TEXT), ("classify", scan, "-m", model, "-o", "c.csv"), ("classify", marked, "-m", model, "--json"), ("embed", scan, "-m", model, "-o", "e.safetensors"),
              ("embed", scan, "-m", model, "--json"), ("mine", "reports.csv", "--dicom", marked, "-o", "pairs.parquet"), ("mine", "report.txt", "--dicom", marked, "--sr", "asked.dcm"),
              ("search", "cyst", scan, "-m", model), ("localize", scan, "-m", model, "-t", TEXT, "-o", "b.json", "--sr", "sr.asked.dcm", "--key-objects", "ko.asked.dcm")]
     for n, words in enumerate(verbs):
-        status, *printed = ctvlm(*words)
-        statuses[n] = status
-        assert not leaks("".join(printed)), words
+        statuses[n] = silent(ctvlm, *words)
     assert [n for n, s in statuses.items() if s == 3] == [] and statuses[4] == 0 and statuses[14] == 0, statuses
     files = [p for p in out.rglob("*") if p.is_file()]
     assert {"a.csv", "a.json", "a.png", "a.mrk.json", "c.csv", "check.csv", "w.safetensors", "e.safetensors", "pairs.parquet", "asked.dcm", "ko.asked.dcm", "sr.asked.dcm"} <= {p.name for p in files}
@@ -231,3 +254,36 @@ def test_a_table_of_dicom_studies(ctvlm, marked, model, tmp_path):
     status, *printed = ctvlm("embed", tmp_path / "studies.parquet", "-m", model, "-o", tmp_path / "features", "--workers", 0)
     assert status == 0 and not leaks("".join(printed)), printed
     assert not [p for p in (tmp_path / "features").rglob("*.safetensors") if leaks(p.read_bytes())]
+
+
+# ---- an export as it comes on a disc
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    "Two patients, one of them with two studies, under one DICOMDIR; files are called as pydicom's `FileSet` calls them."
+    from pydicom.fileset import FileSet
+    folder, files = tmp_path_factory.mktemp("disc"), FileSet()
+    for n, patient in enumerate(("ZWBF1", "ZWBF1", "ZWBF2")):
+        PhantomCohort(6, seed=3, spacing=(24., 24., None))[n].write_dicom(folder / "plain" / str(n))
+        for path in sorted((folder / "plain" / str(n)).rglob("*.dcm")):
+            ds = pydicom.dcmread(path)
+            ds.update({"PatientID": patient, "PatientName": f"Zwiebelfisch^{patient}"})
+            for name, value in (("StudyDate", "20200101"), ("StudyTime", "120000"), ("StudyID", str(n))): setattr(ds, name, value)
+            files.add(ds)
+    files.write(folder / "export")
+    assert (folder / "export" / "DICOMDIR").is_file()
+    return folder / "export"
+
+
+def test_the_series_of_an_export(ctvlm, export, tmp_path):
+    "Rows without patients; what `series` names, every verb takes."
+    status, out, err = ctvlm("series", export, "--json")
+    rows = json.loads(out)
+    assert status == 0 and {r["study"] for r in rows} == {1, 2, 3} and not leaks(out + err), err
+    assert sum(r["use"] == "chosen" for r in rows) == 3                     # one in each study
+    status, out, err = ctvlm("preprocess", export, "-o", tmp_path / "w.safetensors")
+    assert status == 2 and not leaks(err) and not (tmp_path / "w.safetensors").exists(), err
+    assert "ctvlm series" in err or "--series" in err, err
+    for row in [r for r in rows if r["use"] == "chosen"][1:]:
+        status, out, err = ctvlm("preprocess", export, "--series", row["uid"], "-o", tmp_path / f"{row['study']}.safetensors", "--json")
+        assert status == 0 and json.loads(out)["windows"] > 0 and not leaks(out + err), err

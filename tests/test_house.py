@@ -20,12 +20,12 @@ def imports_of(path):
 
 
 def test_every_chapter_is_there():
-    "00 to 15, each with its letters in order: 04, 04a, 04b."
+    "00 to 15, each with letters of its own: 04, 04a, 04b."
     numbers = [p.stem.split("_")[0] for p in CHAPTERS]
     assert [n for n in numbers if n.isdigit()] == [f"{n:02d}" for n in range(16)]
     for n in range(16):
         letters = [x[2:] for x in numbers if x.startswith(f"{n:02d}")]
-        assert letters == ["", *"abcdefghijkl"][:len(letters)], f"{n:02d}: {letters}"
+        assert letters == sorted(set(letters)) and letters[0] == "", f"{n:02d}: {letters}"
 
 
 @pytest.mark.parametrize("module", sorted(NUMBER))
@@ -117,3 +117,65 @@ def test_every_public_name_says_what_it_is(module):
 def test_a_missing_docstring_is_noticed():
     planted = 'def f(a): # tells\n    return a\nclass C:\n    "x"\n@patch\ndef m(self:C): # of C\n    return 1\nclass D:\n    a:int\n'
     assert list(undocumented(planted)) == ["f", "D"]
+
+
+# --- the page and its size
+
+def house():
+    "`tools/house.py` and the chapters that may exceed a limit."
+    import csv, importlib.util
+    spec = importlib.util.spec_from_file_location("house", ROOT / "tools" / "house.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = list(csv.DictReader(open(ROOT / "tests" / "house.csv")))
+    return module, {r["chapter"]: {k: float(r[k]) for k in module.LIMITS} for r in rows}
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_chapter_fits_its_page(path):
+    "Lines over 100 and 88 characters, cells, exported lines; tests/house.csv holds those that exceed a limit, with numbers that may only fall."
+    module, allowed = house()
+    found = module.measured(json.loads(path.read_text()))
+    limits = {k: max(limit, allowed.get(path.stem, {}).get(k, 0)) for k, limit in module.LIMITS.items()}
+    assert not {k: (found[k], limit) for k, limit in limits.items() if found[k] > limit}
+
+
+def test_no_chapter_is_excused_without_need():
+    module, allowed = house()
+    assert set(allowed) <= set(module.exceeding(module.chapters())), "python tools/house.py --write"
+
+
+def test_a_long_line_is_noticed():
+    module, _ = house()
+    page = {"cells": [{"cell_type": "code", "source": ["#| export\n", "x = 1\n", "y = " + "1 + " * 30 + "1"]}]}
+    assert module.measured(page)["over_100"] == pytest.approx(1 / 3, abs=1e-3) and module.exceeding({"page": module.measured(page)})
+
+
+def test_extras_hold_what_is_needed_by_some():
+    "What `needed` imports is in the extra that it names, and no longer in a plain installation."
+    config = configparser.ConfigParser(delimiters=["="]); config.read(ROOT / "settings.ini")
+    config = config["DEFAULT"]
+    name = {"sklearn": "scikit-learn", "dicomweb_client": "dicomweb-client"}
+    found = {m for p in (ROOT / "ctvlm").glob("*.py") for m in re.findall(r'needed\("([\w.]+)", "(\w+)"', p.read_text())}
+    assert len(found) >= 7
+    for module, extra in found:
+        package = module.split(".")[0]
+        wanted = name.get(package, package)
+        if package != "requests": assert re.search(rf"(^| ){wanted}>=", config[f"{extra}_requirements"]), (module, extra)
+        assert not re.search(rf"(^| ){wanted}>=", config["requirements"]), module
+
+
+@pytest.mark.parametrize("module, call, said", [
+    ("openpyxl", "from ctvlm.tables import read_table; read_table('x.xlsx')", r"\[xlsx\]"),
+    ("anywidget", "from ctvlm.reader import widget_classes; widget_classes()", r"\[view\]"),
+    ("voila.app", "from ctvlm.viewer import _voila_class; _voila_class()", r"\[view\]"),
+    ("highdicom", "from ctvlm.structured_reports import _libraries; _libraries()", r"\[dicom\]"),
+    ("dicomweb_client", "from ctvlm.dicomweb import _libraries; _libraries()", r"\[dicom\]"),
+])
+def test_what_is_missing_is_said_in_one_line(module, call, said, monkeypatch, tmp_path):
+    from ctvlm.core import InputError
+    monkeypatch.setitem(sys.modules, module, None)                 # as if it were not installed
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match=said) as e: exec(call, {})
+    assert "\n" not in str(e.value)
