@@ -339,7 +339,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
             if hasattr(signal, name)]
 
 def _voila_class():
-    return needed("voila.app", "view", "the reader is served by Voila, which").Voila
+    return needed("voila.app", "view", "the reader as a page").Voila
 
 def _token_only(): # a class: 403 instead of a page to log in
     from jupyter_server.auth.identity import IdentityProvider
