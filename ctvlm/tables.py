@@ -9,26 +9,29 @@ __all__ = ['TEXTS', 'roles', 'parse_columns', 'escape_cell', 'unescape_cell', 'T
 import codecs, contextlib, csv, functools, io, itertools, json, math, re
 from importlib.resources import files
 from pathlib import Path
+from fastcore.basics import patch
 from .core import InputError, write_atomically, needed
 
 # %% ../nbs/00a_tables.ipynb #9d313306
 def _plain(name): return re.sub(r"[\W_]+", "", str(name)).casefold()
-def _shown(name): return re.sub(r"[^\S ]|[\x00-\x1f\x7f-\x9f]", "?", str(name))[:40] # a head may be a misread text
+def _shown(name): # a head may be a misread text
+    return re.sub(r"[^\S ]|[\x00-\x1f\x7f-\x9f]", "?", str(name))[:40]
 
 @functools.cache
 def roles()->dict: # role -> names, as `_plain` writes them
     "Which names of columns stand for what."
     out = {}
     with (files("ctvlm")/"data"/"columns.csv").open(encoding="utf-8", newline="") as f:
-        for row in csv.DictReader(f): out.setdefault(row["role"], []).append(_plain(row["name"]))
+        for row in csv.DictReader(f):
+            out.setdefault(row["role"], []).append(_plain(row["name"]))
     return out
 
 TEXTS = ("report", "findings", "impression") # the roles that hold what the radiologist wrote
 
 def _known(role):
     if role not in roles():
-        raise InputError(f"found the role {_shown(role)!r}, expected one of {', '.join(roles())}: "
-                         "write study=Accession,report=Text")
+        raise InputError(f"found the role {_shown(role)!r}, "
+            f"expected one of {', '.join(roles())}: write study=Accession,report=Text")
 
 def parse_columns(
     words:str, # "study=Accession,report=Text"
@@ -38,7 +41,8 @@ def parse_columns(
     for part in filter(None, map(str.strip, words.split(","))):
         role, equals, name = (p.strip() for p in part.partition("="))
         if not (equals and name):
-            raise InputError(f"found {_shown(part)!r}, expected role=column: write study=Accession,report=Text")
+            raise InputError(f"found {_shown(part)!r}, expected role=column: "
+                "write study=Accession,report=Text")
         _known(role)
         out[role] = name
     return out
@@ -53,7 +57,8 @@ def _text(value):
     if isinstance(value, bool): return str(value).lower()
     if isinstance(value, float):
         if math.isnan(value): return ""
-        if value.is_integer() and abs(value) >= 2**53: raise _Unfit("holds a number that has lost digits")
+        if value.is_integer() and abs(value) >= 2**53:
+            raise _Unfit("holds a number that has lost digits")
         return str(int(value)) if value.is_integer() else repr(value)
     if hasattr(value, "isoformat"): return value.isoformat()
     if isinstance(value, (list, dict, tuple)): return json.dumps(value, default=str)
@@ -68,7 +73,8 @@ def escape_cell(
     value, # of any kind
 ):         # the same; text that a spreadsheet would run with a quotation mark in front
     "Keep a spreadsheet from running what stands in a cell."
-    if not isinstance(value, str) or not _RUNS.match(value) or _NUMBER.fullmatch(value): return value
+    if not isinstance(value, str) or not _RUNS.match(value) or _NUMBER.fullmatch(value):
+        return value
     return "'" + value
 
 def unescape_cell(
@@ -83,7 +89,8 @@ def _encoding(path, named):
     if named:
         try: return codecs.lookup(named).name
         except LookupError:
-            raise InputError(f"no encoding is called {_shown(named)!r}: use utf-8, cp1252, gbk, ...") from None
+            raise InputError(f"no encoding is called {_shown(named)!r}: use utf-8, cp1252, "
+                "gbk, ...") from None
     with open(path, "rb") as f: head = f.read(1024)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): return "utf-16"
     if b"\0" in head[::2]: return "utf-16-be"
@@ -103,7 +110,8 @@ def _csv_rows(path, encoding):
     escape = "strict" if encoding.startswith("utf-16") else "surrogateescape"
     with open(path, encoding=encoding, errors=escape, newline="") as f:
         beginning = f.read(2**16)
-        if len(beginning) == 2**16: beginning = beginning[:beginning.rfind("\n") + 1] or beginning
+        if len(beginning) == 2**16:
+            beginning = beginning[:beginning.rfind("\n") + 1] or beginning
         f.seek(0)
         delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(beginning)
         reader, line = csv.reader(f, delimiter=delimiter, strict=True), 1
@@ -111,8 +119,9 @@ def _csv_rows(path, encoding):
             try: row = next(reader)
             except StopIteration: return
             except csv.Error as e:
-                raise InputError(f"{path}: in lines {line} to {reader.line_num} a quotation mark does not close"
-                                 f" ({e}): correct it, rows are lost behind it") from None
+                raise InputError(f"{path}: in lines {line} to {reader.line_num} a "
+                    f"quotation mark does not close ({e}): correct it, "
+                    "rows are lost behind it") from None
             if row: yield line, [unescape_cell(c) for c in row]
             line = reader.line_num + 1
 
@@ -125,11 +134,13 @@ def _jsonl_rows(path, encoding):
     with open(path, encoding=encoding, errors="surrogateescape") as f:
         rows = ((k, parsed(line)) for k, line in enumerate(f, 1) if line.strip())
         first = list(itertools.islice(rows, 1000))
-        names = list(dict.fromkeys(name for _, row in first if isinstance(row, dict) for name in row))
+        known = [row for _, row in first if isinstance(row, dict)]
+        names = list(dict.fromkeys(name for row in known for name in row))
         yield 1, names
         for k, row in itertools.chain(first, rows):
             if isinstance(row, dict) and (new := row.keys() - set(names)):
-                row = _Unfit(f"has a column {_shown(min(new))!r} that the first {len(first)} rows have not")
+                row = _Unfit(f"has a column {_shown(min(new))!r} that the first "
+                    f"{len(first)} rows have not")
             yield k, row if isinstance(row, _Unfit) else [row.get(n) for n in names]
 
 def _parquet_rows(path, encoding):
@@ -144,7 +155,8 @@ def _parquet_rows(path, encoding):
 
 def _excel_cell(cell): # the value; an integer shown with leading zeros keeps them
     value, shown = cell.value, getattr(cell, "number_format", None) or ""
-    if isinstance(value, (int, float)) and re.fullmatch("0+", shown): return f"{int(value):0{len(shown)}d}"
+    if isinstance(value, (int, float)) and re.fullmatch("0+", shown):
+        return f"{int(value):0{len(shown)}d}"
     return unescape_cell(value) if isinstance(value, str) else value
 
 def _excel_rows(path, encoding):
@@ -157,9 +169,11 @@ def _excel_rows(path, encoding):
         for k, cells in enumerate(rows, 2):
             row = [_excel_cell(c) for c in cells]
             while len(row) > len(names) and row[-1] is None: row.pop()
-            if any(v is not None for v in row): yield k, row + [None] * (len(names) - len(row))
+            if any(v is not None for v in row):
+                yield k, row + [None] * (len(names) - len(row))
 
-_KINDS = {".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _csv_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows,
+_KINDS = {".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _csv_rows,
+          ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows,
           ".parquet": _parquet_rows, ".xlsx": _excel_rows}
 
 # %% ../nbs/00a_tables.ipynb #60c9a108
@@ -173,16 +187,21 @@ class Table:
     ):
         self.path = path = Path(path)
         kind = path.suffix.lower()
-        if not path.is_file(): raise InputError(f"found no file {path}, expected a table: check the path")
+        if not path.is_file():
+            raise InputError(f"found no file {path}, expected a table: check the path")
         if kind not in _KINDS:
-            raise InputError(f"{path} ends in {kind or 'nothing'}, expected {', '.join(_KINDS)}: save it as one of these")
+            raise InputError(f"{path} ends in {kind or 'nothing'}, "
+                f"expected {', '.join(_KINDS)}: save it as one of these")
         self.unit = "row" if kind == ".parquet" else "line"
         self.encoding = "" if kind in (".parquet", ".xlsx") else _encoding(path, encoding)
         with self._reading(): self.names = self._names(next(self._open(), (1, []))[1])
         self.used = self._find(columns or {})
         self.ignored = [n for n in self.names if n not in self.used.values()]
-        missing = [r for r in need if r not in self.used and (r != "text" or not set(TEXTS) & set(self.used))]
+        has_text = any(role in self.used for role in TEXTS)
+        missing = [r for r in need if r not in self.used and not (r == "text" and has_text)]
         if missing: raise InputError(self._lacks(missing))
+
+    def __iter__(self): return self.rows()
 
     def _open(self): return _KINDS[self.path.suffix.lower()](self.path, self.encoding)
 
@@ -190,87 +209,137 @@ class Table:
     def _reading(self): # a file that is not what its name says ends in one line
         try: yield
         except InputError: raise
-        except UnicodeError: raise InputError(f"{self.path} is not {self.encoding}: name its encoding") from None
+        except UnicodeError:
+            raise InputError(f"{self.path} is not {self.encoding}: name its encoding") from None
         except Exception as e:
-            raise InputError(f"{self.path} cannot be read as {self.path.suffix} ({type(e).__name__}): "
-                             "check the file, or save it again") from None
+            raise InputError(f"{self.path} cannot be read as {self.path.suffix} "
+                f"({type(e).__name__}): check the file, or save it again") from None
 
-    def _names(self, head):
-        if isinstance(head, _Unfit): raise InputError(f"{self.path}: its first row {head}: check the file")
-        names = [str(n).strip() or f"column {k}" for k, n in enumerate(head, 1)]
-        if any(map(self._undecoded, names)): raise InputError(f"{self.path}: line 1 {self._undecoded(''.join(names))}")
-        twice = next((n for n in names if names.count(n) > 1), None)
-        if twice: raise InputError(f"{self.path} has two columns {_shown(twice)!r}: rename one of them")
-        return names
+# %% ../nbs/00a_tables.ipynb #ed62418a
+@patch
+def _undecoded(self:Table, text): # what is wrong with a text that the encoding does not give
+    byte = re.search("[\ud800-\udfff]", text)
+    if not byte: return None
+    encoding = self.encoding.removesuffix("-sig").upper()
+    return (f"is not {encoding} (byte 0x{ord(byte[0]) & 0xff:02x}): "
+        "name the encoding of the file, as cp1252 or gbk")
 
-    def _find(self, columns):
-        "Which column has which role: as somebody said, else by its name."
-        used = {}
-        for role, name in columns.items():
-            _known(role)
-            same = [n for n in self.names if n == name] or [n for n in self.names if _plain(n) == _plain(name)]
-            if len(same) != 1:
-                raise InputError(f"{self.path} has no column {_shown(name)!r} for {role}, found {self._list()}: name one of these")
-            used[role] = same[0]
-        said = set(TEXTS) if set(TEXTS) & set(columns) else set()       # who names the text means this text
-        plain = {}
-        for n in self.names:
-            if n not in used.values(): plain.setdefault(_plain(n), []).append(n)
-        for role, names in roles().items():
-            found = next((plain[n] for n in names if n in plain), None)
-            if role in used or role in said or found is None: continue
-            if len(found) > 1:
-                raise InputError(f"{self.path} has the columns {', '.join(map(_shown, found))}, each may be {role}: "
-                                 f"say which, {role}={_shown(found[0])}")
-            used[role] = found[0]
-        return used
+@patch
+def _names(self:Table, head):
+    if isinstance(head, _Unfit):
+        raise InputError(f"{self.path}: its first row {head}: check the file")
+    names = [str(n).strip() or f"column {k}" for k, n in enumerate(head, 1)]
+    if any(map(self._undecoded, names)):
+        raise InputError(f"{self.path}: line 1 {self._undecoded(''.join(names))}")
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice:
+        raise InputError(f"{self.path} has two columns {_shown(twice)!r}: rename one of them")
+    return names
 
-    def _list(self): return ", ".join(map(_shown, self.names[:20])) + (" ..." if len(self.names) > 20 else "")
+@patch
+def _list(self:Table):
+    return ", ".join(map(_shown, self.names[:20])) + (" ..." if len(self.names) > 20 else "")
 
-    def _lacks(self, missing):
-        names = {r: "report, or findings and impression" if r == "text" else r for r in missing}
-        return (f"{self.path} has the columns {self._list()}, expected also {' and '.join(names.values())}: rename them, "
-                f"or say which is which (columns {'report' if missing[0] == 'text' else missing[0]}=NAME)")
+@patch
+def _lacks(self:Table, missing):
+    names = {r: "report, or findings and impression" if r == "text" else r for r in missing}
+    first = "report" if missing[0] == "text" else missing[0]
+    return (f"{self.path} has the columns {self._list()}, "
+        f"expected also {' and '.join(names.values())}: rename them, "
+        f"or say which is which (columns {first}=NAME)")
 
-    def _undecoded(self, text): # what is wrong with a text that the encoding does not give
-        byte = re.search("[\ud800-\udfff]", text)
-        return byte and f"is not {self.encoding.removesuffix('-sig').upper()} (byte 0x{ord(byte[0]) & 0xff:02x}): name the encoding of the file, as cp1252 or gbk"
+# %% ../nbs/00a_tables.ipynb #bcde713b
+@patch
+def _named(self:Table, role, name): # the column of that name; case and marks do not count
+    _known(role)
+    same = [n for n in self.names if n == name]
+    same = same or [n for n in self.names if _plain(n) == _plain(name)]
+    if len(same) != 1:
+        raise InputError(f"{self.path} has no column {_shown(name)!r} for {role}, "
+            f"found {self._list()}: name one of these")
+    return same[0]
 
-    def _row(self, cells): # {column: text}
-        if isinstance(cells, _Unfit): raise cells
-        if len(cells) != len(self.names): raise _Unfit(f"has {len(cells)} fields where the head has {len(self.names)}")
-        row = dict(zip(self.names, map(_text, cells)))
-        wrong = self._undecoded("".join(row.values()))
-        if wrong: raise _Unfit(wrong)
-        return row
+@patch
+def _find(self:Table, columns):
+    "Which column has which role: as somebody said, else by its name."
+    used = {role: self._named(role, name) for role, name in columns.items()}
+    # who names the text means this text
+    said = set(TEXTS) if set(TEXTS) & set(columns) else set()
+    plain = {}
+    for n in self.names:
+        if n not in used.values(): plain.setdefault(_plain(n), []).append(n)
+    for role, names in roles().items():
+        found = next((plain[n] for n in names if n in plain), None)
+        if role in used or role in said or found is None: continue
+        if len(found) > 1:
+            raise InputError(f"{self.path} has the columns "
+                f"{', '.join(map(_shown, found))}, each may be {role}: say which, "
+                f"{role}={_shown(found[0])}")
+        used[role] = found[0]
+    return used
 
-    def rows(self, bad=None): # (line, row) of each; a row that does not fit ends the reading, or goes to the list `bad`
-        with self._reading():
-            for line, cells in itertools.islice(self._open(), 1, None):
-                try: row = self._row(cells)
-                except _Unfit as e:
-                    if bad is None: raise InputError(f"{self.path}: {self.unit} {line} {e}" + ("" if ": " in str(e) else ": correct it")) from None
-                    bad.append((line, str(e)))
-                else: yield line, row
+# %% ../nbs/00a_tables.ipynb #4097908c
+@patch
+def _row(self:Table, cells): # {column: text}
+    if isinstance(cells, _Unfit): raise cells
+    if len(cells) != len(self.names):
+        raise _Unfit(f"has {len(cells)} fields where the head has {len(self.names)}")
+    row = dict(zip(self.names, map(_text, cells)))
+    wrong = self._undecoded("".join(row.values()))
+    if wrong: raise _Unfit(wrong)
+    return row
 
-    def __iter__(self): return self.rows()
+@patch
+def rows(self:Table,
+    bad:list|None=None, # takes `(line, reason)` of rows that do not fit; else they end it
+):                      # (line, row) of each
+    "Go through the rows."
+    with self._reading():
+        for line, cells in itertools.islice(self._open(), 1, None):
+            try: row = self._row(cells)
+            except _Unfit as e:
+                if bad is None:
+                    remedy = "" if ": " in str(e) else ": correct it"
+                    raise InputError(f"{self.path}: {self.unit} {line} {e}{remedy}") from None
+                bad.append((line, str(e)))
+            else: yield line, row
 
-    def pieces(self, n, bad=None): # lists of up to `n` (line, row)
-        rows = self.rows(bad)
-        while piece := list(itertools.islice(rows, n)): yield piece
+@patch
+def pieces(self:Table,
+    n:int,              # rows in a piece
+    bad:list|None=None, # as in `rows`
+):                      # lists of up to `n` (line, row)
+    "Go through the rows, some at a time."
+    rows = self.rows(bad)
+    while piece := list(itertools.islice(rows, n)): yield piece
 
-    def get(self, row, role): # the cell in a role, "" where the table has no such column
-        return row[self.used[role]].strip() if role in self.used else ""
+# %% ../nbs/00a_tables.ipynb #adb8eb3a
+@patch
+def get(self:Table,
+    row:dict, # {column: text}
+    role:str, # as in `roles`
+)->str:       # "" where the table has no such column
+    "The cell in a role."
+    return row[self.used[role]].strip() if role in self.used else ""
 
-    def report(self, row): # whole text, findings, impression; each part once
-        parts = {role: self.get(row, role) for role in TEXTS}
-        whole = " ".join(parts["report"].split())
-        own = [p for p in (parts["findings"], parts["impression"]) if p and " ".join(p.split()) not in whole]
-        return "\n".join([parts["report"]] * bool(whole) + own), parts["findings"], parts["impression"]
+@patch
+def report(self:Table,
+    row:dict, # {column: text}
+)->tuple:     # whole text, findings, impression
+    "The report of a row; what the whole text holds already is not said again."
+    parts = {role: self.get(row, role) for role in TEXTS}
+    whole = " ".join(parts["report"].split())
+    new = lambda part: bool(part) and " ".join(part.split()) not in whole
+    texts = [parts["report"]] if whole else []
+    texts += [parts[role] for role in ("findings", "impression") if new(parts[role])]
+    return "\n".join(texts), parts["findings"], parts["impression"]
 
-    def says(self): # one line
-        used = ", ".join(f"{role}={_shown(name)}" for role, name in self.used.items())
-        return f"{self.path.name}: columns {used or 'none'}" + (f"; ignored {', '.join(map(_shown, self.ignored))}" if self.ignored else "")
+@patch
+def says(self:Table)->str:
+    "Which columns were used and which were not, in one line."
+    used = ", ".join(f"{role}={_shown(name)}" for role, name in self.used.items())
+    ignored = f"; ignored {', '.join(map(_shown, self.ignored))}" if self.ignored else ""
+    return f"{self.path.name}: columns {used or 'none'}{ignored}"
 
 # %% ../nbs/00a_tables.ipynb #82647e83
 def read_table(
@@ -278,14 +347,16 @@ def read_table(
     columns:dict|None=None, # role -> name of the column
     encoding:str|None=None, # of a text file, where it is neither UTF-8 nor UTF-16
     need:tuple=(),          # roles that must be there
-)->"pd.DataFrame":          # of text; used columns bear the names of their roles; `attrs` holds `used` and `ignored`
+)->"pd.DataFrame": # of text; used columns bear their roles' names; `attrs`: `used`, `ignored`
     "A whole table, every cell as text."
     import pandas as pd
     table = Table(path, columns, encoding, need)
     role = {name: role for role, name in table.used.items()}
-    taken = [n for n in table.ignored if n in table.used]               # its name belongs to another column now
+    # its name belongs to another column now
+    taken = [n for n in table.ignored if n in table.used]
     names = [role.get(n, f"{n} (ignored)" if n in taken else n) for n in table.names]
-    frame = pd.DataFrame([list(row.values()) for _, row in table], columns=names, dtype=object)
+    frame = pd.DataFrame([list(row.values()) for _, row in table], columns=names,
+                         dtype=object)
     frame.attrs.update(used=table.used, ignored=table.ignored)
     return frame
 
@@ -297,11 +368,14 @@ def write_table(
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".jsonl", ".parquet"):
-        raise InputError(f"{path} ends in {kind or 'nothing'}, expected .csv, .tsv, .jsonl or .parquet: choose one")
+        raise InputError(f"{path} ends in {kind or 'nothing'}, expected .csv, .tsv, "
+            ".jsonl or .parquet: choose one")
     with write_atomically(path) as t:
         if kind == ".parquet": frame.to_parquet(t, index=False)
-        elif kind == ".jsonl": frame.to_json(t, orient="records", lines=True, force_ascii=False)
+        elif kind == ".jsonl":
+            frame.to_json(t, orient="records", lines=True, force_ascii=False)
         else:
             delimiter = "\t" if kind == ".tsv" else ","
-            frame.map(escape_cell).to_csv(t, index=False, sep=delimiter, quoting=csv.QUOTE_NONNUMERIC)
+            frame.map(escape_cell).to_csv(t, index=False, sep=delimiter,
+                quoting=csv.QUOTE_NONNUMERIC)
     return path
