@@ -25,72 +25,79 @@ QWEN3 = dict( # Qwen3-Embedding-0.6B
     model_type="qwen3", vocab_size=151669, hidden_size=1024, num_hidden_layers=28,
     num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=3072,
     rope_parameters=dict(rope_type="default", rope_theta=1e6), rms_norm_eps=1e-6,
-    max_position_embeddings=32768, tie_word_embeddings=True, attention_bias=False, use_cache=False)
+    max_position_embeddings=32768, tie_word_embeddings=True, attention_bias=False,
+    use_cache=False)
 
 UNTRAINED = "nothing: its weights are random"
 
-def _number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-def _count(x): return isinstance(x, int) and not isinstance(x, bool) and x > 0
-def _three(x, kind): return isinstance(x, (list, tuple)) and len(x) == 3 and all(map(kind, x))
+def _is(*kinds): # a check: of one of these kinds; true and false are no numbers
+    return lambda x: isinstance(x, kinds) and (bool in kinds or not isinstance(x, bool))
+_row = _is(list, tuple)
+def _number(x): return _is(int, float)(x) and math.isfinite(x)
+def _count(x): return _is(int)(x) and x > 0
 def _length(x): return _number(x) and x > 0
-def _fit(x): return x in ("crop", "pad") or _three(x, ("crop", "pad").__contains__)
-def _levels(x): # ascending
-    return isinstance(x, (list, tuple)) and all(map(_number, x)) and list(x) == sorted(set(x))
+def _three(kind): return lambda x: _row(x) and len(x) == 3 and all(map(kind, x))
+def _one_fit(x): return x in ("crop", "pad")
+def _fit(x): return _one_fit(x) or _three(_one_fit)(x)
+def _levels(x): return _row(x) and all(map(_number, x)) and list(x) == sorted(set(x))
+def _config(x): return _is(dict)(x) and _is(str)(x.get("model_type"))
 
 _FIELDS = dict( # what a field holds, in words and as a check
-    spacing=("three lengths in mm", lambda x: _three(x, _length)),
-    window=("three numbers of voxels", lambda x: _three(x, _count)),
-    patch=("three numbers of voxels", lambda x: _three(x, _count)),
-    antialias=("true or false", lambda x: isinstance(x, bool)),
+    spacing=("three lengths in mm", _three(_length)),
+    window=("three numbers of voxels", _three(_count)),
+    patch=("three numbers of voxels", _three(_count)),
+    antialias=("true or false", _is(bool)),
     fit=("'crop' or 'pad', or one of them for each axis", _fit),
     hu_levels=("ascending numbers", _levels),
-    window_encoder=("the fields of EncoderSizes", lambda x: isinstance(x, dict)),
-    scan_encoder=("the fields of EncoderSizes", lambda x: isinstance(x, dict)),
-    text=("a transformers configuration with its model_type",
-          lambda x: isinstance(x, dict) and isinstance(x.get("model_type"), str)),
-    text_name=("a hub name, or null", lambda x: x is None or isinstance(x, str)),
-    tokenizer=("a fingerprint, or null", lambda x: x is None or isinstance(x, str)),
+    window_encoder=("the fields of EncoderSizes", _is(dict)),
+    scan_encoder=("the fields of EncoderSizes", _is(dict)),
+    text=("a transformers configuration with its model_type", _config),
+    text_name=("a hub name, or null", _is(str, type(None))),
+    tokenizer=("a fingerprint, or null", _is(str, type(None))),
     max_tokens=("a number of tokens", _count),
-    adapters=("the fields of AdapterSizes, or {}", lambda x: isinstance(x, dict)),
-    head_widths=("three widths", lambda x: _three(x, _count)),
+    adapters=("the fields of AdapterSizes, or {}", _is(dict)),
+    head_widths=("three widths", _three(_count)),
     projection_dim=("a width", _count),
-    trained_on=("words", lambda x: isinstance(x, str)),
-    interval_calibration=("the fields of DepthCalibration, or null",
-                          lambda x: x is None or isinstance(x, dict)))
+    trained_on=("words", _is(str)),
+    interval_calibration=("the fields of DepthCalibration, or null", _is(dict, type(None))))
+
+# %% ../nbs/06a_towers.ipynb #b0032595
+_THEIRS = { # what transformers keeps in a configuration beside its own fields
+    "model_type", "transformers_version", "architectures", "dtype", "torch_dtype",
+    "attn_implementation", "_attn_implementation", "name_or_path", "_name_or_path"}
 
 def _sizes(kind, given, name): # a dataclass of a part, its kinds checked
-    wrong = given.keys() - kind.__dataclass_fields__.keys()
-    if wrong: raise InputError(f"{name} has {', '.join(sorted(wrong))}, which it does not know:"
-                               f" use {', '.join(kind.__dataclass_fields__)}")
+    usual = {k: field.default for k, field in kind.__dataclass_fields__.items()}
+    if wrong := sorted(given.keys() - usual.keys()): raise InputError(
+        f"{name} has {', '.join(wrong)}, which it does not know: use {', '.join(usual)}")
+    checks = {int: _count, float: _number, tuple: lambda x: _row(x) and all(map(_is(str), x))}
     for k, x in given.items():
-        expected = type(kind.__dataclass_fields__[k].default)
-        right = (_count(x) if expected is int else _number(x) if expected is float
-                 else isinstance(x, (list, tuple)) and all(isinstance(t, str) for t in x))
-        if not right: raise InputError(f"{name}.{k} is {x!r}: give {expected.__name__}, as"
-                                       f" {kind.__dataclass_fields__[k].default!r}")
+        expected = type(usual[k])
+        if not checks[expected](x): raise InputError(
+            f"{name}.{k} is {x!r}: give {expected.__name__}, as {usual[k]!r}")
     return kind(**given)
 
 # %% ../nbs/06a_towers.ipynb #480f2527
 class CTVLMConfig(PretrainedConfig):
-    "Sizes of all parts, and what the model was trained on; the defaults are the released model's."
+    "Sizes of all parts, and what the model was trained on; the defaults are the released ones."
     model_type = "ctvlm"
-    spacing:list|tuple = (0.75, 0.75, 3.0)  # mm per voxel
-    window:list|tuple = (128, 128, 32)      # voxels per window
-    patch:list|tuple = (16, 16, 4)          # voxels per patch
-    antialias:bool = False                  # average over slices that voxels skip, see `WindowSpec`
-    fit:str|list|tuple = "pad"              # how scans are cut into windows, see `make_windows`
-    hu_levels:list|tuple = ()               # of the window encoder's HU windows, see `hu_ramps`
-    window_encoder:dict|None = None         # `EncoderSizes`
-    scan_encoder:dict|None = None           # `EncoderSizes`
-    text:dict|None = None                   # a transformers configuration with its `model_type`
+    spacing:list|tuple = (0.75, 0.75, 3.0) # mm per voxel
+    window:list|tuple = (128, 128, 32) # voxels per window
+    patch:list|tuple = (16, 16, 4)    # voxels per patch
+    antialias:bool = False            # average over slices that voxels skip, see `WindowSpec`
+    fit:str|list|tuple = "pad"        # how scans are cut into windows, see `make_windows`
+    hu_levels:list|tuple = ()         # of the window encoder's HU windows, see `hu_ramps`
+    window_encoder:dict|None = None   # `EncoderSizes`
+    scan_encoder:dict|None = None     # `EncoderSizes`
+    text:dict|None = None             # a transformers configuration with its `model_type`
     text_name:str|None = "Qwen/Qwen3-Embedding-0.6B" # hub name of text encoder and tokenizer
-    tokenizer:str|None = None               # `tokenizer_fingerprint` of the weights' own
-    max_tokens:int|None = None              # of a text; 1,024 or what the text encoder can read
-    adapters:dict|None = None               # `AdapterSizes`; {}: the whole text encoder learns
+    tokenizer:str|None = None         # `tokenizer_fingerprint` of the weights' own
+    max_tokens:int|None = None        # of a text; 1,024 or what the text encoder can read
+    adapters:dict|None = None         # `AdapterSizes`; {}: the whole text encoder learns
     head_widths:list|tuple = (2048, 2048, 256) # of the three layers before the last
     projection_dim:int = 512
-    trained_on:str = UNTRAINED              # what a reader of its answers must know
-    interval_calibration:dict|None = None   # `DepthCalibration`, learned on held-out patients
+    trained_on:str = UNTRAINED        # what a reader of its answers must know
+    interval_calibration:dict|None = None # `DepthCalibration`, learned on held-out patients
 
     def __post_init__(self, **kwargs):
         if self.window_encoder is None: self.window_encoder = {}
@@ -99,11 +106,9 @@ class CTVLMConfig(PretrainedConfig):
         self.text = copy.deepcopy(self.text or QWEN3)
         if self.max_tokens is None and isinstance(self.text, dict):
             self.max_tokens = min(1024, positions(self.text))
-        unknown = kwargs.keys() - PretrainedConfig().__dict__.keys() - {
-            "model_type", "transformers_version", "architectures", "dtype", "torch_dtype",
-            "attn_implementation", "_attn_implementation", "name_or_path", "_name_or_path"}
-        if unknown: raise InputError(f"a ctvlm configuration has no {', '.join(sorted(unknown))}:"
-                                     f" its fields are {', '.join(_FIELDS)}")
+        if unknown := sorted(kwargs.keys() - PretrainedConfig().__dict__.keys() - _THEIRS):
+            raise InputError(f"a ctvlm configuration has no {', '.join(unknown)}:"
+                             f" its fields are {', '.join(_FIELDS)}")
         for name, (words, right) in _FIELDS.items():
             if not right(value := getattr(self, name)):
                 raise InputError(f"{name} is {value!r}: give {words}")
@@ -115,26 +120,22 @@ class CTVLMConfig(PretrainedConfig):
             self.adapters = asdict(_sizes(AdapterSizes, self.adapters, "adapters"))
             self.adapters["targets"] = list(self.adapters["targets"])
         if not isinstance(self.fit, str): self.fit = list(self.fit)
-        if "auto_map" in self.text: raise InputError("text.auto_map names Python code: remove it")
+        if "auto_map" in self.text:
+            raise InputError("text.auto_map names Python code: remove it")
         if self.max_tokens > positions(self.text):
             raise InputError(f"max_tokens is {self.max_tokens}, the text encoder reads"
                              f" {positions(self.text)}: give fewer")
         super().__post_init__(**kwargs)
 
     @property
-    def window_spec(self): return WindowSpec(self.spacing, self.window, self.patch, self.antialias)
+    def window_spec(self):
+        return WindowSpec(self.spacing, self.window, self.patch, self.antialias)
+
     @property
     def adapter_sizes(self):
         if not self.adapters: return None
-        return AdapterSizes(**{**self.adapters, "targets": tuple(self.adapters["targets"])})
-
-    def learned_from(self,
-        what:str, # "100 chest scans of hospital A": a reader of its answers must know it
-    )->None:
-        "Add to `trained_on`, and drop the calibration: it was that of other weights."
-        before = "" if self.trained_on == UNTRAINED else self.trained_on + "; then "
-        if not self.trained_on.endswith(what): self.trained_on = before + what
-        self.interval_calibration = None
+        targets = tuple(self.adapters["targets"])
+        return AdapterSizes(**{**self.adapters, "targets": targets})
 
 # %% ../nbs/06a_towers.ipynb #befc8e47
 @patch(cls_method=True)
@@ -158,13 +159,23 @@ def tiny(cls:CTVLMConfig, vocab_size:int=2048, **changes):
     sizes = dict(width=48, depth=2, heads=2, layer_scale=1.)
     tiny = dict(spacing=(3., 3., 3.), window=(32, 32, 32), patch=(8, 8, 4),
                 fit=("crop", "crop", "pad"), window_encoder=sizes,
-                scan_encoder={**sizes, "rope_base": 100.}, text=text, text_name=None, adapters={},
-                head_widths=(96, 96, 64), projection_dim=64)
+                scan_encoder={**sizes, "rope_base": 100.}, text=text, text_name=None,
+                adapters={}, head_widths=(96, 96, 64), projection_dim=64)
     return cls(**{**tiny, **changes})
+
+# %% ../nbs/06a_towers.ipynb #c26c3557
+@patch
+def learned_from(self:CTVLMConfig,
+    what:str, # "100 chest scans of hospital A"; a reader of its answers must know it
+)->None:
+    "Add to `trained_on`, and drop the calibration: it was that of other weights."
+    before = "" if self.trained_on == UNTRAINED else self.trained_on + "; then "
+    if not self.trained_on.endswith(what): self.trained_on = before + what
+    self.interval_calibration = None
 
 # %% ../nbs/06a_towers.ipynb #dd841b74
 class Head(nn.Module):
-    "Three linear layers with GELUs between, and a weight-normalised one without trained gain."
+    "Three linear layers, GELUs between them; a weight-normalised one without trained gain."
     def __init__(self,
         features:int, # what comes in
         widths:tuple, # of the three layers
@@ -172,15 +183,15 @@ class Head(nn.Module):
     ):
         super().__init__()
         a, b, c = widths
-        self.layers = nn.Sequential(nn.Linear(features, a), nn.GELU(), nn.Linear(a, b), nn.GELU(),
-                                    nn.Linear(b, c))
+        self.layers = nn.Sequential(nn.Linear(features, a), nn.GELU(),
+                                    nn.Linear(a, b), nn.GELU(), nn.Linear(b, c))
         self.direction = nn.Parameter(torch.ones(out, c))
         self.register_buffer("gain", torch.ones(out, 1))
 
     def forward(self, x): # `(..., features)` -> `(..., out)`, not normalised
         return F.linear(self.layers(x), self.gain * F.normalize(self.direction, dim=1))
 
-# %% ../nbs/06a_towers.ipynb #b2598524
+# %% ../nbs/06a_towers.ipynb #33eef767
 @dataclass(repr=False)
 class ScanEmbeddings(ModelOutput):
     "What `encode_scan` gives; the vectors are not normalised."
@@ -198,64 +209,71 @@ class CTVLMOutput(ScanEmbeddings):
     "What a call of the model gives: embeddings of scans, of reports, or of both."
     report:Tensor|None=None  # `(B, P)`
 
+# %% ../nbs/06a_towers.ipynb #b2598524
 class CTVLMModel(PreTrainedModel):
     "Encoders of windows, scans and text, with two heads each for image and text."
     config_class = CTVLMConfig
     base_model_prefix = ""
     main_input_name = "windows"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True                   # `attn_implementation` reaches the text encoder;
-    _no_split_modules = ["Block"]           # the image side attends with torch's own, see `attend`
+    _supports_sdpa = True               # `attn_implementation` reaches the text encoder;
+    _no_split_modules = ["Block"]       # the image side attends with torch's own, see `attend`
 
     def __init__(self, config:CTVLMConfig):
         super().__init__(config)
         spec, out = config.window_spec, config.projection_dim
-        self.window_encoder = WindowEncoder(EncoderSizes(**config.window_encoder), spec.window,
-                                            spec.patch, tuple(config.hu_levels))
-        self.scan_encoder = ScanEncoder(EncoderSizes(**config.scan_encoder),
-                                        config.window_encoder["width"])
+        windows, scans = (EncoderSizes(**sizes)
+                          for sizes in (config.window_encoder, config.scan_encoder))
+        self.window_encoder = WindowEncoder(windows, spec.window, spec.patch,
+                                            tuple(config.hu_levels))
+        self.scan_encoder = ScanEncoder(scans, windows.width)
         self.text_encoder = TextEncoder(config.text, config.adapter_sizes,
                                         config._attn_implementation)
-        image, text = 2 * config.scan_encoder["width"], self.text_encoder.width
+        image, text = 2 * scans.width, self.text_encoder.width
         self.scan_head = Head(image, config.head_widths, out)
         self.slice_head = Head(image, config.head_widths, out)
         self.report_head = Head(text, config.head_widths, out)
         self.snippet_head = Head(text, config.head_widths, out)
-        self.t = nn.Parameter(torch.tensor(math.log(10.)))          # log scale of SigLIP
-        self.b = nn.Parameter(torch.tensor(-10.))                   # and its bias
+        self.t = nn.Parameter(torch.tensor(math.log(10.))) # log scale of SigLIP
+        self.b = nn.Parameter(torch.tensor(-10.))          # and its bias
         self._own_processor = self._fingerprint = None
         self.post_init()
         if self.t.device.type != "meta": self._start()
 
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Conv3d)):
-            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None: init.zeros_(module.bias)
-        elif isinstance(module, Head):
-            init.normal_(module.direction, std=module.direction.shape[1] ** -0.5)
-            init.ones_(module.gain)
-        elif isinstance(module, Encoder): init.normal_(module.cls_token, std=0.02)
-
-    def _start(self): # what starts as a copy of something else; patches of water as zero
-        for layer in self.text_encoder.modules():
-            if hasattr(layer, "reset_lora_parameters"):              # of peft, where it is there
-                layer.reset_lora_parameters("default", True)
-        self.slice_head.load_state_dict(self.scan_head.state_dict())
-        self.snippet_head.load_state_dict(self.report_head.state_dict())
-        copy_slice_projection(self.scan_encoder)
-        patches = self.window_encoder.patch_embed.proj
-        if not self.config.hu_levels:                               # 0 HU is 0.5 once scaled
-            with torch.no_grad(): patches.bias.copy_(-0.5 * patches.weight.flatten(1).sum(1))
-
     def get_input_embeddings(self): return self.text_encoder.model.get_input_embeddings()
-    def set_input_embeddings(self, value): self.text_encoder.model.set_input_embeddings(value)
+    def set_input_embeddings(self, words): self.text_encoder.model.set_input_embeddings(words)
 
     @property
     def processor(self): return self._own_processor
+
     @processor.setter
     def processor(self, processor):
         if processor is not None: agree(self.config, processor)
         self._own_processor = processor
+
+# %% ../nbs/06a_towers.ipynb #ca5163e6
+@patch
+def _init_weights(self:CTVLMModel, module):
+    if isinstance(module, (nn.Linear, nn.Conv3d)):
+        init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        if module.bias is not None: init.zeros_(module.bias)
+    elif isinstance(module, Head):
+        init.normal_(module.direction, std=module.direction.shape[1] ** -0.5)
+        init.ones_(module.gain)
+    elif isinstance(module, Encoder): init.normal_(module.cls_token, std=0.02)
+
+@patch
+def _start(self:CTVLMModel): # what starts as a copy; patches of water start as zero
+    for layer in self.text_encoder.modules():
+        if hasattr(layer, "reset_lora_parameters"):          # of peft, where it is there
+            layer.reset_lora_parameters("default", True)
+    self.slice_head.load_state_dict(self.scan_head.state_dict())
+    self.snippet_head.load_state_dict(self.report_head.state_dict())
+    copy_slice_projection(self.scan_encoder)
+    patches = self.window_encoder.patch_embed.proj
+    if not self.config.hu_levels:       # 0 HU is 0.5 once scaled
+        with torch.no_grad():
+            patches.bias.copy_(-0.5 * patches.weight.flatten(1).sum(1))
 
 def copy_slice_projection(encoder:ScanEncoder)->None:
     "Start the slice projection from the patch-mean half of the windows' projection."
@@ -264,11 +282,12 @@ def copy_slice_projection(encoder:ScanEncoder)->None:
         encoder.axis_patch_proj.weight.copy_(half)
         encoder.axis_patch_proj.bias.copy_(encoder.patch_proj.bias)
 
+# %% ../nbs/06a_towers.ipynb #7da39cf5
 def agree(
     config:CTVLMConfig,
     processor, # `CTVLMProcessor`
 )->None:
-    "Refuse a processor that shows a model what it does not know; note a new model's tokenizer."
+    "Refuse a processor that shows a model what it does not know; note a new one's tokenizer."
     for name in ("window_spec", "fit", "max_tokens"):
         ours, theirs = getattr(config, name), getattr(processor, name)
         if ours != theirs: raise InputError(
@@ -280,14 +299,14 @@ def agree(
         " give the tokenizer that the model was trained with")
     name = tokenizer_fingerprint(processor.tokenizer)
     if config.tokenizer not in (None, name): raise InputError(
-        f"this tokenizer ({name}) is not the model's ({config.tokenizer}): its answers would be"
-        " noise; use model.processor.tokenizer, or train the model anew")
+        f"this tokenizer ({name}) is not the model's ({config.tokenizer}): its answers"
+        " would be noise; use model.processor.tokenizer, or train the model anew")
     config.tokenizer = name
 
 # %% ../nbs/06a_towers.ipynb #f1d66513
 @patch
 def encode_windows(self:CTVLMModel,
-    windows:Tensor,       # `(N, 1, X, Y, Z)`, anywhere; moved to the model's device chunk by chunk
+    windows:Tensor,       # `(N, 1, X, Y, Z)`, anywhere; moved to the model chunk by chunk
     chunk:int|None=None,  # windows at a time; all of them if `None`
 )->tuple:                 # CLS `(N, E)` and depth tokens `(N, bins, E)`
     "What is kept of each window."
@@ -295,14 +314,15 @@ def encode_windows(self:CTVLMModel,
              for w in windows.split(chunk or max(1, len(windows)))]
     return tuple(torch.cat(p) for p in zip(*parts))
 
+# %% ../nbs/06a_towers.ipynb #1771f720
 def _held(patch_mask, depth_tokens, grids): # depths that hold anything, `(N, bins)`; `None`: all
-    held = window_bins(patch_mask)
-    if held.shape != depth_tokens.shape[:2]:
-        raise InputError(
-            f"patch_mask tells of (windows, depths) {tuple(held.shape)}, the features of"
-            f" {tuple(depth_tokens.shape[:2])}: give the mask that `make_windows` made with them")
+    held, own = window_bins(patch_mask), depth_tokens.shape[:2]
+    if held.shape != own: raise InputError(
+        f"patch_mask tells of (windows, depths) {tuple(held.shape)}, the features of"
+        f" {tuple(own)}: give the mask that `make_windows` made with them")
     if bool(held.all()): return None
-    if not bool(torch.stack([h.any() for h in held.split([math.prod(g) for g in grids])]).all()):
+    scans = held.split([math.prod(g) for g in grids])
+    if not bool(torch.stack([h.any() for h in scans]).all()):
         raise InputError("patch_mask leaves nothing of a scan: leave that scan out")
     return held
 
@@ -311,25 +331,26 @@ def encode_features(self:CTVLMModel,
     cls:Tensor,          # `(N, E)` windows of all scans in a row
     depth_tokens:Tensor, # `(N, bins, E)`
     grid,                # `(B, 3)` or `(3,)` windows along x, y, z of each scan
-    patch_mask:Tensor|None=None, # `(N, px, py, bins)` or `(N, bins)`, True where there is any scan
+    patch_mask:Tensor|None=None, # `(N, px, py, bins)` or `(N, bins)`, True where scan is
     slices:bool=True,    # the slices too
 )->ScanEmbeddings:
     "Scan and slice embeddings from the features of windows."
-    grids = [tuple(int(n) for n in g) for g in torch.as_tensor(grid).reshape(-1, 3).tolist()]
-    if sum(map(math.prod, grids)) != len(cls):
-        raise InputError(
-            f"found {len(cls)} windows, the grids {grids} hold {sum(map(math.prod, grids))}:"
-            " give the windows of all scans in a row, and the grid of each")
+    grids = [tuple(map(int, g)) for g in torch.as_tensor(grid).reshape(-1, 3).tolist()]
+    many = sum(map(math.prod, grids))
+    if many != len(cls): raise InputError(
+        f"found {len(cls)} windows, the grids {grids} hold {many}:"
+        " give the windows of all scans in a row, and the grid of each")
     weight = self.scan_encoder.patch_proj.weight
     cls, depth_tokens = (x.to(weight.device, weight.dtype) for x in (cls, depth_tokens))
     mask = None if patch_mask is None else patch_mask.to(weight.device)
-    held = None if mask is None else _held(mask, depth_tokens, grids)                   # (N, bins)
-    scan = self.scan_encoder.scan(cls, depth_tokens, grids, held)                       # (B, 2 E)
-    both = self.scan_head(scan), self.slice_head(scan)                                  # (B, P)
+    held = None if mask is None else _held(mask, depth_tokens, grids)   # (N, bins)
+    scan = self.scan_encoder.scan(cls, depth_tokens, grids, held)       # (B, 2 E)
+    both = self.scan_head(scan), self.slice_head(scan)                  # (B, P)
     if not slices: return ScanEmbeddings(*both)
-    each, valid = self.scan_encoder.slices(depth_tokens, grids, held)   # (B, D, 2 E), (B, D)
-    return ScanEmbeddings(*both, self.slice_head(each), valid)                          # (B, D, P)
+    each, valid = self.scan_encoder.slices(depth_tokens, grids, held)   # (B, D, 2 E)
+    return ScanEmbeddings(*both, self.slice_head(each), valid)          # (B, D, P)
 
+# %% ../nbs/06a_towers.ipynb #9c5c0ee9
 @patch
 def encode_scan(self:CTVLMModel,
     windows:Tensor,      # `(N, 1, X, Y, Z)` windows of all scans in a row
@@ -339,8 +360,10 @@ def encode_scan(self:CTVLMModel,
     slices:bool=True,    # the slices too
 )->ScanEmbeddings:
     "Scan and slice embeddings from windows."
-    return self.encode_features(*self.encode_windows(windows, chunk), grid, patch_mask, slices)
+    features = self.encode_windows(windows, chunk)
+    return self.encode_features(*features, grid, patch_mask, slices)
 
+# %% ../nbs/06a_towers.ipynb #425563a2
 @patch
 def encode_text(self:CTVLMModel,
     input_ids:Tensor,      # `(B, L)`
@@ -349,19 +372,21 @@ def encode_text(self:CTVLMModel,
 )->Tensor:                 # `(B, P)`, not normalised
     "Embeddings of reports, prompts or snippets."
     if head not in ("report", "snippet"):
-        raise InputError(f"text head {head!r}: use 'report' (reports and prompts) or 'snippet'")
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise InputError(
-            f"input_ids are {_kind(input_ids)}, expected whole numbers (B, L): make them with"
-            " model.processor(text=...), or ask model.embed_text(...)")
+        raise InputError(f"text head {head!r}: use 'report' (also for prompts) or 'snippet'")
+    good = isinstance(input_ids, Tensor) and input_ids.ndim == 2
+    if not good or input_ids.is_floating_point(): raise InputError(
+        f"input_ids are {_kind(input_ids)}, expected whole numbers (B, L): make them with"
+        " model.processor(text=...), or ask model.embed_text(...)")
     if input_ids.device.type == "cpu" and input_ids.numel():
         low, high = input_ids.min().item(), input_ids.max().item()
-        if low < 0 or high >= self.config.text["vocab_size"]:
-            raise InputError(f"input_ids go from {low} to {high}, the model's vocabulary has"
-                f" {self.config.text['vocab_size']} tokens: use the model's own tokenizer")
+        many = self.config.text["vocab_size"]
+        if low < 0 or high >= many: raise InputError(
+            f"input_ids go from {low} to {high}, the model's vocabulary has {many} tokens:"
+            " use the model's own tokenizer")
     if attention_mask is None: attention_mask = torch.ones_like(input_ids)
-    x = self.text_encoder(input_ids.to(self.device), attention_mask.to(self.device))    # (B, E)
-    return (self.report_head if head == "report" else self.snippet_head)(x)             # (B, P)
+    ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
+    x = self.text_encoder(ids, mask)                                        # (B, E)
+    return (self.report_head if head == "report" else self.snippet_head)(x) # (B, P)
 
 def _kind(x): # for a message
     if not isinstance(x, Tensor): return f"a {type(x).__name__}"
@@ -379,10 +404,10 @@ def forward(self:CTVLMModel,
     return_dict:bool=True,        # else a tuple
 )->CTVLMOutput:
     "Embeddings of scans, of reports, or of both."
-    if windows is None and input_ids is None:
-        raise InputError("there is nothing to embed: give windows with their grid, or input_ids")
-    if windows is not None and grid is None:
-        raise InputError("windows came without their grid: give what the processor returned")
+    if windows is None and input_ids is None: raise InputError(
+        "there is nothing to embed: give windows with their grid, or input_ids")
+    if windows is not None and grid is None: raise InputError(
+        "windows came without their grid: give what the processor returned")
     scans = {} if windows is None else self.encode_scan(windows, grid, patch_mask)
     report = None if input_ids is None else self.encode_text(input_ids, attention_mask)
     out = CTVLMOutput(**scans, report=report)
@@ -406,9 +431,9 @@ def fingerprint(self:CTVLMModel)->str: # 16 hexadecimal digits
     tensors = [x for part in parts for x in (*part.parameters(), *part.buffers())]
     now = [(x.data_ptr(), None if x.is_inference() else x._version) for x in tensors]
     if self._fingerprint is None or self._fingerprint[0] != now:
-        about = {k: v for k, v in self.config.to_dict().items() if k in (
-            "spacing", "window", "patch", "antialias", "fit", "hu_levels", "window_encoder",
-            "scan_encoder")}
+        fields = ("spacing", "window", "patch", "antialias", "fit", "hu_levels",
+                  "window_encoder", "scan_encoder")
+        about = {k: v for k, v in self.config.to_dict().items() if k in fields}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for x in tensors:
             numbers = x.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -184,7 +184,8 @@ def label(
 
 # %% ../nbs/15a_verbs.ipynb #688574aa
 _Layout = Literal[
-    "ct-rate", "merlin", "inspect", "rad-chestct", "csv", "dicom", "phantoms"]
+    "ct-rate", "merlin", "inspect", "rad-chestct", "csv", "dicom", "phantoms",
+    "rexgrounding", "totalsegmentator", "dicom-masks", "intervals"]
 @app.command()
 def studies(
     root:Annotated[Path, typer.Argument(help="Root of the data set.")],
@@ -206,6 +207,7 @@ def studies(
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read a data set into a table of studies. Status 1 if OUTPUT.refused.csv says what was refused."
+    import ctvlm.masks                                              # its layouts, too
     from ctvlm.data import scan_studies
     given = dict(
         reports=reports, duplicates=duplicates, encoding=encoding,
