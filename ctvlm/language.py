@@ -288,7 +288,8 @@ def show_words(
 ):                    # matplotlib axes
     "Draw a sentence with what was found in it."
     import matplotlib.pyplot as plt
-    lengths = [max(len(w), len(str(b)), 1) + 1.2 for w, b in zip(words, [*below, *repeat("")])]
+    notes = [*below, *[""] * (len(words) - len(below))]
+    lengths = [max(len(w), len(str(b)), 1) + 1.2 for w, b in zip(words, notes)]
     edges = [sum(lengths[:i]) for i in range(len(words) + 1)]
     middle = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
     height = .9 + .35 * bool(below) + .35 * bool(brackets) + .8 * bool(arcs)
