@@ -415,12 +415,11 @@ def ask(model, studies, store, device):
 
 MISSED = .01, .02, .05, .1   # shares of what is there that may be refused
 
-def calibrate(model, studies, places, store, absent, device):
-    "Interval and abstention from patients of their own; as few refusals as refuse seven in ten sentences about what is not there."
+def calibrate(model, studies, store, absent, device):
+    "Interval and abstention from the reports of patients of their own; as few refusals as refuse seven in ten sentences about what is not there."
     from ctvlm.depth import DepthCalibration
     from ctvlm.evaluation import population_of
-    val = both(studies, places)
-    val = val[val.split == "val"]
+    val = studies[studies.split == "val"]
     e = ask(model, val, store, device)
     similarity, depths = (torch.from_numpy(x).float() for x in (e.similarity, e.bin_depths_mm))
     truth = torch.tensor(e.snippets.depth_mm.to_numpy(np.float32))
@@ -560,7 +559,7 @@ def main():
     tell(began, "scans and places")
     log = learn_scans(model, studies, places, store, run, sizes)
     tell(began, "model")
-    calibrate(model, studies, places, store, absent, device)
+    calibrate(model, studies, store, absent, device)
     with write_atomically(run/"model") as t: model.save_pretrained(t)
     tell(began, "table")
     metrics, place, more = final_table(model, studies, places, store, absent, device)
