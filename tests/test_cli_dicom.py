@@ -35,11 +35,12 @@ def temporary(tmp_path, monkeypatch):
 
 
 @pytest.fixture()
-def ctvlm(capsys, temporary):
-    "The command in this process: its status, standard output and standard error."
+def ctvlm(capsys, caplog, temporary):
+    "The command in this process: its status, standard output and standard error; `logged` is what went to the log, which pytest keeps from both."
     def ended(*words):
         with pytest.raises(SystemExit) as left: cli.main([str(w) for w in words])
         return left.value.code, *capsys.readouterr()
+    ended.logged = lambda: caplog.text
     return ended
 
 
@@ -188,9 +189,9 @@ def test_the_marker_would_be_found(marked):
 
 
 def silent(ctvlm, *words):
-    "Run a verb and look for the patient in what it prints; its status."
+    "Run a verb and look for the patient in what it prints and logs; its status."
     status, *printed = ctvlm(*words)
-    assert not leaks("".join(printed)), words
+    assert not leaks("".join(printed) + ctvlm.logged()), words
     return status
 
 
@@ -264,7 +265,7 @@ def export(tmp_path_factory):
     from pydicom.fileset import FileSet
     folder, files = tmp_path_factory.mktemp("disc"), FileSet()
     for n, patient in enumerate(("ZWBF1", "ZWBF1", "ZWBF2")):
-        PhantomCohort(6, seed=3, spacing=(24., 24., None))[n].write_dicom(folder / "plain" / str(n))
+        PhantomCohort(6, seed=3, spacing=(12., 12., None))[n].write_dicom(folder / "plain" / str(n))
         for path in sorted((folder / "plain" / str(n)).rglob("*.dcm")):
             ds = pydicom.dcmread(path)
             ds.update({"PatientID": patient, "PatientName": f"Zwiebelfisch^{patient}"})
@@ -283,7 +284,7 @@ def test_the_series_of_an_export(ctvlm, export, tmp_path):
     assert sum(r["use"] == "chosen" for r in rows) == 3                     # one in each study
     status, out, err = ctvlm("preprocess", export, "-o", tmp_path / "w.safetensors")
     assert status == 2 and not leaks(err) and not (tmp_path / "w.safetensors").exists(), err
-    assert "ctvlm series" in err or "--series" in err, err
+    assert "holds 3 studies" in err and "series" in err.partition("give ")[2], err
     for row in [r for r in rows if r["use"] == "chosen"][1:]:
         status, out, err = ctvlm("preprocess", export, "--series", row["uid"], "-o", tmp_path / f"{row['study']}.safetensors", "--json")
         assert status == 0 and json.loads(out)["windows"] > 0 and not leaks(out + err), err
