@@ -269,7 +269,7 @@ def _behind_a_site(p): # "RUL 4/38,"
     placed = p.before in ",-UF" or p.front in _SITES
     return p.sep == "/" and series and p.image not in (50, 100) and placed and _closed(p)
 
-def _loose(p): # "of 4/38."
+def _loose(p): # "with 4/38."
     return p.before in "o,w:" and (_closed(p) or p.after == "w")
 
 _RUNNING = [
@@ -283,7 +283,7 @@ _RUNNING = [
     Evidence("no image", lambda p: not (_DAYS < p.image < 1000 and _plain_image(p)), 0,
              "Nodules of 4/18."),
     Evidence("behind a site", _behind_a_site, 2, "Nodule in the RUL 4/38."),
-    Evidence("loose", _loose, 1, "Nodule, size of 4/38."),
+    Evidence("loose", _loose, 1, "Nodule with 4/38."),
 ]
 
 _ANYWHERE = [

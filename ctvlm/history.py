@@ -67,7 +67,7 @@ _SAYS_OTHER = [
 _OTHER = re.compile("|".join(_SAYS_OTHER), re.I)
 
 def names_another_examination(text:str)->bool:
-    "Whether a text does nothing but name another examination: \"the prior CT\"."
+    "Whether a text does nothing but name another examination: \"prior CT\"."
     return bool(_OTHER.fullmatch(text))
 
 # %% ../nbs/02c_history.ipynb #9b8e0290
