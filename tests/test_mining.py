@@ -298,13 +298,12 @@ def test_word_lists():
 
 def test_no_word_is_of_two_kinds():
     rows = [r for r in csv.DictReader(open(LISTS, encoding="utf-8")) if r["use"] == "kind"]
-    kinds = [w for r in rows if r["name"] not in "sy" for w in r["words"].split(";")]
-    twice = {w for w in kinds if kinds.count(w) > 1}
-    assert not twice, twice
+    kinds = [w for r in rows for w in r["words"].split(";")]
+    assert not [w for w in kinds if kinds.count(w) > 1]
 
 def test_mining_needs_no_torch(tmp_path):
     "`import ctvlm.mining` and `ctvlm mine` where torch, transformers and matplotlib are not installed."
-    (tmp_path/"r.csv").write_text("study,report\nA,Cyst (series 4, image 38).\n")
+    (tmp_path/"r.csv").write_text('study,report\nA,"Cyst (series 4, image 38)."\n')
     code = f"""import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
