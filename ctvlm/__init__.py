@@ -1,4 +1,4 @@
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _FROM = {"CTVLMModel": "model", "CTVLMConfig": "model", "CTVLMProcessor": "model", "load_any": "model", "load_volume": "preprocessing", "mine_report": "mining", "label_report": "findings", "explore": "viewer"}
 
