@@ -191,8 +191,10 @@ def studies(
     root:Annotated[Path, typer.Argument(help="Root of the data set.")],
     kind:Annotated[_Layout, typer.Option(
         "--as", help="Its layout.")],
-    output:Annotated[Path, typer.Option(
-        "--output", "-o", help="Table of studies to be written: .parquet.")],
+    output:Annotated[Optional[Path], typer.Option(
+        "--output", "-o", help="Table of studies to be written: .parquet.")]=None,
+    only_check:Annotated[bool, typer.Option(
+        "--check", help="Only say what fits: scans with a row, columns, first refusals.")]=False,
     reports:Annotated[Optional[Path], typer.Option(
         help="Table of reports, for csv and dicom.")]=None,
     duplicates:Annotated[Optional[Literal["all", "first"]], typer.Option(
@@ -208,13 +210,16 @@ def studies(
 ):
     "Read a data set into a table of studies. Status 1 if OUTPUT.refused.csv says what was refused."
     import ctvlm.masks                                              # its layouts, too
-    from ctvlm.data import scan_studies
+    from ctvlm.data import check_collection, scan_studies
+    if output is None and not only_check:
+        raise InputError("no output was given: name the table, for example -o studies.parquet")
     given = dict(
         reports=reports, duplicates=duplicates, encoding=encoding,
         columns=_columns(study=study_column, report=report_column),
         allow_outside=allow_outside or None)
     options = {k: v for k, v in given.items() if v is not None}
     held_out = {"val": validation, "test": test} if validation or test else None
+    if only_check: return say(check_collection(root, kind, quiet, **options), as_json)
     summary = scan_studies(root, kind, output, held_out, quiet, **options)
     say(summary, as_json)
     if (summary["refused"] or summary["missing"]) and not allow_missing: raise typer.Exit(1)

@@ -302,3 +302,16 @@ def test_there_are_lines_and_a_wrong_one_is_noticed():
 def test_lines_that_need_no_files_run(words, capsys):
     status, out, _ = ended(capsys, *words)
     assert status == 0 and len(out.splitlines()) > 1
+
+
+def test_what_fits_is_said_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "a.nii.gz").touch()
+    (tmp_path / "reports.csv").write_text("study,patient,report\na,p,Normal chest.\nb,q,Cyst.\n")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = ended(capsys, "studies", str(tmp_path), "--as", "csv", "--check", "--json")
+    found = json.loads(out)
+    assert (code, found["scans"], found["refused"]) == (0, 1, 1) and "b has no scan" in found["first"][0]
+    assert sorted(tmp_path.rglob("*")) == before
+    code, out, err = ended(capsys, "studies", str(tmp_path), "--as", "csv")
+    assert code == 2 and "no output was given" in err
