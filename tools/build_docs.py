@@ -239,6 +239,7 @@ def plain_site(out):
     out.mkdir(parents=True)
     for page in pages.values(): write_page(page, sidebar, pages, out)
     for name in ("site.css", "site.js"): shutil.copy(SITE / name, out)
+    shutil.copytree(NBS / "images", out / "images", dirs_exist_ok=True)
     index = [(p.name, p.title, heading, anchor, text) for p in pages.values() for _, heading, anchor, text in p.sections]
     (out / "search.js").write_text("window.searchIndex = " + json.dumps(index, ensure_ascii=False) + ";\n")
     print(f"{out}: {len(pages)} pages, plain (with Quarto installed, by Quarto)")
