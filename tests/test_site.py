@@ -240,7 +240,7 @@ def test_the_front_page_says_how_to_install_and_which_version(site, pages):
     from nbdev.config import get_config
     page = pages["index.html"]
     headings = [h.text.removesuffix("#").strip() for h in page.find_all("h2")]
-    assert headings[0] == "Install" and "download.pytorch.org/whl/cpu" in (site / "index.html").read_text()
+    assert headings[1] == "Install" and "download.pytorch.org/whl/cpu" in (site / "index.html").read_text()
     assert all(get_config().version in p.select_one("header").text for p in pages.values())
     assert "\\|" not in pages["api/manual.html"].text
 
