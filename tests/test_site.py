@@ -54,7 +54,6 @@ def test_every_page_has_the_same_navigation(site, pages):
         assert target(site, name, here["href"])[0] == site / name
 
 
-@pytest.mark.xfail(strict=False, reason="known fault of 0.4.0, see CHANGELOG: two names of the reference moved: phrases#sentences, mining#WORDS")
 def test_internal_links_and_pictures_resolve(site, pages):
     anchors = {site / name: {t["id"] for t in page.find_all(id=True)} for name, page in pages.items()}
     broken = []
@@ -67,12 +66,11 @@ def test_internal_links_and_pictures_resolve(site, pages):
     assert sum(bool(page.find_all("img")) for page in pages.values()) > 20
 
 
-@pytest.mark.xfail(strict=False, reason="known fault of 0.4.0, see CHANGELOG: two names of the reference moved: phrases#sentences, mining#WORDS")
 def test_anchors_lead_to_one_place(pages):
     for name, page in pages.items():
         ids = Counter(t["id"] for t in page.find_all(id=True))
         assert not [i for i, n in ids.items() if n > 1], name
-    assert pages["api/reports.html"].find(id="PHRASES") and pages["api/mining.html"].find(id="WORDS")
+    assert pages["api/reports.html"].find(id="PHRASES") and pages["api/language.html"].find(id="WORDS")
 
 
 def test_names_in_prose_lead_to_the_name(site, pages):

@@ -142,6 +142,7 @@ def api_page(name, chapter):
     if rows := constants(module): out += ["## Constants", "\n".join(["| name | value | meaning |", "| --- | --- | --- |"] + rows)]
     if rest := [n for n in module.__all__ if n not in own]:
         of = {n: getattr(getattr(module, n), "__module__", "") for n in rest}
-        links = [f"[`{n}`]({of[n].split('.')[-1]}.html#{n})" if str(of[n]).startswith("ctvlm.") else f"`{n}`" for n in rest]
+        own_name = {n: getattr(getattr(module, n), "__name__", n) for n in rest}         # of what is imported by another name
+        links = [f"[`{n}`]({of[n].split('.')[-1]}.html#{own_name[n]})" if str(of[n]).startswith("ctvlm.") else f"`{n}`" for n in rest]
         out += ["## From earlier chapters", "Also importable from here: " + ", ".join(links) + "."]
     return "\n\n".join(out) + "\n"
