@@ -409,28 +409,35 @@ def _text_parts(model, e, studies): # findings alone and impression alone: name 
 # %% ../nbs/13b_evaluation.ipynb #4f4e7c8a
 def _held(store, key): # lower and upper end of the depth bins that hold the scan, mm
     from safetensors import safe_open
-    with safe_open(store.path(key), "np") as f: grid, mask, bins = (f.get_tensor(k) for k in ("grid", "patch_mask", "bin_depths_mm"))
-    held = bins[mask.reshape(*grid, -1).any((0, 1)).reshape(-1)]                   # windows lie (x, y, z), z fastest
+    names = "grid", "patch_mask", "bin_depths_mm"
+    with safe_open(store.path(key), "np") as f: grid, mask, bins = map(f.get_tensor, names)
+    held = bins[mask.reshape(*grid, -1).any((0, 1)).reshape(-1)]     # windows lie (x, y, z)
     return float(held.min()) - BIN_MM / 2, float(held.max()) + BIN_MM / 2
 
 def _stored(studies, store): # rows whose features are there, with their scan's ends
     from ctvlm.data import FeatureStore, scan_key
     store = store if isinstance(store, FeatureStore) else FeatureStore(store)
-    return [(r, *_held(store, scan_key(r))) for r in studies.itertuples() if store.header(scan_key(r)) is not None]
+    keys = [(r, scan_key(r)) for r in studies.itertuples()]
+    return [(r, *_held(store, key)) for r, key in keys if store.header(key) is not None]
 
+# %% ../nbs/13b_evaluation.ipynb #55be9d3c
 def snippet_table(
     studies, # table of studies
     store,   # `FeatureStore` or its folder
-):           # DataFrame `study patient snippet depth_mm low_mm high_mm report`; ends of the part of the depth bins that holds the scan
+):           # DataFrame `study patient snippet depth_mm low_mm high_mm report`; ends of the scan
     "All snippets with a depth inside their scan."
     import pandas as pd
     reports, rows = _reports(studies), []
-    usable = lambda p: (p["depth_mm"] is not None and not p["prior"] and (p["cleaned"] or "").strip()
-                        and p.get("asserts") is not False)
+    def usable(p):
+        said = (p["cleaned"] or "").strip() and p.get("asserts") is not False
+        return p["depth_mm"] is not None and not p["prior"] and said
     cited = studies[[any(map(usable, pairs)) for pairs in studies.pairs]]
     for r, low, high in _stored(cited, store):
-        rows += [(r.study, r.patient, p["cleaned"], p["depth_mm"], low, high, reports[r.study]) for p in r.pairs if usable(p) and low <= p["depth_mm"] <= high]
-    return pd.DataFrame(rows, columns=["study", "patient", "snippet", "depth_mm", "low_mm", "high_mm", "report"])
+        inside = [p for p in r.pairs if usable(p) and low <= p["depth_mm"] <= high]
+        rows += [(r.study, r.patient, p["cleaned"], p["depth_mm"], low, high, reports[r.study])
+                 for p in inside]
+    columns = "study patient snippet depth_mm low_mm high_mm report".split()
+    return pd.DataFrame(rows, columns=columns)
 
 def extent_prior(
     studies,  # table of training studies
@@ -444,9 +451,12 @@ def extent_prior(
     keep = studies.loc[[r.Index for r, _, _ in rows]]
     return ExtentPrior([high - low for _, low, high in rows], label_matrix(keep, findings))
 
+# %% ../nbs/13b_evaluation.ipynb #b23ea6ff
 def _of_split(studies, split): # at least one
     found = studies[studies.split == split]
-    if not len(found): raise InputError(f"found 0 studies in split {split!r}, expected at least 1: the table has {dict(studies.split.value_counts())}")
+    if not len(found): raise InputError(
+        f"found 0 studies in split {split!r}, expected at least 1: the table has"
+        f" {dict(studies.split.value_counts())}")
     return found
 
 def evaluation_features(
@@ -458,41 +468,58 @@ def evaluation_features(
     calibrate:str="val",   # as in `evaluate_studies`
     workers:int=2, quiet:bool=False, # of `embed_studies`
 )->str:                    # folder of the `FeatureStore`
-    "Window features of the tested scans; localization reads the training and the validation patients' too."
+    "Window features of the tested scans; for localization of training and validation, too."
     from ctvlm.data import embed_studies
-    places = "localization" in (tasks or TASKS) and any(len(pairs) for pairs in _of_split(studies, split).pairs)
+    cites = any(len(pairs) for pairs in _of_split(studies, split).pairs)
+    places = "localization" in (tasks or TASKS) and cites
     needed = studies[studies.split.isin({split, "train", calibrate} if places else {split})]
     made = embed_studies(needed, model, output, workers=workers, quiet=quiet)
-    if not made["present"]: raise InputError(f"none of {made['scans']} scans could be read ({'; '.join(made['reasons'])}): check the column scan of the table")
+    if not made["present"]: raise InputError(
+        f"none of {made['scans']} scans could be read ({'; '.join(made['reasons'])}):"
+        " check the column scan of the table")
     return made["store"]
 
+# %% ../nbs/13b_evaluation.ipynb #ba2ede06
 def evaluate_studies(
     model,                 # a `CTVLMModel` with its processor
     studies,               # table of studies, all splits
-    store,                 # `FeatureStore` or its folder, with the features (or windows) of these studies
+    store,                 # `FeatureStore` or its folder, with features (or windows) of them
     findings=None,         # names to classify; all that the split has labels of if `None`
     split:str="test",      # to be evaluated
-    calibrate:str="val",   # split that sets temperature and interval where the model brings no calibration of its own, and chooses the text prior
+    calibrate:str="val",   # split that chooses the text prior, and calibrates a model that is not
     batch_size:int=8,      # scans
     protocol=None, **options, # of `evaluate_model`
 )->dict:                   # as `evaluate_model`
     "Evaluate a model on one split of a table of studies."
     from ctvlm.data import Batches
     from ctvlm.findings import FINDINGS
-    test, train, val = _of_split(studies, split), studies[studies.split == "train"], studies[studies.split == calibrate]
-    if findings is None: findings = [f for f in FINDINGS if any(f in labels for labels in test.labels)]
+    test, train, val = _of_split(studies, split), *(
+        studies[studies.split == name] for name in ("train", calibrate))
+    if findings is None:
+        findings = [f for f in FINDINGS if any(f in labels for labels in test.labels)]
     if split == "train": train = train[:0]
     if split == calibrate: val = val[:0]
-    batches = lambda table: Batches(table, store, model._processor().tokenizer, batch_size, findings, training=False, model=model)
+    def batches(table):
+        tokenizer = model._processor().tokenizer
+        return Batches(table, store, tokenizer, batch_size, findings, training=False, model=model)
     own = model.config.calibration
     seen = own.calibrated and _origin(test) in own.population
     held_out = val if not own.n_patients and val.patient.nunique() >= 20 else None
-    about = {"source": ", ".join(sorted(set(test.source))), "split": split, "label_version": ", ".join(sorted(set(test.label_version))), "model": model.config.trained_on}
-    text = {name: t for name, t in (("training", train), ("validation", val)) if len(t)}
-    text = {name: t for name, t in ((name, snippet_table(t, store)) for name, t in text.items()) if len(t)}
-    return evaluate_model(model, batches(test), findings=findings, **text, extent=extent_prior(train, store, findings), studies=test,
-                          calibration=None if held_out is None else batches(held_out), population=population_of(val) if len(val) else "",
-                          withhold=f"the model was calibrated on {own.population}" if seen else "", protocol=about | dict(protocol or {}), **options)
+    about = {
+        "source": ", ".join(sorted(set(test.source))),
+        "split": split,
+        "label_version": ", ".join(sorted(set(test.label_version))),
+        "model": model.config.trained_on}
+    others = {name: t for name, t in (("training", train), ("validation", val)) if len(t)}
+    text = {name: snippet_table(t, store) for name, t in others.items()}
+    return evaluate_model(
+        model, batches(test), findings=findings, studies=test,
+        **{name: t for name, t in text.items() if len(t)},
+        extent=extent_prior(train, store, findings),
+        calibration=None if held_out is None else batches(held_out),
+        population=population_of(val) if len(val) else "",
+        withhold=f"the model was calibrated on {own.population}" if seen else "",
+        protocol=about | dict(protocol or {}), **options)
 
 # %% ../nbs/13b_evaluation.ipynb #67912c3e
 RESULT_FORMAT = "ctvlm-result-2"

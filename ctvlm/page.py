@@ -9,7 +9,7 @@ __all__ = ['write_report']
 import base64, html, io, re
 from .core import legible, use_theme, write_atomically
 from .pictures import (
-    answer_words, localization_figure, plot_auc, plot_baselines, plot_depths, plot_errors,
+    ANSWERS, answer_words, localization_figure, plot_auc, plot_baselines, plot_depths, plot_errors,
     plot_recall, plot_reliability, plot_roc, plot_training)
 
 # %% ../nbs/14b_page.ipynb #88ab54c0
@@ -76,14 +76,7 @@ def _with_interval(section, key): # "12.3", "11.0 to 13.5"
 
 # %% ../nbs/14b_page.ipynb #e43e8191
 def _localization_part(m): # section -> HTML
-    names = {
-        "random_mm": "random slice",
-        "middle_mm": "middle slice",
-        "organ_mm": "organ height",
-        "text_prior_mm": "text-only prior",
-        "argmax_mm": "model, best bin",
-        "mae_mm": "model, median of the posterior",
-    }
+    names = ANSWERS | {"mae_mm": "model, median of the posterior"}
     rows = [[n, *_with_interval(m, k)] for k, n in names.items() if k in m]
     of = f"{m.get('n_snippets', '?')} snippets of {m.get('n_patients', '?')} patients"
     part = f"<p>{of}; mean absolute error in mm.</p>"
