@@ -30,13 +30,13 @@ def parts(): # name -> (seconds, words after python)
         "cells": (100, ["tools/run_notebooks.py", "--flags", "cuda", *cuda_notebooks()])}
 
 
-def run(name, seconds, words, python=sys.executable):
+def run(name, seconds, words):
     "Run one part, and say how it ended: `ok`, `failed` or `over time`."
     LOGS.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with open(LOGS / f"{name}.log", "w") as log:
-        process = subprocess.Popen([python, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
                                    env=environment, start_new_session=True)
         try: ended = "ok" if process.wait(seconds) == 0 else "failed"
         except subprocess.TimeoutExpired: ended = "over time"
@@ -45,7 +45,7 @@ def run(name, seconds, words, python=sys.executable):
     return dict(part=name, ended=ended, seconds=round(time.monotonic() - began), limit=seconds)
 
 
-def told(name, most=8):
+def told(name):
     "The last lines of a part's log: measurements in short, or what pytest says."
     lines = (LOGS / f"{name}.log").read_text(errors="replace").splitlines()
     rows = []
@@ -53,7 +53,7 @@ def told(name, most=8):
         try: row = json.loads(line)
         except ValueError: continue
         if isinstance(row, dict): rows.append("  ".join(f"{k} {v}" for k, v in row.items() if k != "benchmark")[:150])
-    return (rows or [line[:150] for line in lines if line.strip()])[-most:]
+    return (rows or [line[:150] for line in lines if line.strip()])[-6:]
 
 
 def main(names):
@@ -66,7 +66,7 @@ def main(names):
         done.append(run(name, *known[name]))
     for row in done:                                       # at most 40 lines
         print("{part:10} {ended:10} {seconds:4} of {limit} s".format(**row))
-        for line in told(row["part"], 6): print("    " + line)
+        for line in told(row["part"]): print("    " + line)
     return any(row["ended"] != "ok" for row in done)
 
 
