@@ -19,31 +19,33 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import CTVolume, HU_WINDOWS, InputError, progress, stable_rng, write_atomically
+from .core import (
+    CTVolume, HU_WINDOWS, InputError, progress, stable_rng, write_atomically)
 from .anatomy import (
     AIR, ARMS, ARTERY, BELLY, BODY, BONE, BONES, BRONCHI, CAGE, CAVITY, CHEST, COLON,
-    HOLLOW, INLUNG, LOBES, LUNG, LUNGS, MEDIASTINUM, ORGANS, OVER, PHASES, REGIONS, RIB_MM,
-    SPINE, TRUNK, VEIN, WALL, Anatomy, Both, Dome, Ellipsoid, Half, Minus, Organ, Pattern,
-    Solid, Stack, Stroke, Traits, Tube, Union, draw, draw_traits)
+    HOLLOW, INLUNG, LOBES, LUNG, LUNGS, MEDIASTINUM, ORGANS, OVER, PHASES, REGIONS,
+    RIB_MM, SPINE, TRUNK, VEIN, WALL, Anatomy, Both, Dome, Ellipsoid, Half, Minus,
+    Organ, Pattern, Solid, Stack, Stroke, Traits, Tube, Union, draw, draw_traits)
 from .pathology import (
     FOCAL, LOBE_WORDS, NODES, PARENTS, PLANTERS, SIDES, Planted, covered, examined,
     organ_heights, plant, plants)
 from .scanner import (
     Scan, Series, plan_scan, render, _uid)
 from .reports import (
-    CHANGES, DENIED_TOO, HEADINGS, INDICATIONS, NOTATIONS, PARAGRAPHS, PHRASES, TECHNIQUE,
-    Reference, Report, write_report)
+    CHANGES, DENIED_TOO, HEADINGS, INDICATIONS, NOTATIONS, PARAGRAPHS, PHRASES,
+    TECHNIQUE, Reference, Report, write_report)
 
-_all_ = ["Solid", "Ellipsoid", "Stack", "Tube", "Half", "Both", "Minus", "Union", "Pattern",
-         "AIR", "Stroke", "draw", "REGIONS", "PHASES", "Traits", "draw_traits", "BODY",
-         "WALL", "CAVITY", "BELLY", "LUNG", "INLUNG", "CHEST", "BONE", "OVER", "ARTERY",
-         "VEIN", "Organ", "ORGANS", "TRUNK", "HOLLOW", "CAGE", "LUNGS", "MEDIASTINUM",
-         "SPINE", "COLON", "BRONCHI", "BONES", "ARMS", "LOBES", "Anatomy", "RIB_MM", "Dome",
-         "Planted", "PLANTERS", "plants", "SIDES", "LOBE_WORDS", "NODES", "PARENTS",
-         "organ_heights", "covered", "FOCAL", "examined", "plant", "Series", "Scan",
-         "plan_scan", "render", "PHRASES", "PARAGRAPHS", "HEADINGS", "INDICATIONS",
-         "TECHNIQUE", "NOTATIONS", "CHANGES", "Reference", "Report", "DENIED_TOO",
-         "write_report"]
+_all_ = [
+    "Solid", "Ellipsoid", "Stack", "Tube", "Half", "Both", "Minus", "Union",
+    "Pattern", "AIR", "Stroke", "draw", "REGIONS", "PHASES", "Traits", "draw_traits",
+    "BODY", "WALL", "CAVITY", "BELLY", "LUNG", "INLUNG", "CHEST", "BONE", "OVER",
+    "ARTERY", "VEIN", "Organ", "ORGANS", "TRUNK", "HOLLOW", "CAGE", "LUNGS",
+    "MEDIASTINUM", "SPINE", "COLON", "BRONCHI", "BONES", "ARMS", "LOBES", "Anatomy",
+    "RIB_MM", "Dome", "Planted", "PLANTERS", "plants", "SIDES", "LOBE_WORDS", "NODES",
+    "PARENTS", "organ_heights", "covered", "FOCAL", "examined", "plant", "Series",
+    "Scan", "plan_scan", "render", "PHRASES", "PARAGRAPHS", "HEADINGS", "INDICATIONS",
+    "TECHNIQUE", "NOTATIONS", "CHANGES", "Reference", "Report", "DENIED_TOO",
+    "write_report"]
 
 # %% ../nbs/01d_phantoms.ipynb #e67732c1
 class PhantomStudy:
@@ -56,14 +58,16 @@ class PhantomStudy:
         a = self.anatomy = Anatomy(seed, index, self.traits)
         self.scan = plan_scan(a)
         z = self.scan.shift[2]
-        a.low, a.high, a.heights = self.scan.low - z, self.scan.high - z, organ_heights(a)
+        a.low, a.high = self.scan.low - z, self.scan.high - z
+        a.heights = organ_heights(a)
         self.planted = tuple(replace(p, depth_mm=p.depth_mm + z, low_mm=p.low_mm + z,
                                      high_mm=p.high_mm + z) for p in plant(a))
         present = {p.finding for p in self.planted}
         present |= {parent for f in present for parent in PARENTS.get(f, ())}
         self.labels = {f: 1 if f in present else 0 if examined(a, f) else None
                        for f in PLANTERS}
-        self.organ_heights = {n: (low + z, high + z) for n, (low, high) in a.heights.items()}
+        self.organ_heights = {
+            n: (low + z, high + z) for n, (low, high) in a.heights.items()}
         self.report = write_report(a, self.scan, self.planted, self.labels, language)
     def __reduce__(self): # pickles as its seed
         return PhantomStudy, (self.seed, self.index, self.spacing, self.language)
@@ -92,7 +96,7 @@ class PhantomCohort:
     def __init__(self,
         n:int,                   # studies
         seed:int=0,              # another seed, other patients
-        spacing:tuple|None=None, # voxels `(x, y, z)` in mm; `None`, or an entry `None`: the scanner's
+        spacing:tuple|None=None, # voxels `(x, y, z)` in mm; where `None`, the scanner's
         languages:tuple=("en", "de"), # languages of the reports, drawn per study
     ):
         if n < 0: raise InputError(
@@ -105,34 +109,40 @@ class PhantomCohort:
     def __len__(self): return self.n
     def __getitem__(self, i):
         if not -self.n <= i < self.n: raise IndexError(f"study {i} of a cohort of {self.n}")
-        language = self.languages[stable_rng(self.seed, "language", i % self.n).integers(len(self.languages))]
+        draw = stable_rng(self.seed, "language", i % self.n)
+        language = self.languages[draw.integers(len(self.languages))]
         return PhantomStudy(self.seed, i % self.n, self.spacing, language)
     def __iter__(self): return (self[i] for i in range(self.n))
 
 # %% ../nbs/01d_phantoms.ipynb #5a3c9d02
-INSIDE = { # words in the names of what belongs to an organ although it is painted over it
-    "lung": ("pulmonary vessels", "fissure", *PARAGRAPHS[0][3]),
-    "lobe": ("pulmonary vessels", "fissure", *PARAGRAPHS[0][3]),
+_IN_LUNGS = "pulmonary vessels", "fissure", *PARAGRAPHS[0].findings
+INSIDE = { # words in the names of what belongs to an organ and is painted over it
+    "lung": _IN_LUNGS,
+    "lobe": _IN_LUNGS,
     "liver": ("Hepatic", "Biliary"),
     "kidney": ("renal sinus", "Renal cyst", "Kidney stone", "Hydronephrosis"),
     "heart": ("ventricle", "atria", "Coronary"),
     "aorta": ("Arterial wall", "Abdominal aortic aneurysm"),
-    "pancreas": ("Pancreatic",), "gallbladder": ("Gallstones",), "adrenal gland": ("Adrenal",)}
+    "pancreas": ("Pancreatic",),
+    "gallbladder": ("Gallstones",),
+    "adrenal gland": ("Adrenal",)}
 
 def _own(self, name):
     "The strokes of a finding or an organ, and those that leave its mask as it is."
     a = self.anatomy
     if name in PLANTERS:
-        return [s for p in self.planted if p.finding == name for s in p.strokes.values()], []
+        mine = [p for p in self.planted if p.finding == name]
+        return [s for p in mine for s in p.strokes.values()], []
     own = a.strokes.get(name) or Stroke(LUNG, 0., a.solids[name])
-    words = (name + " ", *next((w for organ, w in INSIDE.items() if name.endswith(organ)), ()))
+    inside = next((w for organ, w in INSIDE.items() if name.endswith(organ)), ())
+    words = (name + " ", *inside)
     return [own], [s for n, s in a.strokes.items() if any(w in n for w in words)]
 
 @patch
 def mask(self:PhantomStudy,
-    name:str,   # a finding of the catalogue, or an organ of `organ_heights` that is one solid
-)->np.ndarray:  # `(X, Y, Z)` float32 on the grid of `volume`, 0 to 1; all 0 without the finding
-    "The share of each voxel that a finding or an organ fills, as far as nothing lies over it."
+    name:str,   # a finding of the catalogue, or an organ that is one solid
+)->np.ndarray:  # `(X, Y, Z)` float32 on the grid of `volume`, 0 to 1
+    "The share of each voxel that a finding or an organ fills where nothing lies over it."
     if name not in PLANTERS and name not in self.anatomy.solids:
         raise InputError(
             f"there is no mask of {name!r}: choose a finding of {sorted(PLANTERS)} "
@@ -151,7 +161,8 @@ def share(self:PhantomStudy,
     "The `mask` on a grid of your own."
     own, inside = _own(self, name)
     if not own: return np.zeros((len(x), len(y), len(z)), np.float32)
-    mine, kept, first = {id(s) for s in own}, {id(s) for s in inside}, min(s.layer for s in own)
+    mine, kept = {id(s) for s in own}, {id(s) for s in inside}
+    first = min(s.layer for s in own)
     others = [replace(s, hu=AIR) for s in self.anatomy.strokes.values()
               if s.layer >= first and id(s) not in mine | kept]
     return draw([replace(s, hu=AIR + 1) for s in own] + others, x, y, z, blur) - AIR
@@ -178,7 +189,7 @@ def write_nifti(self:PhantomStudy,
 # %% ../nbs/01d_phantoms.ipynb #bf42128a
 @patch
 def _dicom_images(self:PhantomStudy, series):
-    "For image 1, 2, ...: pixels `(rows, columns)` in HU, position, orientation, spacing between rows and columns."
+    "Of image 1, 2, ...: pixels `(rows, columns)` in HU, position, orientation, spacing."
     spacing = (*(self.spacing or (None, None))[:2], None)
     if series.plane is None:   # the localizer: the body seen from the front
         count = int((self.scan.high - self.scan.low) / 5) + 1
@@ -188,14 +199,18 @@ def _dicom_images(self:PhantomStudy, series):
         v, planes = CTVolume(np.repeat(front[:, None], 2, 1), v.affine), [0]
     else:
         v = render(self.anatomy, self.scan, series, spacing)
-        planes = range(v.array.shape[2 if series.plane == "axial" else 1])[::-1]   # head, front first
+        across = 2 if series.plane == "axial" else 1
+        planes = range(v.array.shape[across])[::-1]        # head, front first
     (X, Y, Z), (sx, sy, sz) = v.array.shape, v.spacing
-    def corner(i, j, k): return tuple((v.affine @ (i, j, k, 1))[:3] * (-1, -1, 1)) # RAS -> LPS mm
+    def corner(i, j, k): # in LPS mm
+        return tuple((v.affine @ (i, j, k, 1))[:3] * (-1, -1, 1))
     for k in planes:
         if series.plane == "axial":
-            yield v.array[::-1, ::-1, k].T, corner(X - 1, Y - 1, k), (1, 0, 0, 0, 1, 0), (sy, sx)
+            hu, position = v.array[::-1, ::-1, k].T, corner(X - 1, Y - 1, k)
+            yield hu, position, (1, 0, 0, 0, 1, 0), (sy, sx)
         else:
-            yield v.array[::-1, k, ::-1].T, corner(X - 1, k, Z - 1), (1, 0, 0, 0, 0, -1), (sz, sx)
+            hu, position = v.array[::-1, k, ::-1].T, corner(X - 1, k, Z - 1)
+            yield hu, position, (1, 0, 0, 0, 0, -1), (sz, sx)
 
 @patch
 def _dicom_header(self:PhantomStudy, series):
@@ -210,7 +225,8 @@ def _dicom_header(self:PhantomStudy, series):
     ds.PatientSize, ds.PatientWeight = f"{metres:.2f}", f"{t.bmi * metres**2:.0f}"
     ds.StudyDate = ds.SeriesDate = ds.ContentDate = f"{scan.date:%Y%m%d}"
     ds.StudyTime = ds.SeriesTime = ds.ContentTime = "120000"
-    ds.StudyInstanceUID, ds.SeriesInstanceUID = _uid(self.seed, "study", self.index), series.uid
+    ds.StudyInstanceUID = _uid(self.seed, "study", self.index)
+    ds.SeriesInstanceUID = series.uid
     ds.FrameOfReferenceUID = scan.frame_of_reference
     ds.StudyID, ds.AccessionNumber = str(self.index), self.study
     ds.ReferringPhysicianName = ds.PositionReferenceIndicator = ""
@@ -229,7 +245,8 @@ def _dicom_header(self:PhantomStudy, series):
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
     ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "1", "-1024", "HU"
     if (scan.outside or 0) < -1024:   # twelve bits do not hold it
-        ds.PixelRepresentation, ds.BitsStored, ds.HighBit, ds.RescaleIntercept = 1, 16, 15, "0"
+        ds.PixelRepresentation, ds.BitsStored, ds.HighBit = 1, 16, 15
+        ds.RescaleIntercept = "0"
         ds.add_new("PixelPaddingValue", "SS", int(scan.outside))
     window = HU_WINDOWS["lung" if series.kernel == "lung" else "soft tissue"]
     ds.WindowCenter, ds.WindowWidth = map(str, window)
@@ -250,7 +267,8 @@ def write_dicom(self:PhantomStudy,
             t.mkdir()
             images = enumerate(self._dicom_images(series), 1)
             for k, (hu, position, orientation, spacing) in images:
-                ds.SOPInstanceUID = _uid(self.seed, "image", self.index, series.number, k)
+                own = self.seed, "image", self.index, series.number, k
+                ds.SOPInstanceUID = _uid(*own)
                 ds.InstanceNumber = k
                 ds.ImagePositionPatient = [f"{v:.4f}" for v in position]
                 ds.ImageOrientationPatient = [str(v) for v in orientation]
@@ -280,10 +298,11 @@ def write_cohort(
     format:str="nifti",     # "nifti" or "dicom"
     quiet:bool=False,       # no progress bar
 )->Path:
-    "Write every study, `reports.csv`, all images in `series.csv`, and what is true in `truth.jsonl`."
+    "Write every study, `reports.csv`, all images in `series.csv`, the truth in `truth.jsonl`."
     import pandas as pd
     if format not in ("nifti", "dicom"): raise InputError(
-        f"phantoms were asked for as {format!r}, they are written as 'nifti' or 'dicom': choose one")
+        f"phantoms were asked for as {format!r}, they are written as"
+        " 'nifti' or 'dicom': choose one")
     folder, reports, tables, truth = Path(folder), [], [], []
     for s in progress(cohort, "phantoms", total=len(cohort), quiet=quiet):
         if format == "nifti": s.write_nifti(folder/"scans"/f"{s.study}.nii.gz")
@@ -295,7 +314,9 @@ def write_cohort(
         truth.append(json.dumps(_truth(s), ensure_ascii=False) + "\n")
     if not reports: raise InputError(
         "a cohort of 0 studies was to be written, it needs 1 or more: give n >= 1")
-    with write_atomically(folder/"reports.csv") as t: pd.DataFrame(reports).to_csv(t, index=False)
-    with write_atomically(folder/"series.csv") as t: pd.concat(tables).to_csv(t, index=False)
-    with write_atomically(folder/"truth.jsonl") as t: t.write_text("".join(truth), encoding="utf-8")
+    written = {"reports.csv": pd.DataFrame(reports), "series.csv": pd.concat(tables)}
+    for name, table in written.items():
+        with write_atomically(folder/name) as t: table.to_csv(t, index=False)
+    with write_atomically(folder/"truth.jsonl") as t:
+        t.write_text("".join(truth), encoding="utf-8")
     return folder

@@ -5,7 +5,7 @@ import numpy as np, pytest
 from sklearn import metrics as sk
 from ctvlm.core import InputError
 from ctvlm.evaluation import *
-from ctvlm.evaluation import _finite
+from ctvlm.comparison import _finite
 
 GOLDEN = Path(__file__).parent / "golden/metrics"
 
