@@ -25,7 +25,7 @@ def random_slice_error(
 # %% ../nbs/13a_baselines.ipynb #73564a25
 def _pattern(phrase): # `*` at either end of a word: whatever a compound goes on with
     compound = r"[\w-]*"
-    begin, end = (compound * starred for starred in (phrase.startswith("*"), phrase.endswith("*")))
+    begin, end = compound * phrase.startswith("*"), compound * phrase.endswith("*")
     return re.escape(phrase.strip("*")).join((begin, end))
 
 def _read_places(): # (organ, kind, pattern) of every phrase, the longest first
@@ -85,7 +85,8 @@ class NearestSnippets:
         from sklearn.feature_extraction.text import TfidfVectorizer
         self.values, self.neighbours = np.asarray(values, dtype=float), neighbours
         self.overall = float(np.median(self.values))
-        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD)
+        vectorizer = TfidfVectorizer(
+            ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD)
         self.vectorizer = _fitted(vectorizer, training.snippet)
         if self.vectorizer:
             self.vectors = self.vectorizer.transform(training.snippet).T.tocsr()  # (words, n)
@@ -112,7 +113,8 @@ class TextTrees:
         needed("sklearn", "train", "the text-only baseline")
         from sklearn.ensemble import HistGradientBoostingRegressor
         from sklearn.feature_extraction.text import CountVectorizer
-        def count(**options): return CountVectorizer(binary=True, token_pattern=_WORD, **options)
+        def count(**options):
+            return CountVectorizer(binary=True, token_pattern=_WORD, **options)
         self.snippet = _fitted(count(max_features=300), training.snippet)
         self.report = None
         if "report" in training: # words that some reports hold and others do not
@@ -148,10 +150,12 @@ class TextPrior:
     ):
         columns = {"snippet", "depth_mm", "low_mm", "high_mm"}
         if not columns <= set(training) or not len(training):
-            raise InputError(f"found {len(training)} training snippets with {', '.join(training)}, "
-                             f"expected at least 1 with {', '.join(sorted(columns))}")
+            raise InputError(
+                f"found {len(training)} training snippets with {', '.join(training)},"
+                f" expected at least 1 with {', '.join(sorted(columns))}")
         if len(training) > most:
-            drawn = stable_rng(seed, "snippets").choice(len(training), most, replace=False)
+            rng = stable_rng(seed, "snippets")
+            drawn = rng.choice(len(training), most, replace=False)
             training = training.iloc[np.sort(drawn)]
         learn, judge = training, validation
         if validation is None or not len(validation): learn, judge = _parted(training, seed)
@@ -163,9 +167,11 @@ class TextPrior:
             self.errors[kind.__name__, scale] = float(error.mean())
         kind, self.scale = min(readers, key=lambda k: self.errors[k[0].__name__, k[1]])
         self.reader = readers[kind, self.scale]
-        if learn is not training: self.reader = self._reader(kind, self.scale, training, seed)
-        self.about = (f"{kind.words}; as {self.scale}; best of {len(readers)} on {len(judge)} "
-                      f"snippets of other patients; learned on {len(training)} training snippets")
+        if learn is not training:
+            self.reader = self._reader(kind, self.scale, training, seed)
+        self.about = (
+            f"{kind.words}; as {self.scale}; best of {len(readers)} on {len(judge)} "
+            f"snippets of other patients; learned on {len(training)} training snippets")
 
     @staticmethod
     def _reader(kind, scale, table, seed):
@@ -231,7 +237,7 @@ def localization_baselines(
 
 # %% ../nbs/13a_baselines.ipynb #7d948da5
 class ExtentPrior:
-    "How often a finding is there in scans of the same extent: knowing only which part was scanned."
+    "How often a finding is there in scans of the same extent, whatever they show."
     def __init__(self,
         length_mm,         # `(n,)` lengths of the training scans
         labels,            # `(n, Q)` 1, 0, anything else unknown
@@ -240,8 +246,9 @@ class ExtentPrior:
     ):
         labels = np.asarray(labels)
         if len(labels) != len(length_mm) or not len(labels):
-            raise InputError(f"found {len(length_mm)} lengths and {len(labels)} rows of labels, "
-                             "expected as many of both and at least 1")
+            raise InputError(
+                f"found {len(length_mm)} lengths and {len(labels)} rows of labels, "
+                "expected as many of both and at least 1")
         some = np.linspace(0, len(labels) - 1, min(most, len(labels))).astype(int)
         self.length, self.labels = np.asarray(length_mm, float)[some], labels[some]
         self.neighbours = neighbours

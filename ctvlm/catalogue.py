@@ -47,8 +47,8 @@ def _finding(row): # of `findings.csv`
     signs = tuple(tuple(s.split("@")) for s in list_of(row["signs"]))
     return Finding(**{**row, **lists, "signs": signs, "history": row["history"] == "yes"})
 
-FINDINGS = {row["name"]: _finding(row) for row in rows_of("findings.csv")} # name -> `Finding`
-ORGANS = {row["organ"]: row for row in rows_of("organs.csv")}              # organ -> its row
+FINDINGS = {row["name"]: _finding(row) for row in rows_of("findings.csv")}
+ORGANS = {row["organ"]: row for row in rows_of("organs.csv")}
 
 # %% ../nbs/03_catalogue.ipynb #1eeabe8a
 CT_RATE_CLASSES = ( # in their published order
@@ -76,7 +76,7 @@ class Prompts:
     positive:tuple
     negative:tuple
 
-_PROPER = ("Bochdalek", "Morgagni", "Meckel", "Budd", "Crohn") # names that keep their capital
+_PROPER = "Bochdalek", "Morgagni", "Meckel", "Budd", "Crohn" # keep their capital
 
 def _sentences(*parts): return tuple(p[0].upper() + p[1:] + "." for p in parts)
 

@@ -134,7 +134,7 @@ def mean_phrasings(
     return prompts.mean(1)
 
 def draw_phrasings(
-    prompts:Tensor, # `(Q, K, ...)` anything with K phrasings per question: embeddings or token ids
+    prompts:Tensor, # `(Q, K, ...)` with K phrasings per question: embeddings or token ids
     generator:torch.Generator|None=None,
 )->Tensor:          # `(Q, ...)`
     "One phrasing per question, at random."

@@ -17,12 +17,13 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from .catalogue import (CT_RATE_CLASSES, CT_RATE_FINDINGS, FINDINGS, MERLIN_FINDINGS, ORGANS,
-                             RAD_CHESTCT_FINDINGS, Finding, Prompts, prompts_for)
+from .catalogue import (
+    CT_RATE_CLASSES, CT_RATE_FINDINGS, FINDINGS, MERLIN_FINDINGS, ORGANS,
+    RAD_CHESTCT_FINDINGS, Finding, Prompts, prompts_for)
 from .core import InputError, progress, write_atomically
 from .language import any_of
-from .language_model import (AnswerStore, LanguageModel, Question, Unreachable, schema_of,
-                                  store_at)
+from .language_model import (
+    AnswerStore, LanguageModel, Question, Unreachable, schema_of, store_at)
 from .phrases import GRAMMAR, Match, Sentence, Token, fold, statements, tokenize
 from .phrases import statements as sentences # by the name that it had here
 from .scopes import Cue, Scope, View, kin_of
@@ -44,12 +45,13 @@ class Decision:
     span:tuple      # where the finding stands, characters of the text
     cue:tuple|None  # where the word stands that denied it, if one did
 
-_FIRM = {None: 0, 0: 1, -1: 2, 1: 3} # of two statements the one with the higher number counts
+_FIRM = {None: 0, 0: 1, -1: 2, 1: 3} # of two statements the higher number counts
 
 def _check_language(language):
     if language not in (None, "en", "de"):
-        raise InputError(f"found language {language!r}, expected 'en', 'de' or None: reports in "
-                         "other languages can be translated first, with rewrite_reports")
+        raise InputError(
+            f"found language {language!r}, expected 'en', 'de' or None: reports in"
+            " other languages can be translated first, with rewrite_reports")
 
 def _words(sentence, small): # abbreviations as capitals, in a text that has none
     words = tuple(t.text for t in sentence.tokens)
@@ -68,7 +70,7 @@ def _with_parents(found): # what is asserted asserts what it implies
 # %% ../nbs/03d_findings.ipynb #40502e5d
 def explain_report(
     text:str,               # a report
-    language:str|None=None, # "en", "de"; the words of both are always known: need not be given
+    language:str|None=None, # "en", "de"; the words of both are known: need not be given
 )->dict:                    # finding -> `Decision`, for the findings that the text mentions
     "What `text` says about each finding, with the words and the rule that decided."
     _check_language(language)
@@ -78,7 +80,8 @@ def explain_report(
         if s.line != line: header, line = None, s.line
         if s.quiet: continue
         words = _words(s, small)
-        decisions, header, topic, region = read_sentence(words, s.question, header, topic, region)
+        decisions, header, topic, region = read_sentence(
+            words, s.question, header, topic, region)
         for name, value, rule, a, b, cue in decisions:
             old = found.get(name)
             if old is not None and _FIRM[value] <= _FIRM[old.value]: continue
@@ -91,9 +94,10 @@ _UNSAID = dict.fromkeys(FINDINGS)
 def label_report(
     text:str,               # a report
     language:str|None=None, # "en", "de"; need not be given
-)->dict:                    # finding -> 1 asserted now, 0 denied, -1 left open, `None` not stated
+)->dict:                    # finding -> 1 asserted now, 0 denied, -1 open, `None` not stated
     "What `text` asserts, denies and leaves open."
-    return {**_UNSAID, **{name: d.value for name, d in explain_report(text, language).items()}}
+    found = explain_report(text, language)
+    return {**_UNSAID, **{name: d.value for name, d in found.items()}}
 
 # %% ../nbs/03d_findings.ipynb #47875516
 _STYLE = {1: "bold green", 0: "strike red", -1: "yellow", None: "dim"}
@@ -106,7 +110,8 @@ def colour_report(
     "The report with its findings marked, and a line for each decision."
     from rich.text import Text
     out = Text(text)
-    decisions = sorted(explain_report(text, language).items(), key=lambda x: (x[1].span, x[0]))
+    found = explain_report(text, language).items()
+    decisions = sorted(found, key=lambda x: (x[1].span, x[0]))
     for _, d in decisions: out.stylize(_STYLE[d.value], *d.span)
     for name, d in decisions:
         cue = f" ({text[slice(*d.cue)]})" if d.cue else ""
@@ -202,7 +207,7 @@ def label_reports(
     price:float=0,              # per million tokens, shown while asking
     quiet:bool=False,           # no progress bar
     **options,                  # of `LanguageModel`
-)->list:                        # {finding: 1 | 0 | -1 | None} of each; unanswered ones are missing
+)->list:                        # {finding: 1 | 0 | -1 | None} of each; missing: unanswered
     "What each of `texts` asserts and denies."
     texts, findings = list(texts), list(FINDINGS if findings is None else findings)
     if unknown := [f for f in findings if f not in FINDINGS]:
@@ -233,8 +238,9 @@ _LEFT, _RIGHT, _BOTH = (re.compile(rf"(?i)(?<!\w){any_of(side)}(?!\w)")
                         for side in ("left side", "right side", "both sides"))
 _DATE = re.compile(r"(?<!\d)(?:\d{1,2}\.\s?\d{1,2}\.\s?(?:19|20)?\d\d|(?:19|20)\d\d-\d\d-\d\d"
                    r"|\d{1,2}/\d{1,2}/(?:19|20)?\d\d)(?!\d)")
-_SPELLED = dict(one="1", two="2", three="3", four="4", five="5", ein="1", eine="1", einen="1",
-                zwei="2", drei="3", vier="4", fünf="5")
+_SPELLED = dict(
+    one="1", two="2", three="3", four="4", five="5",
+    ein="1", eine="1", einen="1", zwei="2", drei="3", vier="4", fünf="5")
 
 def _digits(text): # numbers written as such, "05" as "5"
     found = re.findall(r"\d+(?:[.,]\d+)?", text)
@@ -295,8 +301,8 @@ class _LabelTable: # counts, and the pieces of the output
 
     def piece(self, rows, labels): # a DataFrame; `rows`: of the other columns
         import pandas as pd
-        out = pd.DataFrame([{c: row[c] for c in self.others} for row in rows], columns=self.others,
-                           index=range(len(rows)))
+        others = [{c: row[c] for c in self.others} for row in rows]
+        out = pd.DataFrame(others, columns=self.others, index=range(len(rows)))
         def column(f): return pd.array([said.get(f) for said in labels], dtype="Int8")
         values = pd.DataFrame({f: column(f) for f in self.findings}, index=out.index)
         out = pd.concat([out, values], axis=1)
@@ -309,7 +315,8 @@ class _LabelTable: # counts, and the pieces of the output
 
     def schema(self): # of the Parquet file
         import pyarrow as pa
-        columns = [(c, pa.string()) for c in self.others] + [(f, pa.int8()) for f in self.findings]
+        columns = [(c, pa.string()) for c in self.others]
+        columns += [(f, pa.int8()) for f in self.findings]
         columns.append(("unanswered", pa.list_(pa.string())))
         return pa.schema(columns, metadata={"label_version": self.version})
 
@@ -321,7 +328,7 @@ def label_table(
     columns:dict|None=None, # role -> name of the column, where its name does not say it
     encoding:str|None=None, # of a text file that is neither UTF-8 nor UTF-16
     findings=None,          # names; the whole catalogue if `None`
-    workers:int|None=None,  # processes for the rules; as many as there are cores if `None`
+    workers:int|None=None,  # processes for the rules; one for each core if `None`
     rows:int=2000,          # of one piece
     quiet:bool=False,       # no progress bar
     **llm,                  # base_url, model, store, price and options of `LanguageModel`
@@ -329,8 +336,8 @@ def label_table(
     "Label a table of reports; Parquet with a column for each finding."
     import pyarrow as pa, pyarrow.parquet as pq
     if Path(output).suffix != ".parquet":
-        raise InputError(f"the labels go to a file ending in .parquet, not {Path(output).name}: "
-                         "name it so")
+        raise InputError("the labels go to a file ending in .parquet,"
+                         f" not {Path(output).name}: name it so")
     findings, workers = list(findings or FINDINGS), workers or os.cpu_count() or 1
     if engine == "llm": llm["store"] = store_at(llm.get("store") or ":memory:")
     table = Table(path, columns, encoding, need=("text",))
@@ -342,11 +349,12 @@ def label_table(
         try:
             for piece in table.pieces(rows):
                 texts = [table.report(row)[0] for _, row in piece]
-                labels = label_reports(texts, engine, findings=findings, workers=workers,
-                                       quiet=quiet, **llm)
+                labels = label_reports(
+                    texts, engine, findings=findings, workers=workers, quiet=quiet, **llm)
                 out = labelled.piece([row for _, row in piece], labels)
                 writer = writer or pq.ParquetWriter(temporary, schema)
-                writer.write_table(pa.Table.from_pandas(out, schema=schema, preserve_index=False))
+                columns = pa.Table.from_pandas(out, schema=schema, preserve_index=False)
+                writer.write_table(columns)
             if writer is None:
                 raise InputError(f"found no row in {path}, expected reports: "
                                  "see that the file is not empty")
@@ -356,7 +364,7 @@ def label_table(
     return {"reports": labelled.reports, "asserted": counts[1], "denied": counts[0],
             "open": counts[-1], "unanswered": labelled.unanswered, "output": str(output)}
 
-def label_version(engine="rules", model=None)->str: # changes with catalogue, words and model
+def label_version(engine="rules", model=None)->str: # of catalogue, words and model
     "What the labels were made with."
     tables = ("findings.csv", "words.csv", "organs.csv")
     data = b"".join((files("ctvlm")/"data"/name).read_bytes() for name in tables)

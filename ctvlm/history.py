@@ -71,7 +71,8 @@ def names_another_examination(text:str)->bool:
     return bool(_OTHER.fullmatch(text))
 
 # %% ../nbs/02c_history.ipynb #9b8e0290
-_HINTED = words_of("hints") # the first three letters of all words that speak of another examination
+# the first three letters of all words that speak of another examination
+_HINTED = words_of("hints")
 _PAST = words_of("history hints")
 _NOW = re.compile(rf"\b{any_of('now')}\b", re.I)
 _COMPARES = re.compile(
@@ -96,7 +97,7 @@ def _may_speak_of_other(left): # a quick look before the slow one
     return not {"that", "then"}.isdisjoint(words) or bool(_DATED_TEXT.search(left))
 
 # %% ../nbs/02c_history.ipynb #98e1824f
-def _is_of_today(m, left, header, follows): # do the words around the match speak of this scan?
+def _is_of_today(m, left, header, follows): # do the words around it speak of this scan?
     before, after, what = left[:m.start()], left[m.end():], m[0].lower()
     if _NOW.search(after) or "follow" in before[-16:].lower(): return True
     modality = _MODALITY.search(what)
@@ -112,7 +113,7 @@ def _is_of_today(m, left, header, follows): # do the words around the match spea
             return not _SIZE_LAST.search(after) or bool(_CHANGED.search(after))
     return False
 
-def _speaks_of_other(left, header, follows): # does the text before it speak of another scan?
+def _speaks_of_other(left, header, follows): # does the text before it, of another scan?
     if _SECTION.match(left): return True
     left = left[-_BEFORE:]
     clause = left.rfind(";") + 1
@@ -161,7 +162,7 @@ def mark_prior(
 _REFERS = re.compile(rf"\b{any_of('refers')}", re.I)
 _MENTION = re.compile(r"S[.:=]?#?[.:=]?(n)")
 
-def _mentions(t, found): # (token, series, holds for all that follows?) of series without an image
+def _mentions(t, found): # of series without an image: (token, series, holds from here on?)
     taken = {x for f in found for x in range(f.first, f.last)}
     for m in _MENTION.finditer(t.kinds):
         i = m.end()
@@ -178,7 +179,7 @@ def _same_sentence(t, token, f): # does nothing end between a mention and a refe
     text = t.text[t.starts[token]:t.starts[f.first]]
     return not set(".¶S") & set(between) and not _OTHER.search(text[:400])
 
-def _latest_series(latest, plane, f): # for an image without one: of its plane, else of axial images
+def _latest_series(latest, plane, f): # for an image without one: of its plane, else axial
     same = {None, "axial"} >= {plane, f.plane}
     if not (f.plane or same): return None
     return latest.get(f.plane, latest.get(None) or latest.get("axial") if same else None)
@@ -187,7 +188,7 @@ def carry_series(
     t:Tokens,
     found:list, # of `Found`, whose `series` is set where it was not typed
 ):
-    "Give images without a series the latest series of this examination, plane by plane."
+    "Give images without a series the latest one of this examination, plane by plane."
     named = list(_mentions(t, found)) if "S" in t.kinds else []
     latest, plane, n = {}, None, 0
     for f in found:

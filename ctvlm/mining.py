@@ -57,7 +57,8 @@ def _reference(t, f, snippet, where, language): # what was found, as it is hande
 # %% ../nbs/02g_mining.ipynb #abebf52d
 class Explanation:
     "A report with its references coloured: `str()` for a terminal, HTML in a notebook."
-    _ANSI = dict(ref="\x1b[30;42m", prior="\x1b[4;30;43m", snippet="\x1b[1m", end="\x1b[0m")
+    _ANSI = dict(
+        ref="\x1b[30;42m", prior="\x1b[4;30;43m", snippet="\x1b[1m", end="\x1b[0m")
     _HTML = dict(ref='<span style="background:#029e73;color:white">', snippet="<b>",
                  prior='<span style="background:#de8f05;text-decoration:underline">')
 
@@ -75,7 +76,8 @@ class Explanation:
             start = i
 
     def __str__(self):
-        return "".join(self._ANSI[s] + t + self._ANSI["end"] if s else t for s, t in self.runs)
+        def shown(style, t): return self._ANSI[style] + t + self._ANSI["end"] if style else t
+        return "".join(shown(style, t) for style, t in self.runs)
 
     def _repr_html_(self):
         from html import escape
@@ -106,9 +108,12 @@ def doubted(
     for rule, first, end, series, image, doubt in refused(t, [r.span for r in references]):
         a, b = t.starts[first], t.ends[end - 1]
         sentence = text.rfind(". ", max(0, a - _AROUND[0]), a) + 1
-        around = trim(text, max(sentence, a - _AROUND[0], 0), min(b + _AROUND[1], len(text)))
-        out.append((SliceReference(series, image, snippet=text[slice(*around)], span=(a, b),
-                                   snippet_span=around, rule=rule, language=language), doubt))
+        before, behind = max(sentence, a - _AROUND[0], 0), min(b + _AROUND[1], len(text))
+        around = trim(text, before, behind)
+        r = SliceReference(
+            series, image, snippet=text[slice(*around)], span=(a, b), snippet_span=around,
+            rule=rule, language=language)
+        out.append((r, doubt))
     return out
 
 # %% ../nbs/02g_mining.ipynb #03fc9198
@@ -127,11 +132,12 @@ def _where(index, study, r): # the `Resolution` of a reference
 
 def _row(text, r, where, study):
     series = where.series if r.series is None else r.series
-    return dict(study=study, snippet=r.snippet, cleaned=r.cleaned,
-                verbatim=text[slice(*r.snippet_span)], span=r.span, snippet_span=r.snippet_span,
-                series=series, image=r.image, image_end=r.image_end, depth_mm=where.depth_mm,
-                low_mm=where.low_mm, high_mm=where.high_mm, plane=r.plane, prior=r.prior,
-                language=r.language, rule=r.rule, status=where.status)
+    return dict(
+        study=study, snippet=r.snippet, cleaned=r.cleaned,
+        verbatim=text[slice(*r.snippet_span)], span=r.span, snippet_span=r.snippet_span,
+        series=series, image=r.image, image_end=r.image_end,
+        depth_mm=where.depth_mm, low_mm=where.low_mm, high_mm=where.high_mm,
+        plane=r.plane, prior=r.prior, language=r.language, rule=r.rule, status=where.status)
 
 # %% ../nbs/02g_mining.ipynb #0b7dccb0
 def reports_of(
@@ -154,14 +160,16 @@ def _schema(): # of the table of pairs
     import pyarrow as pa
     real, whole, words, span = pa.float64(), pa.int64(), pa.string(), pa.list_(pa.int64(), 2)
     return pa.schema(dict(
-        study=words, report=whole, snippet=words, cleaned=words, verbatim=words, span=span,
-        snippet_span=span, series=whole, image=whole, image_end=whole, depth_mm=real, low_mm=real,
-        high_mm=real, plane=words, prior=pa.bool_(), language=words, rule=words, status=words))
+        study=words, report=whole, snippet=words, cleaned=words, verbatim=words,
+        span=span, snippet_span=span, series=whole, image=whole, image_end=whole,
+        depth_mm=real, low_mm=real, high_mm=real, plane=words, prior=pa.bool_(),
+        language=words, rule=words, status=words))
 
-def _refused_row(study, line, r, why): # a doubted reference, as a row of the table of pairs
-    return dict(study=study, report=line, snippet=r.snippet, verbatim=r.snippet, span=r.span,
-                snippet_span=r.snippet_span, series=r.series, image=r.image, language=r.language,
-                rule=r.rule, status=f"doubted: {why}")
+def _refused_row(study, line, r, why): # a doubted reference, as a row of the table
+    return dict(
+        study=study, report=line, snippet=r.snippet, verbatim=r.snippet, span=r.span,
+        snippet_span=r.snippet_span, series=r.series, image=r.image, language=r.language,
+        rule=r.rule, status=f"doubted: {why}")
 
 def _rows_of(report, index, counts): # the rows of one report, counted on the way
     line, study, text, language, reason = report
@@ -231,8 +239,9 @@ reference and snippet are copied verbatim from the report: the reference as type
 finding that it belongs to. series and image_end may be null, plane is axial, coronal, sagittal or \
 null, prior is true for images of another examination. Vertebral levels, dates, measurements, \
 scores and times are no references."""
-_TYPES = dict(reference="string", series=["integer", "null"], image="integer", prior="boolean",
-              image_end=["integer", "null"], plane=["string", "null"], snippet="string")
+_TYPES = dict(
+    reference="string", series=["integer", "null"], image="integer", prior="boolean",
+    image_end=["integer", "null"], plane=["string", "null"], snippet="string")
 _PAIR = schema_of({name: {"type": t} for name, t in _TYPES.items()})
 
 def _check_pairs(answer): # of the model

@@ -45,7 +45,7 @@ def _forms(w, inflect): # with the endings that it may have
 
 def _shorter(w): return {w[:i] + w[i + 1:] for i in range(len(w))}
 
-def _one_slip(a, b): # is one word a slip away from the other? the last letters are endings
+def _one_slip(a, b): # is one word a slip away from the other? last letters are endings
     a, b = sorted((a, b), key=len)
     i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
     if i == len(a): return False
@@ -58,14 +58,14 @@ def _one_slip(a, b): # is one word a slip away from the other? the last letters 
 _REMEMBERED = 50_000 # tokens; any text is safe, also an endless one
 
 class Words:
-    "Numbers of the patterns that a token fits: `word`, `word*`, `*word`, `*word*` and `ABBR`."
+    "Numbers of the patterns that a token fits: `word`, `word*`, `*word`, `*word*`, `ABBR`."
     def __init__(self):
-        self.capitals, self.exact = {}, {}                  # word -> numbers of patterns
+        self.capitals, self.exact = {}, {} # word -> numbers of patterns
         self.prefix, self.suffix, self.infix = {}, {}, {}
-        self.numbers, self.known = {}, {}                   # pattern -> number; token -> numbers
-        self.long, self.slips = set(), {} # long words; a long word without a letter -> words
+        self.numbers, self.known = {}, {}  # pattern -> number; token -> numbers
+        self.long, self.slips = set(), {}  # long words; one without a letter -> words
 
-    def add(self, pattern, inflect, compound): # is it inflected, may it end a German compound?
+    def add(self, pattern, inflect, compound): # inflected? may it end a German compound?
         "The number of a pattern, new or known."
         key = (pattern, inflect, compound)
         if key in self.numbers: return self.numbers[key]
@@ -113,13 +113,13 @@ class Words:
         return sorted(form for form in near if form[0] == w[0] and _one_slip(w, form))
 
 # %% ../nbs/03a_phrases.ipynb #ce86d3bc
-Match = namedtuple("Match", "start end name weight") # tokens start..end; letters asked for
+Match = namedtuple("Match", "start end name weight") # tokens start..end; letters
 _PART = re.compile(r"[^\W\d_]\.(?:\s?[^\W\d_]\.)+|[\w*|'/?&]+")
 
 class Phrases:
     "All phrases of the tables, found in one pass over a sentence."
     def __init__(self):
-        self.words, self.root = Words(), ({}, []) # a node: word -> node, phrases that end here
+        self.words, self.root = Words(), ({}, []) # a node: word -> node, phrases that end
 
     def add(self, phrase, kind, name, inflect, compound=False):
         "Look for `phrase` from now on."
@@ -202,7 +202,8 @@ class Grammar:
 
     def _add_finding(self, tree, f):
         own = {sign for sign, _ in f.signs if self.home.get(sign)}
-        def is_a_sign(word): return any(k == "sign" and m.name in own for k, m in tree.find([word]))
+        def is_a_sign(word):
+            return any(k == "sign" and m.name in own for k, m in tree.find([word]))
         for x in (f.name, *f.en, *f.de):
             german = x in f.de
             tree.words.spell(x)
@@ -227,7 +228,7 @@ _TOKEN = re.compile(
     r"|(?P<newline>\n)|(?P<mark>[^\s])")
 _FREE = re.compile(r"(?i)^(\w{4,})(frei(?:e[rsnm]?)?)$") # "steinfrei"
 
-def tokenize(text:str)->list: # words, numbers, abbreviations, line ends and marks with their places
+def tokenize(text:str)->list: # words, numbers, abbreviations, line ends, marks; with places
     "Tokens of `text`."
     out = []
     for m in _TOKEN.finditer(text):
@@ -277,11 +278,11 @@ def quiet_spans(text:str)->list: # (start, end), characters
     return [(a, _quiet_end(text, b, c)) for (a, b, quiet), c in zip(heads, following) if quiet]
 
 # %% ../nbs/03a_phrases.ipynb #b98af075
-Sentence = namedtuple("Sentence", "tokens line quiet question") # quiet: above the findings
+Sentence = namedtuple("Sentence", "tokens line quiet question") # quiet: before findings
 _LONGEST = 120 # tokens of a sentence
 
 def _stop_ends(text, t, before, following, current):
-    "Whether the full stop `t` ends a sentence; `None` if it belongs to the number of a list."
+    "Whether the full stop `t` ends a sentence; `None` if it is that of a list's number."
     if following is None or following.kind == "newline" or before is None: return True
     if before.kind == "num" and before.end == t.start and len(current) == 1: return None
     if text[t.end:t.end + 1].isspace(): return full_stop_ends(text, t.start, t.end, "de")
@@ -294,7 +295,7 @@ def _in_bracket(current, following):
     same_line = takewhile(lambda t: t.kind != "newline" and t.text != "(", following)
     return any(t.text == ")" for t in same_line)
 
-def _question_parts(t, current, before, following, ahead): # a "?" is an "end", to "keep", to "drop"
+def _question_parts(t, current, before, following, ahead): # of a "?": end, keep or drop
     if before and following and before.text == "(" and following.text == ")": return "drop"
     if _in_bracket(current, ahead): return "keep"
     glued = following and following.start == t.end and following.kind == "word"

@@ -19,7 +19,7 @@ def contradictions(
 )->dict:        # finding -> its labels before and after
     "Findings of which `after` says something else than `before`."
     old, new = label_report(before), label_report(after)
-    return {f: (old[f], value) for f, value in new.items() if value is not None and value != old[f]}
+    return {f: (old[f], value) for f, value in new.items() if value not in (None, old[f])}
 
 # %% ../nbs/03e_rewriting.ipynb #9866d47e
 def _longest_first(words): return sorted(words.split(";"), key=len, reverse=True)
@@ -218,7 +218,8 @@ def augment_report(
 )->tuple:                # findings, impression
     "A report as it might also have been written."
     whole, u = f"{findings}\n{impression}", rng.random(3)
-    if u[0] < drop and impression.strip() and not contradictions(whole, impression): findings = ""
+    if u[0] < drop and impression.strip() and not contradictions(whole, impression):
+        findings = ""
     if u[1] < rewrite:
         new = without_comparisons(findings), without_comparisons(impression)
         if not contradictions(whole, "\n".join(new)): findings, impression = new

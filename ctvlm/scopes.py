@@ -14,7 +14,7 @@ from .phrases import GRAMMAR, Match, fold
 
 # %% ../nbs/03b_scopes.ipynb #d52b6171
 Cue = namedtuple("Cue", "start end kinds")
-_GENERIC = {"artery", "vein", "peritoneum", "bowel"} # sites that lose against any other that fits
+_GENERIC = {"artery", "vein", "peritoneum", "bowel"} # lose against any other site that fits
 _MARKS = frozenset(",;:/")                           # signs that part a sentence
 
 @cache
@@ -78,7 +78,7 @@ class View:
     def any_in(self, a, b, *names): # does one of the tokens a..b?
         return any(self.has(i, *names) for i in range(a, b))
 
-    def _hidden(self, s): # is the sign part of a named finding that it has nothing to do with?
+    def _hidden(self, s): # is the sign part of a named finding of another kind?
         reach = GRAMMAR.reach.get(s.name[0], set())
         return bool(s.name[1]) and any(_covers(f, s) and reach.isdisjoint({f.name, *kin_of(f.name)})
                                        for f in self.named)
@@ -99,7 +99,7 @@ def _keep_absences(self:View):
 
 @patch
 def _keep_cues(self:View, cues):
-    "The cues that are no part of a finding; of those that overlap the longest, first one."
+    "The cues that are no part of a finding; the longest, first of those that overlap."
     self.cues = []
     absences = [s for s in self.signs if s.name[0] == "absent"]
     for m in sorted(cues, key=lambda m: (m.start, -m.end)):
@@ -115,7 +115,7 @@ def _keep_cues(self:View, cues):
 
 @patch
 def _cut_into_parts(self:View):
-    "`part`: the number of the part of each token; `bounds`: first token and end of each part."
+    "`part`: the part's number of each token; `bounds`: first token and end of each part."
     self.part, self.bounds = [], []
     for i, w in enumerate(self.words):
         if i == 0 or w in _MARKS or i in self.but:
@@ -129,7 +129,7 @@ _ATTRIBUTES = {"size": ("enlarged",), "calibre": ("dilated", "aneurysm"), "densi
 
 @patch
 def _beside_normal(self:View, i):
-    "First token and end of an attribute at token i with the \"normal\" beside it, in either order."
+    "First token and end of an attribute at token i with the \"normal\" beside it."
     near = (j for j in (*range(i + 1, i + 8), *range(i - 1, i - 5, -1))
             if 0 <= j < self.n and self.part[j] == self.part[i] and self.has(j, "normal"))
     j = next(near, None)
@@ -159,7 +159,7 @@ def _item_end(v, i):
     return j
 
 def _fresh(v, a, b, place):
-    "Whether tokens a..b state something of their own; with `place`, left and right count as well."
+    "Whether tokens a..b state something of their own; with `place`, sides count too."
     for i in range(a, b):
         if i in v.strong or i in v.but or v.words[i][0].isdigit(): return True
         if place and v.has(i, "place"): return True
@@ -173,7 +173,7 @@ def _goes_on(v, j, german):
     end = _item_end(v, j + 1)
     if _fresh(v, j + 1, end, False): return False
     k, conjunction = end, False
-    while k < v.n and v.words[k] != ";" and k not in v.but:    # along the list to its conjunction
+    while k < v.n and v.words[k] != ";" and k not in v.but: # along the list
         if v.has(k, "or"): return True
         behind = _item_end(v, k + 1)
         if _fresh(v, k + 1, behind, False): break
@@ -184,7 +184,7 @@ def _goes_on(v, j, german):
 
 # %% ../nbs/03b_scopes.ipynb #d81c5643
 def _denied_calcium(v, cue):
-    "The end of the calcium in \"not calcified nodules\", which is all that is denied there."
+    "The end of the calcium in \"not calcified nodules\", all that is denied there."
     first = next((s for s in v.signs if s.start == cue.end and s.name[0] == "calcification"), None)
     return first.end if first and any(s.start == first.end for s in v.signs) else None
 
@@ -246,7 +246,7 @@ def _before(v, cue, left):
 
 # %% ../nbs/03b_scopes.ipynb #64935c97
 Scope = namedtuple("Scope", "start end value rule cue")
-_SILENT = {"family", "ask", "then", "past", "after"} # cues of what is neither asserted nor denied
+_SILENT = {"family", "ask", "then", "past", "after"} # neither asserted nor denied
 
 def _silent(v, c, b):
     "The scope of a cue whose findings are neither asserted nor denied; its part ends at b."

@@ -25,7 +25,7 @@ COLUMNS = ["study", "series", "instance", "depth_mm", "plane", "localizer",
 # %% ../nbs/02e_series.ipynb #c7da461f
 _NAMED = dict(AccessionNumber="accession", StudyID="study_id", StudyInstanceUID="study_uid")
 
-def _header_rows(file, study_tag="AccessionNumber", root=""): # rows of the table, or a reason
+def _header_rows(file, study_tag="AccessionNumber", root=""): # rows, or a reason
     try: images = dicom_images(file, pixels=False)
     except InputError as error: return str(error)
     except OSError as error: return f"{file}: {error.strerror}"
@@ -109,7 +109,7 @@ class SeriesIndex:
             numbers = c in ("series", "instance")
             yield rows[c].to_numpy(object, na_value=None) if numbers else rows[c].to_numpy(object)
 
-    def _read(self, study): # {series number, or uid: {image: [rows]}}, and the commonest frame
+    def _read(self, study): # {series number, or uid: {image: [rows]}}; the commonest frame
         images, frames = {}, Counter()
         for _, series, n, depth, plane, scout, frame, uid, _ in zip(*self._columns(study)):
             frame = frame or ""

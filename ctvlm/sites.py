@@ -26,19 +26,19 @@ _ONLY_WHERE = 2.  # of a site that only says where another one lies
 _SOMEWHERE = .5   # of a site before a noun with a preposition between
 
 def _only_where(v, site):
-    "Whether `site` only says where an earlier one lies: nodes *in the axilla* are enlarged."
+    "Whether `site` says where an earlier one lies: nodes *in the axilla* are enlarged."
     i = site.start - 1
     while i >= 0 and v.has(i, "fill", "place") and not v.has(i, "of"): i -= 1
     if i < 0 or not v.has(i, "of"): return False
     def free(x): return not any(x.end <= s.start and s.end <= i for s in v.signs)
     return any(x.end <= i and v.part[x.start] == v.part[site.start] and free(x) for x in v.sites)
 
-def _is_list(v, a, b, other): # enlarged hilar and mediastinal nodes, dilated intrahepatic ducts
+def _is_list(v, a, b, other): # enlarged hilar and mediastinal nodes
     small = ("and", "or", "fill", "place", "prefix")
     return all(i in other or v.words[i] == "," or v.has(i, *small) for i in range(a, b))
 
 def _words_between(v, a, b, other, behind, listed):
-    "Cost of the tokens a..b and whether a preposition is among them; `None` if they part the two."
+    "Cost of tokens a..b, whether a preposition is among them; `None` if they part the two."
     cost, preposition = 0., False
     for i in range(a, b):
         if v.words[i] in _MARKS or v.has(i, "and", "or"):
@@ -75,7 +75,7 @@ def cost_of(
 
 # %% ../nbs/03c_sites.ipynb #764f13b4
 def _between_sites(v, k, step):
-    "The tokens between site k and the next one, if nothing but joints stands there; else `None`."
+    "The tokens between site k and the next one; `None` if they are more than joints."
     a, b = (v.sites[k + step], v.sites[k])[::-step]
     between = range(a.end, b.start)
     if b.start < a.end or len(between) > 8: return None
@@ -136,7 +136,7 @@ def _part_that_says_where(v, sign, known): # "calculus, left kidney"
     if states or any(a <= s[0] < b for s in v.said): return []
     return [x.name for x in v.sites if a <= x.start < b and x.name in known]
 
-def _at_home(v, sign, header, known): # a nodule is in the lung, unless one other organ is spoken of
+def _at_home(v, sign, header, known): # a nodule is in the lung, unless told otherwise
     name, positive = sign.name[:2]
     home = GRAMMAR.home.get(name)
     if not positive or not home or header in known: return []
@@ -165,7 +165,7 @@ _NEARER = .5       # nearer by this, it wins although the sign means nothing the
 _JUST_BEHIND = 1.2 # a site behind that is nearer than this says more
 
 def _within(v, sign, site):
-    "Whether `site` stands behind `sign` and an in, of, der, im, without another sign between."
+    "Whether `site` stands behind `sign` and an in, of, der, im, no other sign between."
     others = any(s.start >= sign.end and s.end <= site.start for s in v.signs)
     return v.any_in(sign.end, site.start, "inside") and not others
 
@@ -248,7 +248,7 @@ _EXPLAINED = {"lesion": {"cyst"}, "nodule": {"artery", "vein"},
               "dense": {"scar", "collapse", "Atelectasis", "fatty"}}
 
 def _drop_explained(v):
-    "A lesion that is likely a cyst, an opacity that is likely a scar: only the explanation counts."
+    "A lesion that is likely a cyst, an opacity likely a scar: only the explanation counts."
     for c in v.cues:
         if "likely" not in c.kinds: continue
         later = [m.name for m in v.signs + v.named + v.sites if m.start >= c.end]

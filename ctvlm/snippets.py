@@ -30,7 +30,7 @@ _ENDS_CUT = frozenset(" \t\n,;:–—-.•*|/&+")
 _STARTS_CUT = frozenset(" \t\n,;:.–—-•*·|/&+")
 
 def trim(text:str, a:int, b:int)->tuple: # the new bounds
-    "Bounds of a stretch of text without white space, joints and unpaired brackets at its ends."
+    "Bounds of a stretch of text without space, joints and unpaired brackets at its ends."
     surplus = text.count("(", a, b) - text.count(")", a, b)
     while a < b:
         first, last = text[a], text[b - 1]
@@ -88,7 +88,7 @@ def _between(text, a, b): # the text between two references: where the second on
     if not cuts: return a
     hard = [m.end() for m in cuts if m[0][0] in ";\n"]
     if hard and count_words(text[hard[-1]:b]): return hard[-1]
-    start = cuts[0].end() if cuts[0].start() > a else a # words right behind the first are its own
+    start = cuts[0].end() if cuts[0].start() > a else a # words right behind it are its own
     pieces = [start] + [m.end() for m in cuts if m.end() > start]
     for piece in pieces[:-1]:
         if not _CONTINUES.match(text, piece, b): return piece
@@ -112,7 +112,7 @@ def _lead(text, a, b): # the clause in front of a sentence's first reference
         if normal and more: a = start
     return a, b
 
-def _reads_on(text, a, b, room, direct): # does the clause a..b go on about the finding before it?
+def _reads_on(text, a, b, room, direct): # does a..b go on about the finding before it?
     small = count_words(text[a:b]) <= max(room, 4) + 4 * direct
     if direct: return small or _GOES_ON.match(text, a, b)
     return small and _CONTINUES.match(text, a, b)
@@ -121,13 +121,13 @@ def _is_normal(text, a, b): # "... image 51 gallbladder normal"
     if not text[a:b].strip()[:1].isalpha() or _GOES_ON.match(text, a, b): return False
     return _NORMAL.search(text[a:b])
 
-def _trail(text, a, b, room): # where the text behind a reference leaves its finding of `room` words
+def _trail(text, a, b, room): # where the text leaves a reference's finding of `room` words
     b = min(b, a + _FAR)
     m = _HARD.search(text, a, b)
     if m: b = m.start()
     if not count_words(text[a:b]): return a
     cuts = [m for m in _SPLIT.finditer(text, a, b) if count_words(text[m.end():b])]
-    direct = text[a:b].lstrip()[:1] not in (",", ";")  # the first clause follows without a comma
+    direct = text[a:b].lstrip()[:1] not in (",", ";")  # the first clause follows directly
     keep = start = a
     for end, after in [(m.start(), m.end()) for m in cuts] + [(b, b)]:
         if start < end:
@@ -163,7 +163,7 @@ def _head(text, first, member): # where the words end that the other members lea
     sizes_only = "size" in of_first and "site" not in of_first
     if "site" in kinds and "size" in kinds and sizes_only: return a # "root 4.2 cm, arch 3.1 cm"
     lead = next(k for k in kinds if k != "link")
-    end = links = a # behind the last word that names the finding; behind the small words after it
+    end = links = a # behind the last word that names the finding; behind small words after
     for w in WORD.finditer(text, a, b):
         kind = _class(w[0])
         if kind == "word" or lead == "size" and kind == "site": end = links = w.end()
@@ -202,7 +202,7 @@ def _parts_behind(text, starts, ends): # where references stand in front of thei
     return parts
 
 # %% ../nbs/02d_snippets.ipynb #f874e59e
-def _first_clause(text, lead, inside): # what stands before the first reference, without its carrier
+def _first_clause(text, lead, inside): # before the first reference, without its carrier
     first = trim(text, *_without_carrier(text, *lead))
     praised = not _BEST.isdisjoint(_lower_words(text, first[1], lead[1]))
     if inside and not praised: # "the mass is on image 38 at its largest"
@@ -227,7 +227,7 @@ def _parts(text, a, b, cuts): # a `Part` for each group of a sentence, `None` if
         return [replace(part, head=first if site else None)]
     return _shared_out(text, b, starts, ends, _lead(text, *first))
 
-def _shared_out(text, b, starts, ends, first): # the words between references, given to them
+def _shared_out(text, b, starts, ends, first): # the words between references
     unclosed = text.count("(", *first) > text.count(")", *first)
     opened = text.rfind("(", *first) if unclosed else -1 # "Nodules (RUL 4/38, LLL 4/88)"
     parts = [Part(first)]
@@ -252,14 +252,14 @@ def _shared_out(text, b, starts, ends, first): # the words between references, g
 _BULLET = re.compile(r"\s*(?:[-*•–·>]|\(?\d{1,2}[.)]\s|[a-z]\)\s)")
 _ITEMS = 30 # sentences that one looks back for the head of a list
 
-def _label(text, a, b): # the last heading: "Lymph nodes" of "FINDINGS: Lymph nodes: left axilla"
+def _label(text, a, b): # the last heading: "Nodes" of "FINDINGS: Nodes: left axilla"
     head = text[a:b].rstrip()
     if not head.endswith(":"): return None
     a, b = trim(text, a + max(head.rfind(":", 0, -1), head.rfind("\n")) + 1, b)
     section = _SECTIONS.issuperset(_LETTERS.findall(text[a:b].lower()))
     return (a, b) if a < b and count_words(text[a:b]) < 4 and not section else None
 
-def _list_head(text, bounds, k): # "Nodules" of the line above a list that sentence k is an item of
+def _list_head(text, bounds, k): # "Nodules", of the line above a list with sentence k
     if "\n" not in text[max(0, bounds[k] - 2):bounds[k]]: return None
     for j in range(k - 1, max(-1, k - _ITEMS), -1):
         a, b = trim(text, bounds[j], bounds[j + 1])
@@ -272,7 +272,7 @@ def _list_head(text, bounds, k): # "Nodules" of the line above a list that sente
         if prose or "\n\n" in text[b:bounds[j + 1]]: return None
     return None
 
-def _neighbour(text, bounds, k, done, start): # for a reference that has sentence k to itself
+def _neighbour(text, bounds, k, done, start): # of a reference with sentence k to itself
     nearby = [*range(k - 1, max(k - 4, -1), -1), k + 1]
     if text[bounds[k]:bounds[k + 1]].rstrip().endswith(":"): nearby = [k + 1, k + 2, *nearby]
     for j in nearby:
@@ -299,7 +299,7 @@ def _together(t, a, b): # does nothing but joints and carriers stand between tok
     if b - a >= 8 or "))" in t.kinds[a:b]: return False
     return all(t.kinds[x] in JOINTS or t.words[x] in _CARRIERS for x in range(a, b))
 
-def _cut(t, group): # the characters that go: the references, and their bracket if it holds no more
+def _cut(t, group): # the characters that go: references, and a bracket that holds no more
     a, b = group[0].first, group[-1].last
     box = bracket_around(t, a)
     def goes(x):

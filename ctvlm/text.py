@@ -52,7 +52,8 @@ def tokenize(
     "Token ids of texts; of a report that is too long the findings lose their end."
     if not texts: return [], []
     if wrong := [t for t in texts if not isinstance(t, str)]:
-        raise InputError(f"a text is a string, found a {type(wrong[0]).__name__}: give strings")
+        raise InputError(
+            f"a text is a string, found a {type(wrong[0]).__name__}: give strings")
     batch = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
     rows = zip(texts, batch["input_ids"], batch["special_tokens_mask"])
     each = [_cut(tokenizer, text, ids, special, limit) for text, ids, special in rows]
@@ -62,12 +63,14 @@ def _cut(tokenizer, text, ids, special, limit):
     if len(ids) <= limit: return list(ids), 0
     before, after = special.index(0), special[::-1].index(0)        # special tokens stay
     room, words = limit - before - after, ids[before:len(ids) - after]
-    if room < 1: raise InputError(f"a limit of {limit} tokens leaves no room for words: give more")
+    if room < 1: raise InputError(
+        f"a limit of {limit} tokens leaves no room for words: give more")
     first = len(words)                                              # of the impression
     found = list(IMPRESSION.finditer(text))
     if found and tokenizer.is_fast:
-        offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        starts = [start for start, _ in offsets[before:len(ids) - after]]
+        found_at = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        offsets = found_at["offset_mapping"][before:len(ids) - after]
+        starts = [start for start, _ in offsets]
         first = next((i for i, s in enumerate(starts) if s >= found[-1].start()), first)
     impression = words[first:][:room]
     kept = words[:first][:room - len(impression)] + impression
@@ -79,7 +82,8 @@ def tokenizer_fingerprint(
 )->str:        # 16 hexadecimal digits
     "A name for what a tokenizer does: two of the same name give the same ids."
     probe = "Findings: 3.5 cm Leberläsion, see (series 4, image 38).\nImpressions: néant.\n"
-    about = [sorted(tokenizer.get_vocab().items()), tokenizer(probe, verbose=False)["input_ids"]]
+    ids = tokenizer(probe, verbose=False)["input_ids"]
+    about = [sorted(tokenizer.get_vocab().items()), ids]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 # %% ../nbs/06_text.ipynb #97817543
@@ -91,10 +95,12 @@ def local_or_hub(
     from huggingface_hub import constants, snapshot_download
     if Path(name).is_dir(): return str(name)
     if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
-        raise InputError(f"{name} is no folder and no hub name (owner/name): check the path")
+        raise InputError(
+            f"{name} is no folder and no hub name (owner/name): check the path")
     try:
         if constants.HF_HUB_OFFLINE: raise OSError("offline by wish")
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5)
+        asked = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(asked, timeout=5)
     except urllib.error.HTTPError: pass                             # it answers
     except OSError:
         try: return snapshot_download(name, local_files_only=True, **options)
@@ -119,12 +125,14 @@ def refuse_code(
     try: config = PretrainedConfig.get_config_dict(place, **options)[0]
     except (OSError, ValueError): config = {}                       # whoever loads it says so
     if "auto_map" in config:
-        raise InputError(f"{place} wants to run Python code of its own (auto_map in config.json),"
+        raise InputError(
+            f"{place} wants to run Python code of its own (auto_map in config.json),"
             " which ctvlm never does: remove the key and use a model that is built in")
     folder = Path(place)/options.get("subfolder", "")
     if (folder/"pytorch_model.bin").exists() and not any(folder.glob("*.safetensors")):
-        raise InputError(f"{place} holds its weights as pytorch_model.bin, which ctvlm does not"
-                         f" open: convert it in that folder with {PICKLED}")
+        raise InputError(
+            f"{place} holds its weights as pytorch_model.bin, which ctvlm does not open:"
+            f" convert it in that folder with {PICKLED}")
 
 def from_hub(
     loader,    # `AutoModel`, `AutoTokenizer`, `AutoConfig`
@@ -138,8 +146,9 @@ def from_hub(
     if loader is AutoModel: options = {"use_safetensors": True, **options}
     try: return loader.from_pretrained(place, trust_remote_code=False, **options)
     except (OSError, ValueError) as e:
-        raise InputError(f"{name} cannot be loaded ({str(e).splitlines()[0]}): check that it holds"
-                         " config.json, the weights as safetensors and the tokenizer") from None
+        raise InputError(
+            f"{name} cannot be loaded ({str(e).splitlines()[0]}): check that it holds"
+            " config.json, the weights as safetensors and the tokenizer") from None
 
 # %% ../nbs/06_text.ipynb #3ebe3b96
 def pool_last(
@@ -147,8 +156,9 @@ def pool_last(
     mask:Tensor,   # `(B, L)` 1 where there is a token, 0 where padded, on either side
 )->Tensor:         # `(B, E)`
     "The hidden state of each text's last token."
-    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)    # (B,)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]                # (B, E)
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)         # (L,)
+    last = (mask * places).argmax(1)                                        # (B,)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]    # (B, E)
 
 # %% ../nbs/06_text.ipynb #9aa02f82
 @dataclass(frozen=True)
@@ -218,8 +228,8 @@ def positions(
 )->int:          # how many tokens it can read
     "The encoder's own limit; RoBERTa and its kin count from behind the padding token."
     n, pad = config.get("max_position_embeddings") or 10**9, config.get("pad_token_id")
-    behind = 1 + (1 if pad is None else pad) if "roberta" in config.get("model_type", "") else 0
-    return n - behind
+    if "roberta" not in config.get("model_type", ""): return n
+    return n - 1 - (1 if pad is None else pad)
 
 def text_config(
     name:str, # a hub name or a folder
