@@ -22,6 +22,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python tools/check_export.py
 	$(BIN)/ruff check
+	$(BIN)/mypy
 	cd nbs && $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --path .
 	$(BIN)/python -m pytest tests
 

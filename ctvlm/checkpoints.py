@@ -119,9 +119,9 @@ def load_checkpoint(
         os.rename(path, aside)
         say(f"checkpoint {path} is damaged ({why}), put aside as {aside.name}: "
             "falling back to the one before")
-    if found:
-        raise InputError(f"none of the {len(found)} checkpoints in {folder} can be read: "
-                         f"delete {folder.parent} to start again, or restore one")
+    if not found: return None
+    raise InputError(f"none of the {len(found)} checkpoints in {folder} can be read: "
+                     f"delete {folder.parent} to start again, or restore one")
 
 # %% ../nbs/12a_checkpoints.ipynb #1265bf18
 FREE = ("text_tokens", "checkpoint_every", "evaluate_every", "patience",
