@@ -15,7 +15,8 @@ from .dicomweb import is_address, parse_address
 from .findings import FINDINGS
 from .preprocessing import check_forms, check_geometry
 from .studies import (
-    SPLITS, STUDY_SCHEMA, _pair, patient_name, report_text, rule_labels, rules_version)
+    SPLITS, STUDY_SCHEMA, _pair, lost_spacing, patient_name, report_text, rule_labels,
+    rules_version)
 from .tables import Table
 
 # %% ../nbs/11a_collection.ipynb #2c931832
@@ -103,14 +104,15 @@ def _unpacked(path): # bytes that a gzip file gives before it breaks off
     except (EOFError, OSError, zlib.error): pass
     return size
 
-def _check_nifti(path):
+def _check_nifti(path, spacing):
     "Header and length of a NIfTI file."
     import nibabel
     image = nibabel.load(path)
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1: shape = shape[:-1]
-    check_geometry(shape, np.asarray(image.affine, float), path.name)
-    if "sform_code" in image.header: check_forms(image, path.name)
+    affine = np.diag([*spacing, 1.]) if spacing else np.asarray(image.affine, float)
+    check_geometry(shape, affine, path.name)
+    if "sform_code" in image.header and not spacing: check_forms(image, path.name)
     if not path.name.endswith((".nii", ".nii.gz")): return # the voxels of an .hdr are elsewhere
     wanted = image.dataobj.offset + math.prod(shape) * image.get_data_dtype().itemsize
     with open(path, "rb") as f:
@@ -153,7 +155,7 @@ def _reason(e):
     said = (str(e).strip() or "no message").splitlines()[0]
     return f"{type(e).__name__}: {said}"[:200]
 
-def _problem(path, archive): # of a scan on disk
+def _problem(path, archive, spacing): # of a scan on disk
     name = path.name
     if archive is not None and leaves(archive, path):
         return (f"{name} leaves {archive.name}: put the file itself there, "
@@ -163,7 +165,7 @@ def _problem(path, archive): # of a scan on disk
         files = (n for _, _, names in os.walk(path) for n in names if not n.startswith("."))
         return "" if any(files) else f"{name} is an empty folder: put the scan there"
     if not path.stat().st_size: return f"{name} is empty: download it again"
-    if name.lower().endswith((".nii", ".nii.gz", ".hdr", ".img")): _check_nifti(path)
+    if name.lower().endswith((".nii", ".nii.gz", ".hdr", ".img")): _check_nifti(path, spacing)
     elif path.suffix.lower() == ".npz": _check_npz(path)
     else: _check_magic(path)
     return ""
@@ -171,10 +173,11 @@ def _problem(path, archive): # of a scan on disk
 def scan_problem(
     path:Path,              # of a scan
     archive:Path|None=None, # the root that links must not leave
+    spacing:tuple|None=None, # as in `load_volume`
 )->str:                     # "" if there is none
     "What is wrong with a scan, as far as its header and its length tell; an address is only read."
     try:
-        if not is_address(path): return _problem(Path(path), archive)
+        if not is_address(path): return _problem(Path(path), archive, spacing)
         parse_address(path)
     except InputError as e: return str(e)
     except Exception as e:
@@ -247,7 +250,9 @@ class Collection:
         if duplicates not in ("all", "first"):
             raise InputError(f"duplicates={duplicates!r} is unknown: use 'all' or 'first'")
         archive = None if self.allow_outside else self.root
-        def look(row): return "" if self.dry else scan_problem(row["scan"], archive)
+        def look(row):
+            if self.dry: return ""
+            return scan_problem(row["scan"], archive, lost_spacing(row["series"]))
         with ThreadPoolExecutor(8) as pool:
             looks = pool.map(look, self.rows)
             problems = list(progress(looks, "headers", total=len(self.rows), quiet=quiet))

@@ -186,6 +186,23 @@ def read_rexgrounding(
     return found.tables(quiet=quiet)
 
 # %% ../nbs/11f_masks.ipynb #7613e52f
+_DIFFUSE = ("Bronchiectasis", "Cardiomegaly", "Emphysema", "Hepatic steatosis",
+            "Interlobular septal thickening", "Peribronchial thickening", "Splenomegaly")
+_CATEGORY = dict.fromkeys(_DIFFUSE, "1") | {"Lung nodule": "2d", "Pleural effusion": "2e"}
+
+def _as_rex(study, name, root, withheld): # writes a phantom's files; its entry
+    import nibabel
+    volume = study.volume
+    cited = {r.finding: r.snippet for r in study.report.references if r.finding and not r.prior}
+    def write(folder, array, kind):
+        nibabel.save(nibabel.Nifti1Image(array.astype(kind), volume.affine), root/folder/name)
+    write("scans", volume.array, np.int16)
+    if cited and not withheld:
+        write("segmentations", np.stack([study.mask(f) > 0.5 for f in cited]), np.uint8)
+    return dict(name=name, shape=list(volume.array.shape),
+                findings={str(k): snippet for k, snippet in enumerate(cited.values())},
+                categories={str(k): _CATEGORY.get(f, "2") for k, f in enumerate(cited)})
+
 def write_as_rexgrounding(
     cohort,        # `PhantomCohort`
     root:str|Path, # a new folder
@@ -193,24 +210,17 @@ def write_as_rexgrounding(
     quiet:bool=True, # no progress bar
 )->Path:           # the folder
     "Phantoms as ReXGroundingCT is laid out; the masks of the test split are withheld."
-    import nibabel
     root, told = Path(root), {split: [] for split in _HELD_OUT}
     order = [split for split, n in splits.items() for _ in range(n)]
     if len(order) != len(cohort) or set(splits) - set(_HELD_OUT): raise InputError(
         f"the splits {splits} hold {len(order)} patients, the cohort {len(cohort)}:"
         " give one split to each")
-    for folder in ("scans", "segmentations"): (root/folder).mkdir(parents=True)
-    for i, (split, study) in enumerate(zip(progress(order, "scans", quiet=quiet), cohort)):
-        name, volume = f"{'valid' if split == 'test' else 'train'}_{i + 1}_a_1.nii.gz", study.volume
-        cited = {r.finding: r.snippet for r in study.report.references if r.finding and not r.prior}
-        masks = [study.mask(f) > 0.5 for f in cited]
-        def write(folder, array, kind):
-            nibabel.save(nibabel.Nifti1Image(array.astype(kind), volume.affine), root/folder/name)
-        write("scans", volume.array, np.int16)
-        if split != "test" and masks: write("segmentations", np.stack(masks), np.uint8)
-        texts = {str(k): snippet for k, snippet in enumerate(cited.values())}
-        told[split].append(dict(name=name, findings=texts, categories={k: "2" for k in texts},
-                                shape=list(volume.array.shape)))
+    if root.exists() and any(root.iterdir()): raise InputError(
+        f"{root} is not empty: give a new folder")
+    for folder in ("scans", "segmentations"): (root/folder).mkdir(parents=True, exist_ok=True)
+    for i, (split, study) in enumerate(zip(progress(order, "scans", quiet=quiet), cohort), 1):
+        part = "valid" if split == "test" else "train"
+        told[split].append(_as_rex(study, f"{part}_{i}_a_1.nii.gz", root, split == "test"))
     (root/_REX[0]).write_text(json.dumps(told))
     return root
 
@@ -227,21 +237,37 @@ def structure_words(
     if rest[:1] == ["lung"] and len(rest) == 3: rest = [*rest[1:], "of", "the", "lung"]
     return " ".join([*side, *rest])
 
-def _organ_pairs(folder, ct):
+def _organ_mask(path, ct): # the array, if it is on the grid of the scan
     import nibabel
-    pairs = []
-    for path in sorted(folder.glob("*.nii.gz")):
-        mask, words = nibabel.load(path), structure_words(path.name.removesuffix(".nii.gz"))
-        same = mask.shape == ct.shape[:3] and np.allclose(mask.affine, ct.affine, atol=1e-3)
-        if not same: raise InputError(
-            f"{path.name} is not on the grid of its scan ({mask.shape} voxels, the scan has"
-            f" {ct.shape[:3]}, or another affine): segment it again")
-        components = mask_components(np.asanyarray(mask.dataobj), mask.affine)[0]
-        if components: pairs.append(mask_pair(words, components))
-    return pairs
+    mask = nibabel.load(path)
+    same = mask.shape == ct.shape[:3] and np.allclose(mask.affine, ct.affine, atol=1e-3)
+    if not same: raise InputError(
+        f"{path.name} is not on the grid of its scan ({mask.shape} voxels, the scan has"
+        f" {ct.shape[:3]}, or another affine): segment it again")
+    return np.asanyarray(mask.dataobj)
+
+def _organ_masks(study, ct, names): # name, mask
+    folder, one = study/"segmentations", study/"segmentations.nii.gz"
+    if folder.is_dir():
+        for path in sorted(folder.glob("*.nii.gz")):
+            yield path.name.removesuffix(".nii.gz"), _organ_mask(path, ct)
+    elif one.exists() and names:
+        labels = _organ_mask(one, ct)
+        for label in np.unique(labels)[np.unique(labels) > 0].tolist():
+            if str(int(label)) not in names: raise InputError(
+                f"{study.name} holds label {label:g}, which labels.csv does not name: add it")
+            yield names[str(int(label))], labels == label
+    elif one.exists(): raise InputError(
+        f"{study.name} has one file of labels and there is no labels.csv above it: write one")
+    else: raise InputError(f"{study.name} has no segmentations: make them")
+
+def _organ_pairs(study, ct, names):
+    found = ((name, mask_components(mask, ct.affine)[0])
+             for name, mask in _organ_masks(study, ct, names))
+    return [mask_pair(structure_words(name), pieces) for name, pieces in found if pieces]
 
 def read_totalsegmentator(
-    root:str|Path,   # folders with `ct.nii.gz` and `segmentations/`; perhaps `meta.csv` beside them
+    root:str|Path,   # folders with `ct.nii.gz` and masks; perhaps `meta.csv`, `labels.csv`
     quiet:bool=True, # no progress bar
     dry:bool=False,  # as in `Collection`
 )->tuple:            # studies, refused
@@ -251,15 +277,17 @@ def read_totalsegmentator(
     found, meta = Collection("TotalSegmentator", root, dry=dry), root/"meta.csv"
     told = read_rows(meta, ("image_id", "split")) if meta.exists() else None
     splits = {} if told is None else dict(zip(told.image_id, told.split))
+    table, names = root/"labels.csv", {}
+    if table.exists():
+        rows = read_rows(table, ("label", "name"))
+        names = dict(zip(rows["label"].str.strip(), rows["name"].str.strip()))
     folders = sorted(p.parent for p in root.glob("*/ct.nii.gz"))
     if not folders:
         raise InputError(f"{root} holds no STUDY/ct.nii.gz: give the folder above the studies")
     for folder in progress(folders, "masks", total=len(folders), quiet=quiet):
         scan = folder/"ct.nii.gz"
         try:
-            if not (folder/"segmentations").is_dir():
-                raise InputError(f"{folder.name} has no segmentations: make them")
-            pairs = [] if dry else _organ_pairs(folder/"segmentations", nibabel.load(scan))
+            pairs = [] if dry else _organ_pairs(folder, nibabel.load(scan), names)
         except InputError as e: found.refuse(folder.name, scan, str(e))
         except (OSError, EOFError, nibabel.filebasedimages.ImageFileError) as e:
             why = f"{folder.name} cannot be read ({type(e).__name__}): download it again"

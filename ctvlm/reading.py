@@ -102,17 +102,20 @@ def _open_nifti(path): # the image of nibabel, of which only the header is read
 
 def read_nifti(
     path:Path, # `.nii`, `.nii.gz`, `.hdr` or `.img`
+    spacing:tuple|None=None, # as in `load_volume`
 )->Reading:
     "Read a NIfTI file plane by plane, straight into float32 and RAS order."
     image = _open_nifti(path)
     dtype, shape, proxy = image.get_data_dtype(), image.shape, image.dataobj
     affine = np.asarray(image.affine, np.float64)
+    if spacing is not None: affine = np.diag([*spacing, 1.])
     while len(shape) > 3 and shape[-1] == 1: shape = shape[:-1]
     if dtype.kind not in "iufb":
         raise InputError(f"{path.name} holds {'colours' if dtype.names else dtype} in each "
             "voxel, a CT holds 1 number: export it in gray values")
     check_geometry(shape, affine, path.name)
-    notes = check_forms(image, path.name)
+    notes = check_forms(image, path.name) if spacing is None else [
+        "the header's spacing is not used"]
     check_unpacked(math.prod(shape) * dtype.itemsize, os.path.getsize(proxy.file_like),
                    path.name)
     array, file_order, ras = empty_ras(shape, affine)
@@ -587,11 +590,14 @@ def load_volume(
     acquisition:int|None=None, # as in `pick_acquisition`, for a series that holds several
     fill_gaps:bool=False,     # interpolate more than one missing DICOM slice in a row
     allow_partial:bool=False, # read what is left of a DICOM series with damaged files
+    spacing:tuple|None=None,  # mm along a NIfTI file's axes, negative: to the left, back, feet
 )->CTVolume:                  # HU in RAS order; its `name` says what was read
     "Read a CT scan, or refuse it with the reason."
     more = dict(acquisition=acquisition, fill_gaps=fill_gaps,
                 allow_partial=allow_partial)
-    r, path = _read(path, series, workers, **more), Path(path)
+    path = Path(path)
+    if spacing is None: r = _read(path, series, workers, **more)
+    else: r = read_nifti(path, spacing)
     array, affine, numbers, of = r.array, r.affine, r.image_numbers, r.image
     notes = [legible(path.name), r.note]
     if rescale is not None:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'SPLITS', 'INTERVAL', 'PAIR', 'STUDY_SCHEMA', 'scan_name', 'plain_words', 'patient_name', 'check_reports',
            'check_studies', 'to_table', 'write_studies', 'read_studies', 'split_patients', 'scan_key', 'scan_content',
-           'this_process', 'alive', 'processes', 'ahead', 'open_scan', 'report_text', 'rules_version', 'rule_labels',
-           'label_matrix', 'phantom_studies']
+           'this_process', 'alive', 'processes', 'ahead', 'lost_spacing', 'open_scan', 'report_text', 'rules_version',
+           'rule_labels', 'label_matrix', 'phantom_studies']
 
 # %% ../nbs/11_studies.ipynb #49288f67
 import ast, contextlib, functools, hashlib, itertools, json, logging, math, os, re, socket, sys
@@ -32,7 +32,8 @@ PAIR = pa.struct([
     ("series", pa.int64()), ("image", pa.int64()), ("image_end", pa.int64()),
     ("depth_mm", pa.float64()), ("plane", _WORD), ("prior", pa.bool_()),
     ("rule", _WORD), ("status", _WORD), ("asserts", pa.bool_()),
-    ("source", _WORD), ("category", _WORD), ("intervals", pa.list_(INTERVAL))]) # of masks
+    ("source", _WORD), ("category", _WORD), ("intervals", pa.list_(INTERVAL)), # of masks
+    ("readers_mm", pa.list_(pa.float64()))]) # where each of several readers says it lies
 STUDY_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in [
     ("study", _WORD), ("patient", _WORD), ("scan", _WORD), ("series", _WORD),
     ("language", _WORD), ("findings", _WORD), ("impression", _WORD),
@@ -418,6 +419,13 @@ def _phantom(recipe): # "seed=3,index=0,spacing=3.0x3.0x-,language=en"
     spacing = tuple(float(v) if v != "-" else None for v in said["spacing"].split("x"))
     return PhantomStudy(int(said["seed"]), int(said["index"]), spacing, said["language"])
 
+def lost_spacing(
+    series:str, # the `series` of a study
+)->tuple|None:  # mm along each axis
+    "The voxel size that a table knows and a file does not: `spacing=-1x-1x3`."
+    if not series.startswith("spacing="): return None
+    return tuple(float(v) for v in series.removeprefix("spacing=").split("x"))
+
 def open_scan(
     scan:str, # the `scan` of a study: a path, a DICOMweb address, or a phantom's recipe
     series:str="",         # the `series` of a study
@@ -427,6 +435,7 @@ def open_scan(
     if is_address(scan):
         with fetched(scan, series or None) as folder: return open_scan(str(folder), series, workers)
     if scan.startswith("phantom:"): return _phantom(scan.removeprefix("phantom:")).volume
+    if spacing := lost_spacing(series): return load_volume(scan, spacing=spacing)
     return load_volume(scan, int(series) if series.isdigit() else series or None, workers=workers)
 
 # %% ../nbs/11_studies.ipynb #e433ad66

@@ -18,6 +18,16 @@ from .command import (
 from .core import InputError, check_output, legible, write_output
 
 # %% ../nbs/15a_verbs.ipynb #ffde065b
+def _as_rexgrounding(n, seed, output, quiet): # what was written
+    from ctvlm.masks import write_as_rexgrounding
+    from ctvlm.phantoms import PhantomCohort
+    if n < 3: raise InputError(f"found {n} studies for three splits: ask for 3 or more (-n)")
+    val, test = max(1, n // 5), max(1, n // 10)
+    splits = {"train": n - val - test, "val": val, "test": test}
+    cohort = PhantomCohort(n, seed, spacing=(3., 3., 3.), languages=("en",))
+    write_as_rexgrounding(cohort, output, splits, quiet)
+    return {"studies": n, "seed": seed, "folder": output} | splits
+
 @app.command()
 def phantoms(
     output:Annotated[Path, typer.Option(
@@ -26,10 +36,13 @@ def phantoms(
     seed:Annotated[int, typer.Option(help="Same seed, same patients.")]=0,
     format:Annotated[Literal["nifti", "dicom"], typer.Option(
         help="What scans are written as.")]="nifti",
+    layout:Annotated[Optional[Literal["rexgrounding"]], typer.Option(
+        "--as", help="Lay them out as ReXGroundingCT, with masks: a fifth val, a tenth test.")]=None,
     as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Write synthetic CT studies with reports and their truth."
     from ctvlm.phantoms import PhantomCohort, write_cohort
+    if layout: return say(_as_rexgrounding(n, seed, output, quiet), as_json)
     write_cohort(PhantomCohort(n, seed), output, format, quiet=quiet)
     say({"studies": n, "seed": seed, "folder": output}, as_json)
 
@@ -185,7 +198,8 @@ def label(
 # %% ../nbs/15a_verbs.ipynb #688574aa
 _Layout = Literal[
     "ct-rate", "merlin", "inspect", "rad-chestct", "csv", "dicom", "phantoms",
-    "rexgrounding", "totalsegmentator", "dicom-masks", "intervals"]
+    "rexgrounding", "totalsegmentator", "dicom-masks", "intervals", "radgenome", "lidc",
+    "deeplesion"]
 @app.command()
 def studies(
     root:Annotated[Path, typer.Argument(help="Root of the data set.")],
@@ -209,7 +223,7 @@ def studies(
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read a data set into a table of studies. Status 1 if OUTPUT.refused.csv says what was refused."
-    import ctvlm.masks                                              # its layouts, too
+    import ctvlm.marks                                 # the layouts of masks and marks, too
     from ctvlm.data import check_collection, scan_studies
     if output is None and not only_check:
         raise InputError("no output was given: name the table, for example -o studies.parquet")

@@ -86,7 +86,7 @@ def test_what_lies_outside_is_counted(table):
     pairs = table.pairs[0]
     pairs[1]["intervals"] = [interval(900., 910.)]
     d = evaluate_depth(Model({}), table, resamples=50, quiet=True)["depth"]
-    assert d["n_pairs"] == 2 and d["protocol"]["left_out"] == {"outside of the scan": 1} and d["abstained"] == 1
+    assert d["n_pairs"] == 2 and d["protocol"]["left_out"] == {"no mask": 3, "outside of the scan": 1} and d["abstained"] == 1
 
 
 def test_nothing_to_ask(table):

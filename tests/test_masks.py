@@ -10,6 +10,7 @@ from ctvlm.masks import *
 from ctvlm.phantoms import PhantomCohort
 from ctvlm.studies import read_studies, write_studies
 
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "thorax_abdomen"
 AFFINE = np.array([[-2., 0, 0, 10], [0, -2, 0, 20], [0, 0, 5, -300], [0, 0, 0, 1]])
 
 
@@ -96,7 +97,7 @@ def test_every_finding_finds_its_mask(rex, cohort):
     for study, row in zip(cohort, studies.itertuples()):
         cited = {r.snippet: r.finding for r in study.report.references if r.finding and not r.prior}
         for p in row.pairs:
-            assert p["source"] == "mask" and p["category"] == "2"
+            assert p["source"] == "mask" and p["category"] == {"Lung nodule": "2d", "Pleural effusion": "2e"}.get(cited[p["cleaned"]], p["category"][:1])
             if row.split == "test": assert (p["depth_mm"], p["status"]) == (None, "mask withheld"); continue
             truth, _ = mask_components(study.mask(cited[p["cleaned"]]) > 0.5, study.volume.affine)
             assert p["intervals"] == [pytest.approx(c, abs=1e-3) for c in truth]
@@ -107,7 +108,7 @@ def test_two_tables_hold_every_pair(rex, tmp_path):
     counts = scan_studies(rex, "rexgrounding", tmp_path / "studies.parquet", quiet=True)
     back = read_studies(tmp_path / "studies.parquet")
     assert counts["volumes"] == len(back) == 5
-    assert [p["category"] for p in back.pairs[0]] == ["2"] * len(back.pairs[0])
+    assert {p["category"][0] for pairs in back.pairs for p in pairs} == {"1", "2"}
     assert back.pairs[0][0]["intervals"][0]["volume_ml"] > 0
     write_studies(back, tmp_path / "again.parquet")
 
@@ -192,6 +193,33 @@ def test_totalsegmentator(tmp_path):
     assert studies.split.tolist() == ["val"] and studies.study.tolist() == ["s1"]
     assert "not on the grid of its scan" in refused.reason[0] and "has no segmentations" in refused.reason[1]
     with pytest.raises(InputError, match="holds no STUDY/ct.nii.gz"): read_totalsegmentator(tmp_path / "s1")
+
+
+def test_one_file_of_labels(tmp_path):
+    for study in ("s1", "s2"): scan(tmp_path / study / "ct.nii.gz")
+    save = lambda study, labels: nibabel.save(nibabel.Nifti1Image(labels.astype(np.uint8), AFFINE), tmp_path / study / "segmentations.nii.gz")
+    save("s1", 3 * boxes((2, 6, 2, 6, 10, 20)) + 7 * boxes((7, 11, 2, 6, 30, 36)))
+    save("s2", 4 * boxes((2, 6, 2, 6, 10, 20)))
+    assert "there is no labels.csv" in read_totalsegmentator(tmp_path)[1].reason[0]
+    (tmp_path / "labels.csv").write_text("label,name\n3,kidney_left\n7,aorta\n")
+    studies, refused = read_totalsegmentator(tmp_path)
+    assert [(p["cleaned"], p["intervals"][0]["low_mm"]) for p in studies.pairs[0]] == [("left kidney", -252.5), ("aorta", -152.5)]
+    assert "holds label 4, which labels.csv does not name" in refused.reason[0]
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real scan")
+def test_organs_of_a_real_scan(tmp_path): # each organ where its mask lies
+    (tmp_path / "s1").mkdir()
+    for name, stored in (("ct", "example_ct_sm"), ("segmentations", "example_seg")):
+        (tmp_path / "s1" / f"{name}.nii.gz").write_bytes((REAL / f"{stored}.nii.gz").read_bytes())
+    (tmp_path / "labels.csv").write_text("label,name\n" + "".join(f"{k},{dict(enumerate(['spleen', 'kidney_right', 'kidney_left'], 1)).get(k, f'other_{k}')}\n" for k in range(1, 120)))
+    studies, refused = read_totalsegmentator(tmp_path)
+    organs = {p["cleaned"]: p["intervals"][0] for p in studies.pairs[0]}
+    assert organs["spleen"]["high_mm"] > organs["left kidney"]["high_mm"] > organs["left kidney"]["low_mm"] and not len(refused)
+    volume = nibabel.load(REAL / "example_seg.nii.gz")
+    z = nibabel.affines.apply_affine(volume.affine, np.argwhere(np.asanyarray(volume.dataobj) == 1))[:, 2]
+    half = abs(volume.affine[2, 2]) / 2
+    assert organs["spleen"]["low_mm"] == pytest.approx(z.min() - half, abs=1.) and organs["spleen"]["high_mm"] == pytest.approx(z.max() + half, abs=1.)
 
 
 @pytest.mark.parametrize("name, words", [
