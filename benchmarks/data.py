@@ -17,6 +17,7 @@ import ctvlm.adaptors, ctvlm.collection
 from ctvlm.core import write_atomically
 from ctvlm.data import (
     Batches, FeatureStore, embed_studies, read_dicom_root, read_phantoms, read_studies, scan_content, scan_key, spent, write_studies)
+from ctvlm.features import busy
 from ctvlm.model import CTVLMConfig, CTVLMModel
 from ctvlm.phantoms import PhantomCohort, write_cohort
 from ctvlm.text import train_tokenizer
@@ -79,7 +80,7 @@ def profile(workers=(0, 1, 2), scans=12):
             found = embed_studies(studies, model, Path(folder) / f"features {w}", workers=w, quiet=True)
             p = found["profile"]
             print(json.dumps({"benchmark": "data", "what": "features of phantoms", "scans": scans, "workers": w, **{k: round(found[k], 2) for k in ("seconds", *spent(p))},
-                              "encoder_busy": round(float((p.encoded - p.taken).sum() / (p.written.max() - p.taken.min())), 2)}), flush=True)
+                              "encoder_busy": round(busy(p), 2)}), flush=True)
             runs[w] = p.round(3).to_dict("list")
     with write_atomically(RESULT) as t: t.write_text(json.dumps(runs) + "\n")
 

@@ -21,6 +21,7 @@ from transformers import (AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, B
 from .core import CTVolume, InputError, Notice
 from .findings import FINDINGS, Prompts, fold, prompts_for
 from .preprocessing import WindowSpec, Windows, load_volume, make_windows
+from .prepared import PreparedEncoder
 from .text import from_hub, tokenize, train_tokenizer
 from .localization import decode_depth, depth_similarity, posterior_interval_mm
 from .depth import DepthCalibration
@@ -263,11 +264,24 @@ def fast_dtype(
     return torch.bfloat16 if fast else torch.float32
 
 @patch
+def _fast(self:CTVLMModel): # what its products are computed in; a narrow model stays exact
+    wide = self.config.window_encoder["width"] >= 256
+    return fast_dtype(self.device) if wide and self.dtype == torch.float32 else self.dtype
+
+@patch
+def window_features(self:CTVLMModel,
+    scans:int=1, # how many will be asked for; compiling a card's encoder takes half a minute
+):               # as `encode_windows`; with a card the encoder as chapter 05a prepares it
+    "What computes the features of windows fastest where the model is."
+    if self.device.type != "cuda": return self.encode_windows
+    encoder = PreparedEncoder(self.window_encoder, self._fast(), compiled=scans > 50)
+    return encoder.features
+
+@patch
 @contextlib.contextmanager
 def _ask(self:CTVLMModel): # what answers run in
     before = {m: m.training for m in self.modules()}
-    wide = self.config.window_encoder["width"] >= 256 and self.dtype == torch.float32
-    half = wide and fast_dtype(self.device) == torch.bfloat16
+    half = self.dtype == torch.float32 and self._fast() == torch.bfloat16
     self.eval()
     try:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -309,9 +323,10 @@ def embed(self:CTVLMModel,
         f"found a {type(volume).__name__} where a scan should be: give a path, a CTVolume"
         " or what `embed` returned")
     c = self.config
-    w = make_windows(volume, _axes(c.fit), c.window_spec)
-    few = 32 if self.device.type == "cuda" else max(4, 4096 // c.window_encoder["width"])
-    with self._ask(): cls, depth_tokens = self.encode_windows(w.windows, chunk or few)
+    card = self.device.type == "cuda"
+    w = make_windows(volume, _axes(c.fit), c.window_spec, self.device if card else None)
+    few = 64 if card else max(4, 4096 // c.window_encoder["width"])
+    with self._ask(): cls, depth_tokens = self.window_features()(w.windows, chunk or few)
     with self._ask(), torch.autocast(self.device.type, enabled=False): # the rest is small
         e = self.encode_features(cls.float(), depth_tokens.float(), w.grid, w.patch_mask)
     held = e.valid[0].cpu()

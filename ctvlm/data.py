@@ -11,8 +11,8 @@ __all__ = ['labels_with_silence', 'stable_number', 'group_numbers', 'prepare_tex
            'count_studies', 'dicom_studies', 'leaves', 'read_csv_folder', 'read_ct_rate', 'read_dicom_root',
            'read_inspect', 'read_merlin', 'read_phantoms', 'read_rad_chestct', 'read_rows', 'scan_problem',
            'scan_studies', 'short_reason', 'split_report', 'LOST', 'PREPROCESSING', 'PROFILE', 'FeatureStore',
-           'RayEncoder', 'embed_studies', 'embed_with_ray', 'encoded', 'fill', 'fingerprint', 'held_bins', 'keep',
-           'plot_profile', 'read_windows', 'scan_content', 'scan_key', 'spent', 'summary', 'window_studies']
+           'RayEncoder', 'embed_studies', 'embed_with_ray', 'fill', 'fingerprint', 'held_bins', 'keep', 'plot_profile',
+           'read_windows', 'scan_content', 'scan_key', 'spent', 'summary', 'window_studies']
 
 # %% ../nbs/11e_data.ipynb #b0ac5bda
 import hashlib, itertools, json, logging, math, os, shutil, tempfile, warnings
@@ -37,7 +37,7 @@ from ctvlm.adaptors import (
     split_report)
 from .features import (
     LOST, PREPROCESSING, PROFILE, FeatureStore, RayEncoder, embed_studies, embed_with_ray,
-    encoded, fill, fingerprint, held_bins, keep, plot_profile, read_windows, scan_content,
+    fill, fingerprint, held_bins, keep, plot_profile, read_windows, scan_content,
     scan_key, spent,
     summary, window_studies)
 
@@ -53,7 +53,7 @@ _all_ = [
     "read_merlin", "read_phantoms", "read_rad_chestct", "read_rows", "scan_problem",
     "scan_studies",
     "short_reason", "split_report", "LOST", "PREPROCESSING", "PROFILE", "FeatureStore",
-    "RayEncoder", "embed_studies", "embed_with_ray", "encoded", "fill", "fingerprint",
+    "RayEncoder", "embed_studies", "embed_with_ray", "fill", "fingerprint",
     "held_bins", "keep", "plot_profile", "read_windows", "scan_content", "scan_key",
     "spent", "summary", "window_studies"]
 

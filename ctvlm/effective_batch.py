@@ -139,7 +139,7 @@ def _localized(model, out, here, config, snippets, seen):
     def note(g): seen["squares"] = seen.get("squares", 0) + (g.float()**2).sum()
     texts = unpadded(here["snippet_ids"], here["snippet_mask"])
     for rows, ids, mask in length_groups(texts, config.text_tokens):
-        rows = torch.tensor(rows, device=ids.device)
+        rows = torch.tensor(rows).to(slices.device, non_blocking=True)
         which = here["snippet_scan"][rows]
         snippet = model.encode_text(ids, mask, head="snippet")                  # (n, P)
         if snippet.requires_grad: snippet.register_hook(note)
@@ -151,9 +151,14 @@ def _localized(model, out, here, config, snippets, seen):
     note(slices.grad)
     return (_exact(out.slices) * slices.grad).sum()
 
-def _on(device, batch): # its tensors there
-    def move(x): return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-    return {name: move(x) for name, x in batch.items()}
+# what decides shapes stays where it can be read without waiting for a card
+_ON_HOST = ("grid", "patch_mask", "report_ids", "report_mask", "snippet_ids", "snippet_mask")
+
+def _on(device, batch): # its other tensors there
+    def move(name, x):
+        stays = name in _ON_HOST or not isinstance(x, Tensor)
+        return x if stays else x.to(device, non_blocking=True)
+    return {name: move(name, x) for name, x in batch.items()}
 
 def scan_part(
     model, batch,
@@ -163,8 +168,9 @@ def scan_part(
     device:torch.device,
 ):                # a part for `cached_backward`
     "Scans of one micro-batch; with a graph, also slices and snippets."
+    kept = None if "windows" in batch else _on(device, batch) # features go there once
     def part(graph):
-        here = _on(device, batch)
+        here = kept or _on(device, batch)
         which = here.get("snippet_scan")
         local = graph and which is not None and len(which) > 0 and config.localization > 0
         out = _scans(model, here, local)
@@ -183,9 +189,7 @@ def text_parts(
     "Texts in groups of similar length, through the first head."
     groups = length_groups(rows, tokens)
     def part(ids, mask):
-        def embed(graph):
-            here = ids.to(device), mask.to(device)
-            return {name: model.encode_text(*here, head="report")}, None
+        def embed(graph): return {name: model.encode_text(ids, mask, head="report")}, None
         embed.tokens = ids.numel()
         return embed
     where = torch.empty(len(rows), dtype=torch.long)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resampled_length', 'resample_matrix', 'apply_matrices', 'WindowSpec', 'place_windows', 'Windows', 'resampled_shape',
-           'fill_windows', 'make_windows', 'find_scans', 'check_scan', 'check_paths']
+           'fill_windows', 'to_card', 'fill_planes', 'make_windows', 'find_scans', 'check_scan', 'check_paths']
 
 # %% ../nbs/04b_preprocessing.ipynb #d9b743b2
 import math, multiprocessing, os, sys, warnings
@@ -200,15 +200,51 @@ def fill_windows(
         with ThreadPoolExecutor(workers) as pool: list(pool.map(work, range(workers)))
     finally: torch.set_num_threads(threads)
 
+# %% ../nbs/04b_preprocessing.ipynb #1f3ad87d
+def to_card(
+    array:np.ndarray, # `(X, Y, Z)` HU
+    device,           # a torch device
+):                    # `(Z, Y, X)` tensor there, as it lies in memory
+    "Send a scan to a card, in the bytes that it has."
+    import torch
+    planes = array.T
+    if min(planes.strides) < 0 or not planes.flags.writeable: planes = planes.copy()
+    return torch.from_numpy(planes).to(device)
+
+def fill_planes(
+    windows,   # `(gx, gy, gz, x, y, z)` zeros, float16
+    voxels,    # `(Z, Y, X)` HU, a tensor beside them
+    axes:list, # for x, y, z the list of `_tiles`; those of x and y are one
+)->None:
+    "What `fill_windows` does, in three large products for each height of a window."
+    import torch
+    gx, gy, gz, wx, wy, wz = windows.shape
+    def there(axis): return [(*where, torch.from_numpy(m).to(windows.device)) for *where, m in axis]
+    (_, _, rx, mx), = there(axes[0])
+    (_, _, ry, my), = there(axes[1])
+    heights = there(axes[2])
+    thickest = max(max(mz.shape) for *_, mz in heights)
+    room = max(mx.shape) * max(my.shape) * thickest
+    scratch = torch.empty((2, room), device=windows.device)
+    for k, z, rz, mz in heights:
+        found = voxels[rz, ry, rx]                                           # (z, y, x)
+        block = scratch[0, :found.numel()].view(found.shape)
+        block.copy_(found).clamp_(-1000, 1000).add_(1000).mul_(1 / 2000)
+        planes = apply_matrices(block, mx, my, mz, scratch)                  # (X, Y, z)
+        planes = planes.reshape(gx, wx, gy, wy, -1).permute(0, 2, 1, 3, 4)
+        windows[:, :, k, :, :, z] = planes
+
+
 # %% ../nbs/04b_preprocessing.ipynb #ffca19f0
 # `(patches,)` whether a patch of an axis holds any of its m voxels
 def _held(start, m, windows, size, patch):
     first = np.arange(0, windows * size, patch) + start
     return (first < m) & (first + patch > 0)
 
-# a quarter of large windows stays in a processor's cache; a GPU takes whole ones
-def _tile_sizes(window, device):
-    cut = lambda w: w // 4 if device.type == "cpu" and w % 4 == 0 and w > 64 else w
+# a quarter of large windows stays in a processor's cache; a card takes whole planes
+def _tile_sizes(window, grid, planes):
+    if planes: return window[0] * grid[0], window[1] * grid[1], window[2]
+    cut = lambda w: w // 4 if w % 4 == 0 and w > 64 else w
     return cut(window[0]), cut(window[1]), window[2]
 
 def make_windows(
@@ -216,6 +252,7 @@ def make_windows(
     fit:str|tuple="pad", # "pad" keeps all, "crop" is what released weights know; or per axis
     spec:WindowSpec=WindowSpec(), # voxel, window and patch
     device=None, # where to compute and keep the windows; the CPU if `None`
+    voxels=None, # what `to_card` gave of the scan, where that is done already
 )->Windows:
     "Clip, scale, resample and cut a scan into windows."
     import torch
@@ -228,11 +265,12 @@ def make_windows(
         fits)))
     check_memory((*grid, *spec.window), f"{volume.name or 'the scan'} in windows", 2)
     windows = torch.zeros((*grid, *spec.window), dtype=torch.float16, device=device)
-    axes = zip(volume.array.shape, volume.spacing, spec.spacing, starts, grid,
-               spec.window,
-               _tile_sizes(spec.window, device))
-    fill_windows(windows, volume.array,
-                 [list(_tiles(*axis, spec.antialias)) for axis in axes])
+    if voxels is None and device.type != "cpu": voxels = to_card(volume.array, device)
+    tiles = _tile_sizes(spec.window, grid, voxels is not None)
+    each = zip(volume.array.shape, volume.spacing, spec.spacing, starts, grid, spec.window, tiles)
+    axes = [list(_tiles(*axis, spec.antialias)) for axis in each]
+    if voxels is None: fill_windows(windows, volume.array, axes)
+    else: fill_planes(windows, voxels, axes)
     affine = np.diag([*spec.spacing, 1.0])
     affine[:3, 3] = volume.affine[:3, 3] + np.multiply(starts, spec.spacing)
     x, y, z = (_held(*axis) for axis in zip(starts, shape, grid, spec.window,

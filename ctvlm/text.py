@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['END', 'PAD', 'IMPRESSION', 'PICKLED', 'train_tokenizer', 'tokenize', 'tokenizer_fingerprint', 'local_or_hub',
-           'refuse_code', 'from_hub', 'pool_last', 'AdapterSizes', 'add_adapters', 'freeze_all_but_adapters',
-           'merge_adapters', 'TextEncoder', 'positions', 'text_config']
+           'refuse_code', 'from_hub', 'pool_last', 'padded_last', 'AdapterSizes', 'add_adapters',
+           'freeze_all_but_adapters', 'merge_adapters', 'TextEncoder', 'positions', 'text_config']
 
 # %% ../nbs/06_text.ipynb #9883326d
 import hashlib, json, re, urllib.error, urllib.request
@@ -161,6 +161,12 @@ def pool_last(
     return hidden[torch.arange(len(hidden), device=hidden.device), last]    # (B, E)
 
 # %% ../nbs/06_text.ipynb #9aa02f82
+def padded_last(
+    mask:Tensor, # `(B, L)`, as for `pool_last`
+)->bool:         # `False` where it lies on a card, which would have to be waited for
+    "Whether all padding follows the tokens."
+    return mask.device.type == "cpu" and not bool((mask[:, 1:] > mask[:, :-1]).any())
+
 @dataclass(frozen=True)
 class AdapterSizes:
     "Low-rank adapters; the defaults are the released model's."
@@ -212,6 +218,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModel
         config = AutoConfig.for_model(**config)
+        config.use_cache = False                                    # nothing is generated
         options = {"attn_implementation": attention} if attention else {}
         self.model = AutoModel.from_config(config, trust_remote_code=False, **options)
         if adapters: add_adapters(self.model, adapters)
@@ -219,8 +226,18 @@ class TextEncoder(nn.Module):
     @property
     def width(self): return self.model.config.hidden_size
 
-    def forward(self, input_ids, attention_mask): # `(B, L)` each
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+    @property
+    def causal(self): # whether no token sees those that follow it
+        seen = [m.is_causal for m in self.model.modules() if hasattr(m, "is_causal")]
+        return bool(seen) and all(seen)
+
+    def forward(self,
+        input_ids,         # `(B, L)`
+        attention_mask,    # `(B, L)`
+        padded_last=False, # whether padding is known to follow the tokens
+    ):
+        mask = None if padded_last and self.causal else attention_mask
+        out = self.model(input_ids=input_ids, attention_mask=mask)
         return pool_last(out.last_hidden_state, attention_mask)                         # (B, E)
 
 def positions(

@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput
 from .core import InputError
 from .preprocessing import WindowSpec
 from .vision import Encoder, EncoderSizes, ScanEncoder, WindowEncoder, window_bins
-from .text import AdapterSizes, TextEncoder, positions, tokenizer_fingerprint
+from .text import (
+    AdapterSizes, TextEncoder, padded_last, positions, tokenizer_fingerprint)
 
 # %% ../nbs/06a_towers.ipynb #83afd8b3
 QWEN3 = dict( # Qwen3-Embedding-0.6B
@@ -324,7 +325,7 @@ def _held(patch_mask, depth_tokens, grids): # depths that hold anything, `(N, bi
     scans = held.split([math.prod(g) for g in grids])
     if not bool(torch.stack([h.any() for h in scans]).all()):
         raise InputError("patch_mask leaves nothing of a scan: leave that scan out")
-    return held
+    return held.to(depth_tokens.device, non_blocking=True)
 
 @patch
 def encode_features(self:CTVLMModel,
@@ -341,9 +342,9 @@ def encode_features(self:CTVLMModel,
         f"found {len(cls)} windows, the grids {grids} hold {many}:"
         " give the windows of all scans in a row, and the grid of each")
     weight = self.scan_encoder.patch_proj.weight
-    cls, depth_tokens = (x.to(weight.device, weight.dtype) for x in (cls, depth_tokens))
-    mask = None if patch_mask is None else patch_mask.to(weight.device)
-    held = None if mask is None else _held(mask, depth_tokens, grids)   # (N, bins)
+    def there(x): return x.to(weight.device, weight.dtype, non_blocking=True)
+    cls, depth_tokens = there(cls), there(depth_tokens)
+    held = None if patch_mask is None else _held(patch_mask, depth_tokens, grids) # (N, bins)
     scan = self.scan_encoder.scan(cls, depth_tokens, grids, held)       # (B, 2 E)
     both = self.scan_head(scan), self.slice_head(scan)                  # (B, P)
     if not slices: return ScanEmbeddings(*both)
@@ -384,8 +385,9 @@ def encode_text(self:CTVLMModel,
             f"input_ids go from {low} to {high}, the model's vocabulary has {many} tokens:"
             " use the model's own tokenizer")
     if attention_mask is None: attention_mask = torch.ones_like(input_ids)
-    ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
-    x = self.text_encoder(ids, mask)                                        # (B, E)
+    last = padded_last(attention_mask) # asked where it lies: a card would have to be waited for
+    ids, mask = (x.to(self.device, non_blocking=True) for x in (input_ids, attention_mask))
+    x = self.text_encoder(ids, mask, last)                                  # (B, E)
     return (self.report_head if head == "report" else self.snippet_head)(x) # (B, P)
 
 def _kind(x): # for a message

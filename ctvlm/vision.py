@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rotary_coordinates', 'rotary_periods', 'rotary_angles', 'rotary_table', 'rotate', 'random_factor', 'EncoderSizes',
            'attend', 'Attention', 'MLP', 'LayerScale', 'Block', 'Encoder', 'hu_ramps', 'cut_patches', 'WindowEncoder',
-           'start_patches', 'start_projections', 'window_bins', 'ScanEncoder']
+           'start_patches', 'start_projections', 'window_bins', 'token_depths', 'ScanEncoder']
 
 # %% ../nbs/05_vision.ipynb #93e4f31c
 import math
@@ -56,6 +56,12 @@ def rotary_table(
     angles = F.pad(rotary_angles(coordinates, periods), (0, 0, 1, 0))
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # (..., 1 + L, h)
+
+@lru_cache(maxsize=64)
+def _grid_axes(grid, bins, head_width, base, device): # coordinates and periods there, sent once
+    with torch.inference_mode(False):
+        both = rotary_coordinates(grid, bins), rotary_periods(head_width, base)
+        return tuple(t.to(device) for t in both)
 
 @lru_cache(maxsize=64)
 def _grid_table(grid, bins, head_width, base, device): # the tables of one grid, computed once
@@ -190,14 +196,13 @@ class Encoder(nn.Module):
         device=None,
     )->tuple: # cosines and sines, `(1 + L, h)` for one grid, `(B, 1, 1 + L, h)` for several
         "Rotary tables of the rows' own grids, padded to the longest."
+        width, base = self.sizes.head_width, self.sizes.rope_base
         if self.training:
             factor = random_factor()
-            periods = rotary_periods(self.sizes.head_width, self.sizes.rope_base)
             def table(grid):
-                stretched = factor * rotary_coordinates(grid, bins)
-                return tuple(t.to(device) for t in rotary_table(stretched, periods))
+                there = _grid_axes(grid, bins, width, base, torch.device(device or "cpu"))
+                return rotary_table(factor * there[0], there[1])
         else:
-            width, base = self.sizes.head_width, self.sizes.rope_base
             def table(grid): return _grid_table(grid, bins, width, base, torch.device(device or "cpu"))
         each = {g: table(g) for g in set(grids)}
         if len(each) == 1: return each[grids[0]]
@@ -323,6 +328,19 @@ def window_bins(
     "Which depths of each window hold any of the scan."
     return patch_mask.flatten(1, -2).any(1) if patch_mask.ndim > 2 else patch_mask.bool()
 
+def token_depths(
+    grids:list, # `(x, y, z)` windows of each scan
+    bins:int,   # depths per window
+    device=None,
+)->Tensor:      # `(B, D, L)` bool
+    "Which tokens of each scan, z fastest, lie at each of its depths."
+    sizes = torch.tensor([(math.prod(g) * bins, g[2] * bins) for g in grids])
+    L, D = sizes.max(0).values.tolist()
+    tokens, depths = sizes.to(device, non_blocking=True)[:, :, None].unbind(1)  # (B, 1) each
+    token = torch.arange(L, device=device)
+    depth = (token % depths).masked_fill(token >= tokens, -1)  # (B, L)
+    return depth[:, None] == torch.arange(D, device=device)[:, None]
+
 class ScanEncoder(Encoder):
     "A vector for the scan and one for each of its depth bins, from the windows' vectors."
     def __init__(self,
@@ -365,15 +383,9 @@ class ScanEncoder(Encoder):
         mask = None if held is None else held.flatten()  # (N bins,)
         x, mask = self._rows(x, mask, [math.prod(g) * bins for g in grids])  # (B, L, E)
         x = self.encode(x, *self.tables(grids, bins, x.device), mask)  # (B, 1 + L, E)
-        means, valid = [], []
-        for row, (H, W, D) in enumerate(grids):
-            L = H * W * D * bins
-            each = x[row, 1:1 + L].view(H * W, D * bins, -1)  # (H W, D bins, E)
-            if mask is None: here = x.new_ones(H * W, D * bins, 1)
-            else: here = mask[row, :L].view(H * W, -1, 1)
-            means.append((each * here).sum(0) / here.sum(0).clamp(min=1))  # (D bins, E)
-            valid.append(here.any(0)[:, 0])  # (D bins,)
-        # (B, D, E), (B, D)
-        means, valid = pad_sequence(means, batch_first=True), pad_sequence(valid, batch_first=True)
+        at = token_depths(grids, bins, x.device)  # (B, D, L)
+        if mask is not None: at = at & mask[:, None]
+        count = at.sum(2)  # (B, D)
+        means = at.to(x.dtype) @ x[:, 1:] / count.clamp(min=1)[..., None]  # (B, D, E)
         # (B, D, 2 E), (B, D)
-        return torch.cat([x[:, :1].expand(-1, means.shape[1], -1), means], 2), valid.bool()
+        return torch.cat([x[:, :1].expand(-1, means.shape[1], -1), means], 2), count > 0

@@ -17,6 +17,7 @@ class Encoder(torch.nn.Module):
         self.device = torch.device("cpu")
 
     def _ask(self): return torch.no_grad()
+    def window_features(self, scans=1): return self.encode_windows
     def encode_windows(self, windows, chunk=None):
         slabs = windows.float().unflatten(-1, (8, 4)).movedim(-2, 1).flatten(2)   # (N, 8, voxels)
         tokens = self.window_encoder(slabs)

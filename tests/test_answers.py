@@ -11,6 +11,7 @@ from ctvlm.findings import prompts_for
 from ctvlm.localization import depth_posterior, posterior_median_mm
 from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor, catalogue_name, localize, untrained
 from ctvlm.phantoms import PhantomCohort
+from ctvlm.prepared import PreparedEncoder
 from ctvlm.preprocessing import make_windows
 from ctvlm.text import tokenize, tokenizer_fingerprint, train_tokenizer
 
@@ -351,3 +352,30 @@ def test_a_text_that_fits_two_places_names_both(monkeypatch):
     assert sum(b - a for a, b in two.set_mm) < two.interval_mm[1] - two.interval_mm[0]
     assert "it fits" in answer_words(two) and "it fits" not in answer_words(one)
     assert [tuple(part) for part in two.to_dict()["set_mm"]] == list(two.set_mm)
+
+
+@pytest.mark.parametrize("scans, compiled", [(1, False), (51, True)])
+def test_a_card_has_an_encoder_laid_out_for_it(monkeypatch, scans, compiled):
+    "The same numbers to 1e-5 in float32; it is compiled where there is enough to do."
+    made = []
+    class Watched(PreparedEncoder):
+        def __init__(self, encoder, dtype, compiled):
+            made.append(compiled)
+            super().__init__(encoder, dtype)
+    monkeypatch.setattr("ctvlm.answers.PreparedEncoder", Watched)
+    model, windows = untrained(), torch.rand(5, 1, 32, 32, 32)
+    with torch.no_grad(): exact = model.window_features(scans)(windows, 2)
+    assert not made
+    monkeypatch.setattr(CTVLMModel, "device", torch.device("cuda"))
+    found = model.window_features(scans)(windows, 2)
+    assert made == [compiled]
+    for x, y in zip(found, exact): torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+def test_what_products_are_computed_in(monkeypatch):
+    "bfloat16 where a processor is fast at it and the model wide; weights in another kind stay as they are."
+    monkeypatch.setattr("ctvlm.answers.fast_dtype", lambda device: torch.bfloat16)
+    model = untrained()
+    assert model._fast() == torch.float32
+    model.config.window_encoder["width"] = 256
+    assert model._fast() == torch.bfloat16 and model.half()._fast() == torch.float16
