@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
-from .core import InputError, PrivateFolder, legible, needed
+from .core import InputError, PrivateFolder, legible, needed, write_atomically
 
 # %% ../nbs/00c_dicomweb.ipynb #12d60a57
 @dataclass(frozen=True)
@@ -132,41 +132,48 @@ def choose(
         f"name one in the address, or by --series. There are: {there}")
 
 # %% ../nbs/00c_dicomweb.ipynb #5e0df774
+# as the archive keeps them, compressed or not
+_AS_STORED = (("application/dicom", "*"),)
+
 def fetch_series(
     scan:str,              # an address
-    folder:str|Path,       # new or empty; one file per image is written into it
+    folder:str|Path,       # new or empty; one file per image
     number:int|str|None=None, # Series Number or UID, where the address names a study
     backoff:float=0.5,     # seconds, see `connect`
 )->Path:                   # the folder
-    "Bring all images of a series; `InputError` if one is missing."
+    "Bring all images of a series, or none: `InputError` if one is missing."
     address, folder = parse_address(scan), Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty, images of two scans would mix: name a new folder")
     client = connect(address.base, backoff)
     series = choose([] if address.series else find_series(client, address), address, number)
     with _told(address.base): listed = client.search_for_instances(address.study, series)
     wanted = {i["00080018"]["Value"][0] for i in listed}
     if not wanted:
         raise InputError(f"{address.base} has no image of series {series}: check both UIDs")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with write_atomically(folder) as temporary, _told(address.base):
+        temporary.mkdir(mode=0o700)
+        _bring(client, address.study, series, wanted, temporary)
+    return folder
+
+def _bring(client, study, series, wanted, folder):
+    "Write the images `wanted`, a set of UIDs, as they arrive."
+    missing = set(wanted)
     def keep(images):
         for ds in images:
-            if ds.SOPInstanceUID not in wanted: continue
+            if ds.SOPInstanceUID not in missing: continue
             path = folder/f"{ds.SOPInstanceUID}.dcm"
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as f:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as f:
                 ds.save_as(f, enforce_file_format=True)
-            wanted.discard(ds.SOPInstanceUID)
-    as_stored = (("application/dicom", "*"),)
-    n = len(wanted)
-    with _told(address.base):
-        try: keep(client.iter_series(address.study, series, media_types=as_stored))
-        # the stream broke off: the rest one by one
-        except _libraries()[1].exceptions.RequestException: pass
-        for uid in sorted(wanted):
-            keep([client.retrieve_instance(address.study, series, uid,
-                media_types=as_stored)])
-    if wanted:
-        raise InputError(f"{len(wanted)} of {n} images of series {series} did not come: "
-            "the series is incomplete, try again later")
-    return folder
+            missing.discard(ds.SOPInstanceUID)
+    try: keep(client.iter_series(study, series, media_types=_AS_STORED))
+    # the stream broke off: the rest one by one
+    except _libraries()[1].exceptions.RequestException: pass
+    for uid in sorted(missing):
+        keep([client.retrieve_instance(study, series, uid, media_types=_AS_STORED)])
+    if missing:
+        raise InputError(f"{len(missing)} of {len(wanted)} images of series {series} did not "
+            "come: the series is incomplete, try again later")
 
 @contextmanager
 def fetched(

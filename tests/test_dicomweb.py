@@ -91,6 +91,10 @@ def test_gone_in_the_middle(archive, proxy, phantom, tmp_path):
     proxy.change = lambda r, content: content[:len(content) // 2] if proxy.cut(r) else content
     assert len(list(fetch(archive, proxy, phantom, tmp_path / "a").iterdir())) == main_series(phantom).count
     with pytest.raises(InputError, match="cannot be reached"): fetch_series(archive.address(main_series(phantom).uid, free_port()), tmp_path / "b", backoff=.01)
+    gone = [r for r in proxy.asked if r[1].split("?")[0].endswith("/instances")][0][1]
+    proxy.fault = lambda r: None if r.path == gone or proxy.cut(r) else 404  # half of the stream, then nothing at all
+    with pytest.raises(InputError, match="404"): fetch(archive, proxy, phantom, tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_series_that_loses_an_image(archive, proxy, phantom, tmp_path):
@@ -101,6 +105,31 @@ def test_a_series_that_loses_an_image(archive, proxy, phantom, tmp_path):
         return json.dumps(rows).encode()
     proxy.change = one_more
     with pytest.raises(InputError, match="404|did not come"): fetch(archive, proxy, phantom, tmp_path / "a")
+    assert not list(tmp_path.iterdir())                              # nothing half-written
+
+
+def test_two_scans_do_not_mix(archive, phantom, tmp_path):
+    (tmp_path / "other.dcm").write_bytes(b"")
+    with pytest.raises(InputError, match="is not empty"): fetch_series(archive.address(main_series(phantom).uid), tmp_path)
+
+
+def test_memory_holds_a_few_images(archive, phantom, tmp_path):
+    "Of 80 images of half a megabyte: the peak while they come is the same as for 20, and a fraction of the series."
+    import tracemalloc
+    ds = pydicom.dcmread(sorted((phantom[1] / f"series-{main_series(phantom).number:03d}").iterdir())[0])
+    ds.Rows, ds.Columns, ds.PixelData = 512, 512, bytes(2 * 512 * 512)
+    peaks, study = [], "1.2.826.0.1.3680043.8.498.30"
+    for n in (20, 80):
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = study, f"{study}.{n}"
+        for k in range(n):
+            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{study}.{n}.{k}"
+            ds.save_as(tmp_path / "image.dcm")
+            archive.rest("/instances", (tmp_path / "image.dcm").read_bytes())
+        tracemalloc.start()
+        assert len(list(fetch_series(archive.address(f"{study}.{n}", study=study), tmp_path / str(n)).iterdir())) == n
+        peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0] and peaks[1] < 10, peaks        # MiB; the series has 40
 
 
 def test_the_token_is_sent_and_not_shown(archive, proxy, phantom, tmp_path, monkeypatch):

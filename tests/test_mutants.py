@@ -29,6 +29,9 @@ def test_a_fault_is_planted_and_taken_away(tmp_path, monkeypatch):
     assert mutants.plant(tmp_path, fault, 1) and seen == ["answer = int(43)\n"]
     assert sound.read_text() == "answer = int(\n    42)\n"
     assert "| model | 1 | 0 | another answer |" in mutants.table([(fault, False)])
+    monkeypatch.setattr(mutants, "passes", lambda *_: None)
+    assert mutants.plant(tmp_path, fault, 1) is None                 # out of time is no answer
+    assert "| model | 1 | 0 | another answer (too slow to say) |" in mutants.table([(fault, None)])
 
 
 def test_a_named_test_is_asked_first_and_a_moved_line_is_found(tmp_path, monkeypatch):

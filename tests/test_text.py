@@ -60,6 +60,7 @@ def test_a_text_alone_padded_left_and_padded_right():
 def test_adapters_are_what_the_formula_says_and_merge():
     torch.manual_seed(0)
     sizes = AdapterSizes(r=3, alpha=12., dropout=0.)
+    assert sizes.scale == 4
     e = TextEncoder(QWEN, sizes).eval()
     for n, p in e.named_parameters():
         if "lora_B" in n: p.normal_(std=0.2)
