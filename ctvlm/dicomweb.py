@@ -103,11 +103,13 @@ def find_series(
     client,          # of `connect`
     address:Address, # its series may be missing
 )->list:             # of dictionaries: uid, number, description, images
-    "The CT series of a study, by number."
+    "The CT series of a study, by number; `InputError` if it has none."
     with _told(address.base):
         found = client.search_for_series(address.study,
             fields=["SeriesDescription", "NumberOfSeriesRelatedInstances"],
             search_filters={"Modality": "CT"})
+    if not found:
+        raise InputError(f"{address.base} has no CT series of study {address.study}: check its UID")
     def first(tags, tag): return next(iter(tags.get(tag, {}).get("Value", [])), None)
     rows = [{
         "uid": first(s, "0020000E"),

@@ -1,5 +1,5 @@
 "The command with scans from an archive, answers for readers of DICOM, and patients whose names stay where they are."
-import json, re, shutil, subprocess
+import json, os, re, shutil, signal, subprocess, sys, urllib.request
 from pathlib import Path
 
 import pandas as pd
@@ -69,6 +69,25 @@ def test_findings_for_readers(ctvlm, phantom, model, tmp_path):
     assert group.tracking_identifier == "Pleural effusion" and {m.name.value for m in group.get_measurements()} == {"score", "sigmoid"}
 
 
+WHO = dict(PatientName="Zwiebelfisch^Ottokar", PatientID="ZWBF4711", PatientBirthDate="19120323", OtherPatientIDs="ZWBF4712", PatientAddress="Zwiebelgasse", ReferringPhysicianName="Zwiebelarzt")
+MARKERS = "Zwiebel", "Ottokar", "ZWBF", "19120323", "1912-03-23"
+
+
+def leaks(content): return [m for m in MARKERS if m.casefold().encode() in (content if isinstance(content, bytes) else content.encode()).lower()]
+
+
+@pytest.fixture(scope="module")
+def marked(phantom, tmp_path_factory):
+    "The study of a patient whose name, number and birth date are nowhere else."
+    folder = tmp_path_factory.mktemp("marked") / "study"
+    shutil.copytree(phantom[1], folder)
+    for f in folder.rglob("*.dcm"):
+        ds = pydicom.dcmread(f)
+        for name, value in WHO.items(): setattr(ds, name, value)
+        ds.save_as(f)
+    return folder
+
+
 REFUSED = [  # words, what is said
     (["NIFTI", "--sr", "sr.dcm"], "is no folder of a DICOM series.*-o answer.json"),
     (["SCAN", "--sr", "sr.txt"], r"--sr .*sr.txt does not end in \.dcm"),
@@ -122,6 +141,41 @@ def test_one_address_in_every_verb(ctvlm, archive, phantom, model, tmp_path):
     assert status == 0 and {r["number"] for r in json.loads(out)} == {s.number for s in phantom[0].scan.series}, err
 
 
+def test_check_takes_addresses(ctvlm, archive, phantom, tmp_path):
+    "Of a study every series is read; the table says the addresses and the reasons, and beside a folder both are there."
+    report = tmp_path / "check.csv"
+    status, out, err = ctvlm("check", archive.address(), main_series(phantom), "-o", report, "--json", "-q")
+    rows, table = json.loads(out), pd.read_csv(report)
+    assert status == (1 if any(r["status"] != "ok" for r in rows) else 0), err
+    wanted = {archive.address(s.uid) for s in phantom[0].scan.series} | {str(main_series(phantom))}
+    assert {r["path"] for r in rows} == set(table.path) == wanted
+    said = {r["path"]: r for r in rows}
+    main, here = said[archive.address(phantom[0].scan.main.uid)], said[str(main_series(phantom))]
+    assert main["status"] == "ok" and {**main, "path": "", "name": ""} == {**here, "path": "", "name": ""}
+    status, out, err = ctvlm("check", archive.address("1.2.3"), "-o", tmp_path / "none.csv", "-q")
+    assert status == 2 and "check both UIDs" in err and not (tmp_path / "none.csv").exists(), err
+
+
+@pytest.mark.parametrize("where", ["archive", "marked"])
+def test_view_takes_an_address(archive, phantom, marked, model, tmp_path, where):
+    "The page answers, holds no word of the patient, and at Ctrl-C nothing is left."
+    pytest.importorskip("voila")
+    scan = {"archive": [archive.address(), "--series", phantom[0].scan.main.number], "marked": [marked / main_series(phantom).name]}[where]
+    (tmp_path / "report.txt").write_text(phantom[0].report.text)
+    (temporary := tmp_path / "temporary").mkdir()
+    words = [sys.executable, "-m", "ctvlm.cli", "view", *scan, "-m", model, "--report", tmp_path / "report.txt", "--json"]
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen([str(w) for w in words], env=os.environ | {"TMPDIR": str(temporary)}, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            url = json.loads(process.stdout.readline())["url"]
+            page = urllib.request.urlopen(url, timeout=300).read().decode()
+            assert "ctvlm reader" in page and any(temporary.iterdir())
+        finally: process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=120)
+        log.seek(0)
+        assert not leaks(page + out + log.read()) and not list(temporary.iterdir())
+
+
 def test_a_table_of_addresses(ctvlm, archive, phantom, model, tmp_path):
     "Two studies of an archive; a third that it has not is a row that failed. Kept by the UID: a second run fetches nothing."
     other = PhantomCohort(4, seed=0, spacing=(12., 12., None))[2]
@@ -164,25 +218,6 @@ def test_what_the_radiologist_wrote(ctvlm, phantom, tmp_path):
 
 
 # ---- nothing leaks
-
-WHO = dict(PatientName="Zwiebelfisch^Ottokar", PatientID="ZWBF4711", PatientBirthDate="19120323", OtherPatientIDs="ZWBF4712", PatientAddress="Zwiebelgasse", ReferringPhysicianName="Zwiebelarzt")
-MARKERS = "Zwiebel", "Ottokar", "ZWBF", "19120323", "1912-03-23"
-
-
-def leaks(content): return [m for m in MARKERS if m.casefold().encode() in (content if isinstance(content, bytes) else content.encode()).lower()]
-
-
-@pytest.fixture(scope="module")
-def marked(phantom, tmp_path_factory):
-    "The study of a patient whose name, number and birth date are nowhere else."
-    folder = tmp_path_factory.mktemp("marked") / "study"
-    shutil.copytree(phantom[1], folder)
-    for f in folder.rglob("*.dcm"):
-        ds = pydicom.dcmread(f)
-        for name, value in WHO.items(): setattr(ds, name, value)
-        ds.save_as(f)
-    return folder
-
 
 def test_the_marker_would_be_found(marked):
     assert leaks(next(marked.rglob("*.dcm")).read_bytes())

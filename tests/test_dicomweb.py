@@ -67,6 +67,13 @@ def test_a_study_needs_a_series(archive, phantom, tmp_path):
     with pytest.raises(InputError, match="0 CT series"): fetch_series(archive.address(), tmp_path / "c", 4711)
 
 
+def test_a_study_without_series(archive, proxy):
+    "Servers answer with 404 or with an empty list."
+    address = parse_address(archive.address(port=proxy.server_port))
+    proxy.change = lambda r, content: b"[]"
+    with pytest.raises(InputError, match="no CT series of study.*check its UID"): find_series(connect(address.base), address)
+
+
 def test_two_series_of_one_number(archive, phantom, tmp_path):
     from ctvlm.dicomweb import choose
     rows = [dict(uid=f"1.{k}", number=2, description="Axial", images=9) for k in (1, 2)]
