@@ -101,11 +101,11 @@ def _measured(source, name, meaning, value, unit, depth_mm=None):
     return hd.sr.Measurement(
         _code(name, meaning), round(float(value), 4), unit, referenced_images=images)
 
-def _group(source, text, about, measurements, said, depth_mm):
+def _group(source, text, about, measurements, said, depth_mm, promise=()):
     hd, _ = _libraries()
     algorithm = hd.sr.AlgorithmIdentification(
         about["name"], about["version"] or "-",
-        parameters=[*about["parameters"], NOT_FOR_DIAGNOSIS])
+        parameters=[*about["parameters"], *promise, NOT_FOR_DIAGNOSIS])
     images = [] if depth_mm is None else [
         hd.sr.SourceImageForMeasurementGroup.from_source_image(source.nearest(depth_mm))]
     return hd.sr.MeasurementsAndQualitativeEvaluations(
@@ -124,11 +124,16 @@ def _answer_group(source, answer, about): # of a `DepthAnswer`
     measured = [_measured(source, "depth", where, answer.depth_mm, mm, answer.depth_mm)]
     if np.isfinite([low, high]).all():
         for end, value in (("lower", low), ("upper", high)):
-            what = f"{end.title()} end of the interval ({answer.interval})"
+            what = f"{end.title()} end of the interval"
             measured.append(_measured(source, f"interval-{end}", what, value, mm))
+        inside = (low <= answer.bin_depths_mm) & (answer.bin_depths_mm <= high)
+        share = answer.probabilities[inside].sum()
+        what = "Share of the model's probability within the interval"
+        measured.append(_measured(source, "probability", what, share, codes.UCUM.NoUnits))
     said = ("found", "in this scan")
     if answer.abstains: said = ("doubtful", "not in this scan, best guess")
-    return _group(source, answer.text, about, measured, said, answer.depth_mm)
+    promise = [f"interval: {answer.interval}"]
+    return _group(source, answer.text, about, measured, said, answer.depth_mm, promise)
 
 def _finding_group(source, answer, about): # of a `FindingAnswer`
     from pydicom.sr.codedict import codes

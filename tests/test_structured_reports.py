@@ -22,7 +22,7 @@ LONG = "Suspicious spiculated nodule in the posterior segment of the right upper
 def answers_at(volume):
     z = np.quantile(volume.depths_mm, [.2, .5, .8])
     texts = ("simple cyst in the left kidney", "Zyste, größer als früher; Ödem", LONG)
-    depths = [DepthAnswer(t, float(d), None, (float(d) - 20, float(d) + 25.5), "conformal, 90% of drawn patients", k == 1, np.array([d]), np.array([1.]), "scan") for k, (t, d) in enumerate(zip(texts, z))]
+    depths = [DepthAnswer(t, float(d), None, (float(d) - 20, float(d) + 25.5), "conformal, 90% of drawn patients", k == 1, np.array([d, d + 60]), np.array([.75, .25]), "scan") for k, (t, d) in enumerate(zip(texts, z))]
     return [*depths, FindingAnswer("Pleural effusion", .75, .21, "scan")]
 
 
@@ -73,7 +73,8 @@ def test_every_value_comes_back(case, tmp_path):
         assert g.tracking_identifier == a.text and g.finding_type.meaning == a.text[:64]
         values = {m.name.value: float(m.value) for m in g.get_measurements()}
         assert np.allclose([values[k] for k in ("depth", "interval-lower", "interval-upper")], [a.depth_mm, *a.interval_mm], atol=1e-3)
-        assert {m.unit.value for m in g.get_measurements()} == {"mm"}
+        assert {m.name.value: m.unit.value for m in g.get_measurements()} == {"depth": "mm", "interval-lower": "mm", "interval-upper": "mm", "probability": "1"}
+        assert values["probability"] == .75 and "Share of the model's probability" in str(g)
         assert g.get_qualitative_evaluations()[0].value.meaning == ("not in this scan, best guess" if a.abstains else "in this scan")
         cited = g.source_images[0].referenced_sop_instance_uid
         assert cited == source.nearest(a.depth_mm).SOPInstanceUID
@@ -83,6 +84,7 @@ def test_every_value_comes_back(case, tmp_path):
     assert np.allclose([values["sigmoid"], values["score"]], [.75, .21], atol=1e-4)
     written = (tmp_path / "sr.dcm").read_bytes()
     assert b"trained on drawn patients" in written and b"not for diagnosis" in written
+    assert b"interval: conformal, 90% of drawn patients" in written
 
 
 def test_images_are_found_by_height(case):
