@@ -10,7 +10,7 @@ __all__ = ['HU_LEVELS', 'DEMO_SIZES', 'DEMO_PATIENTS', 'DEMO_TRAINING', 'DEMO_FI
 import sys
 from pathlib import Path
 import numpy as np
-from .core import InputError, progress
+from .core import InputError, needed, progress
 
 # %% ../nbs/14e_demo.ipynb #480a6b21
 def demo_cohort(
@@ -211,6 +211,7 @@ def run_demo(
     from ctvlm.findings import FINDINGS
     from ctvlm.training import peak_memory_mib
     from ctvlm.viewer import pick_examples, write_report
+    for module in ("accelerate", "sklearn"): needed(module, "train", "the demo")
     began, output = time.perf_counter(), Path(output)
     def tell(text):
         seconds = time.perf_counter() - began

@@ -172,6 +172,8 @@ def test_extras_hold_what_is_needed_by_some():
     ("voila.app", "from ctvlm.viewer import _voila_class; _voila_class()", r"\[view\]"),
     ("highdicom", "from ctvlm.structured_reports import _libraries; _libraries()", r"\[dicom\]"),
     ("dicomweb_client", "from ctvlm.dicomweb import _libraries; _libraries()", r"\[dicom\]"),
+    ("accelerate", "from ctvlm.demo import run_demo; run_demo('run', quiet=True)", r"\[train\]"),
+    ("sklearn", "from ctvlm.demo import run_demo; run_demo('run', quiet=True)", r"\[train\]"),
 ])
 def test_what_is_missing_is_said_in_one_line(module, call, said, monkeypatch, tmp_path):
     from ctvlm.core import InputError
