@@ -1,5 +1,5 @@
 "Phantoms: same seed same bytes, DICOM as other programs read it, references that point at the finding, plausible density."
-import hashlib, json, pickle, subprocess, sys
+import hashlib, json, pickle, re, subprocess, sys
 from collections import Counter
 
 import numpy as np
@@ -8,7 +8,9 @@ import pytest
 
 from ctvlm.core import InputError
 from ctvlm.findings import FINDINGS, label_report
-from ctvlm.phantoms import PARENTS, PHRASES, PLANTERS, PhantomCohort, draw, draw_traits, examined, write_cohort
+from ctvlm.phantoms import (
+    PARENTS, PHRASES, PLANTERS, PhantomCohort, draw, draw_traits, examined, write_cohort)
+from ctvlm.reports import data_rows
 
 CT_RATE = """Medical material, Arterial wall calcification, Cardiomegaly, Pericardial effusion, Coronary artery wall calcification, Hiatal hernia,
 Lymphadenopathy, Emphysema, Atelectasis, Lung nodule, Lung opacity, Pulmonary fibrotic sequela, Pleural effusion, Mosaic attenuation pattern,
@@ -38,6 +40,37 @@ def test_a_study_pickles_as_its_seed():
 def test_names_and_number_of_findings():
     assert set(CT_RATE) <= set(PLANTERS) and len(PLANTERS) >= 24
     for table in PHRASES.values(): assert {k.split("/")[0] for k in table} == set(PLANTERS)
+
+
+def faults_of_wording(row):
+    "What is wrong with a row of the table of wordings, in words."
+    gaps = {"": {"p", "s", "r"}, " denied": set(), " short": {"p"}}
+    if row["finding"] not in PLANTERS: yield f"no planter of {row['finding']!r}"
+    for language in ("english", "german"):
+        for column, allowed in gaps.items():
+            for words in row[language + column].split(";"):
+                used = re.findall(r"\{(\w*)\}", words)
+                if words != words.strip(): yield f"space around {words!r}"
+                if not words and column != " denied": yield f"nothing in {language + column}"
+                if set(used) - allowed: yield f"a gap that nobody fills in {words!r}"
+                if column == "" and used.count("r") != 1: yield f"not one reference in {words!r}"
+
+
+def test_the_table_of_wordings_has_its_schema():
+    rows = data_rows("phantom_wordings.csv")
+    assert [f for r in rows for f in faults_of_wording(r)] == []
+    assert len({(r["finding"], r["kind"]) for r in rows}) == len(rows)
+    placed = [f for r in data_rows("phantom_paragraphs.csv") for f in r["findings"].split(";")]
+    assert sorted(placed) == sorted(PLANTERS)               # each finding has one paragraph
+
+
+@pytest.mark.parametrize("change", [
+    {"finding": "Lung nodul"}, {"english": ""}, {"english": "Round nodule {p}"},
+    {"german": "Rundherd {o}{r}"}, {"english denied": "No nodule {p}"}, {"german short": ""},
+    {"english": "Round nodule {p}{r}; Nodule {p}{r}"}], ids=str)
+def test_a_broken_row_of_wordings_is_noticed(change):
+    row = next(r for r in data_rows("phantom_wordings.csv") if r["finding"] == "Lung nodule")
+    assert list(faults_of_wording(row | change))
 
 
 def test_regions_and_prevalence(many):
