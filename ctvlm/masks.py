@@ -82,11 +82,12 @@ def read_intervals(
     root:str|Path,   # folder of the scans and of `intervals.csv`, or the table itself
     quiet:bool=True, # no progress bar
     dry:bool=False,  # as in `Collection`
+    allow_outside:bool=False, # accept scans that lie outside of the folder
 )->tuple:            # studies, refused
     "A table of texts and intervals in scanner mm, written by whom you like."
     root = Path(root)
     path = root if root.is_file() else root/"intervals.csv"
-    found = Collection(path.parent.name, path.parent, dry=dry)
+    found = Collection(path.parent.name, path.parent, allow_outside, dry)
     texts, scans = defaultdict(lambda: defaultdict(list)), {}
     for line, row in enumerate(read_rows(path, _NEEDED).to_dict("records"), 2):
         study, text = row["study"].strip(), row["text"].strip()

@@ -219,7 +219,7 @@ def studies(
         min=0, max=1, help="Share of the training patients to hold out for testing.")]=0.,
     study_column:StudyColumn=None, report_column:ReportColumn=None, encoding:Encoding=None,
     allow_outside:Annotated[bool, typer.Option(
-        "--allow-outside", help="csv and dicom: take scans that lie outside of the root.")]=False,
+        "--allow-outside", help="csv, dicom, intervals: take scans that lie outside of the root.")]=False,
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read a data set into a table of studies. Status 1 if OUTPUT.refused.csv says what was refused."

@@ -327,3 +327,56 @@ def test_a_segmentation_object(series, tmp_path):
 def test_nothing_drawn(series, tmp_path):
     keep_series(series[:3], tmp_path / "ct")
     with pytest.raises(InputError, match="holds no RTSTRUCT and no SEG"): read_dicom_masks(tmp_path)
+
+# Two commands: train, and print the table
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def command(*words): # its standard output; errors are raised
+    from ctvlm.cli import app
+    from typer.testing import CliRunner
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    if done.exception: raise done.exception
+    return done.stdout
+
+
+def test_phantoms_by_command(tmp_path, monkeypatch):
+    coarse = lambda n, seed, spacing, languages: PhantomCohort(n, seed, (12., 12., 6.), languages)        # for speed
+    monkeypatch.setattr("ctvlm.phantoms.PhantomCohort", coarse)
+    said = json.loads(command("phantoms", "-n", 3, "--as", "rexgrounding", "-o", tmp_path / "rex", "--json", "--quiet"))
+    assert (said["train"], said["val"], said["test"]) == (1, 1, 1)
+    studies, refused = read_rexgrounding(tmp_path / "rex")
+    assert studies.split.tolist() == ["train", "val", "test"] and not len(refused)
+    for n, says in ((3, "is not empty: give a new folder"), (2, "found 2 studies for three splits")):
+        with pytest.raises(InputError, match=says): command("phantoms", "-n", n, "--as", "rexgrounding", "-o", tmp_path / "rex", "--quiet")
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_training_with_localization_alone(rex, tmp_path, reports):
+    from ctvlm.model import CTVLMModel, ready_model
+    table, out = tmp_path / "studies.parquet", tmp_path / "run"
+    studies, _ = read_rexgrounding(rex)
+    if not reports: studies = studies.assign(findings="", labels=[{}] * len(studies))                     # masks and nothing else
+    write_studies(studies, table)
+    store = json.loads(command("embed", table, "-o", tmp_path / "features", "--workers", 0, "--json", "--quiet"))["store"]
+    (tmp_path / "config.json").write_text(json.dumps(dict(siglip=0, disease=0, localization=1, epochs=2, effective_batch=3, warmup_epochs=0, trackers=[])))
+    command("train", table, "--features", store, "-o", out, "--config", tmp_path / "config.json", "--batch-size", 3, "--workers", 0, "--quiet")
+    before, after = ready_model("cpu").state_dict(), CTVLMModel.from_pretrained(out / "model").state_dict()
+    moved = {k.split(".")[0] for k in before if not before[k].equal(after[k])}
+    assert {"scan_encoder", "text_encoder"} <= moved and "window_encoder" not in moved and "report_head" not in moved
+    said = command("evaluate", table, "--task", "depth", "--split", "val", "--model", out / "model", "-o", tmp_path / "result", "--quiet")
+    assert "interval_mae_mm" in said and "text_prior_mm" in said and "focal" in said
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real scans")
+def test_landmarks_of_real_scans(tmp_path): # what tools ask of real scans, as a table of intervals
+    marks = json.loads((SHARED / "real_landmarks.json").read_text())
+    rows = [f"{scan},{SHARED / scan},{text},{low},{high},{scan},test" for scan, places in marks["scans"].items()
+            for place, (low, high) in places.items() for text in marks["texts"][place]]
+    (tmp_path / "intervals.csv").write_text("\n".join(["study,scan,text,z_low,z_high,patient,split", *rows]) + "\n")
+    command("studies", tmp_path, "--as", "intervals", "--allow-outside", "-o", tmp_path / "t.parquet", "--quiet")
+    said = json.loads(command("evaluate", tmp_path / "t.parquet", "--task", "depth", "-o", tmp_path / "result", "--json", "--quiet"))
+    d = said["depth"]
+    assert (d["n_pairs"], d["n_patients"]) == (len(rows), 3) == (20, 3) and d["protocol"]["left_out"] == {"outside of the scan": 0}
+    assert d["interval_mae_mm"] < d["middle_mm"] < 60 and len(set(d["items"]["pred_mm"])) > 10
