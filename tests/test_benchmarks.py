@@ -54,3 +54,19 @@ def test_parabola_finds_the_top_of_a_gaussian():
         assert improvements.parabola(p / p.sum(), depths, 12.)[0] == pytest.approx(top)
     edge = np.exp(-depths / 24)
     assert improvements.parabola(edge / edge.sum(), depths, 12.)[0] == 6                               # no neighbour below
+
+
+def test_an_interval_without_length_is_one_slice():
+    import masks
+    from ctvlm.localization import localization_loss
+    g = torch.Generator().manual_seed(0)
+    slices, snippets = torch.randn(3, 8, 5, generator=g), torch.randn(3, 5, generator=g)
+    valid, at = torch.arange(8) < torch.tensor([[8], [6], [7]]), torch.tensor([2.25, 7.5, 0.5])
+    b = SimpleNamespace(slices=slices, snippets=snippets, valid=valid, bin=at[:, None, None].expand(3, 2, 2))
+    assert masks.cross_entropy(b).item() == pytest.approx(localization_loss(slices, snippets, at, valid, padding_free=True).item(), rel=1e-6)
+
+
+def test_the_target_is_flat_inside_of_every_interval():
+    import masks
+    wide = masks.target(torch.tensor([[[1., 3.], [6., 6.]]]), torch.ones(1, 10, dtype=torch.bool), 2.)[0]
+    assert wide[[1, 2, 3, 6]].tolist() == pytest.approx([wide.max().item()] * 4) and wide[4] == wide[5] < wide[3] and wide.sum() == pytest.approx(1)

@@ -91,3 +91,46 @@ def test_what_lies_outside_is_counted(table):
 
 def test_nothing_to_ask(table):
     with pytest.raises(InputError, match="found 0 pairs with intervals in split 'val'"): evaluate_depth(Model({}), table, "val", quiet=True)
+
+
+def test_what_is_not_asked_is_counted_by_reason(table):
+    pairs = table.pairs[0]
+    more = [dict(pairs[1], depth_mm=None, status="mask withheld"), dict(pairs[1], depth_mm=None, status="empty mask"),
+            dict(pairs[1], asserts=False), dict(pairs[1], prior=True)]
+    table = table.assign(pairs=[[*pairs, *more], *table.pairs[1:]])
+    found = depth_pairs(table)
+    assert len(found) == 4 and found.attrs["left_out"] == {"no mask": 4, "mask withheld": 1, "empty mask": 1, "nothing asserted": 1, "prior exam": 1}
+
+
+def test_texts_of_organs_that_are_there_are_no_foreign_ones(table):
+    said = {0: "cyst of the liver", 1: "lesion in segment IV of the liver", 2: "stone in the kidney", 3: "splenomegaly"}
+    table = table.assign(pairs=[[dict(p, snippet=said[i], cleaned=said[i]) for p in pairs] for i, pairs in enumerate(table.pairs)])
+    model = Model({})
+    evaluate_depth(model, table, resamples=50, quiet=True)
+    others = [set(texts[1:]) for texts in model.asked]
+    assert others == [{said[2]}, {said[2]}, {said[0], said[1]}]
+
+
+def test_the_data_version_is_of_what_was_asked(table):
+    one = data_version(depth_pairs(table))
+    moved = table.assign(pairs=[[dict(p, intervals=[dict(c, low_mm=c["low_mm"] - 1) for c in p["intervals"] or []]) for p in pairs] for pairs in table.pairs])
+    said = table.assign(pairs=[[dict(p, cleaned="another") for p in pairs] for pairs in table.pairs])
+    assert one == data_version(depth_pairs(table.assign(scan="elsewhere"))) and len({one, *(data_version(depth_pairs(t)) for t in (moved, said))}) == 3
+
+
+def test_readers_beside_the_model(table):
+    table = table.assign(pairs=[[dict(p, readers_mm=[48., 50., 55.] if i < 2 and p["intervals"] else []) for p in pairs] for i, pairs in enumerate(table.pairs)])
+    d = evaluate_depth(Model({f"finding {i}": 60. for i in range(3)}), table, resamples=50, quiet=True)["depth"]
+    assert d["readers_mm"] == pytest.approx(np.mean([4.5, 1.5, 6.])) and d["n_readers"] == 2
+    assert d["model_beside_readers_mm"] == pytest.approx(np.mean([10., 9.]))
+
+
+def test_a_result_can_be_posted(table, tmp_path):
+    jsonschema = pytest.importorskip("jsonschema")
+    from ctvlm.evaluation import json_schema
+    secret = table.assign(pairs=[[dict(p, snippet=f"Doe, Jane {p['snippet']}", cleaned=f"Doe, Jane {p['cleaned']}") for p in pairs] for pairs in table.pairs],
+                          findings="Jane Doe has a nodule.", impression="See Dr. Miller.")
+    write_result(tmp_path / "r.json", evaluate_depth(Model({}), secret, resamples=50, quiet=True))
+    text = (tmp_path / "r.json").read_text()
+    jsonschema.Draft202012Validator(json_schema()).validate(json.loads(text))
+    for word in ("Jane", "Doe", "finding ", "Miller", str(tmp_path)): assert word not in text
