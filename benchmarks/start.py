@@ -37,9 +37,9 @@ def embeddings(model, studies, store):
 
 
 def rules(cosines, model): # name -> scale and bias, for one batch
-    scale = float(model.t.exp())
+    scale = math.exp(model.t.item())
     return {"published: 10, -10": (10., -10.), "model's scale, -ln N": (scale, -math.log(len(cosines))),
-            "model's scale, fit": (scale, fitted_bias(cosines, scale)), "as the model is": (scale, float(model.b))}
+            "model's scale, fit": (scale, fitted_bias(cosines, scale)), "as the model is": (scale, model.b.item())}
 
 
 def measured(name, model, x, y, seed=0):
@@ -67,7 +67,7 @@ def main():
     rows, about = [], {}
     for name, model in (("fresh", fresh(studies, features, 0)), ("shipped", ready_model("cpu"))):
         x, y = embeddings(model, unseen, store)
-        about[name] = {"scale": float(model.t.exp()), "bias": float(model.b), "mean cosine": float((x @ y.T).mean()),
+        about[name] = {"scale": math.exp(model.t.item()), "bias": model.b.item(), "mean cosine": float((x @ y.T).mean()),
                        "weights": model.fingerprint()}
         rows += measured(name, model, x, y)
     write_json(args.output, {"patients": int(unseen.patient.nunique()), "phantoms": phantoms_of(studies), "models": about, "rows": rows})
