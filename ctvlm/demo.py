@@ -61,11 +61,11 @@ def mining_score(
 # %% ../nbs/14e_demo.ipynb #3627b7c0
 HU_LEVELS = (-1000, -960, -900, -800, -600, -300, -120, -60, -15, 8,
              25, 42, 60, 80, 105, 140, 200, 350, 700, 1000)
-_SIZES = dict(width=96, heads=4, layer_scale=1.)
 DEMO_SIZES = dict( # of a `CTVLMConfig.tiny`
     spacing=(6., 6., 3.), window=(16, 16, 32), patch=(4, 4, 4), hu_levels=HU_LEVELS,
-    window_encoder=dict(depth=3, mlp_ratio=2., **_SIZES),
-    scan_encoder=dict(depth=1, rope_base=100., **_SIZES))
+    window_encoder=dict(width=96, depth=3, heads=4, mlp_ratio=2., layer_scale=1.),
+    scan_encoder=dict(width=96, depth=1, heads=4, rope_base=100., layer_scale=.1),
+    scan_pooling="max")
 
 def demo_model(
     studies,  # table of studies; only those of "train" are looked at

@@ -40,6 +40,7 @@ def _length(x): return _number(x) and x > 0
 def _three(kind): return lambda x: _row(x) and len(x) == 3 and all(map(kind, x))
 def _one_fit(x): return x in ("crop", "pad")
 def _fit(x): return _one_fit(x) or _three(_one_fit)(x)
+def _one_pooling(x): return x in ("mean", "max")
 def _levels(x): return _row(x) and all(map(_number, x)) and list(x) == sorted(set(x))
 def _config(x): return _is(dict)(x) and _is(str)(x.get("model_type"))
 
@@ -52,6 +53,7 @@ _FIELDS = dict( # what a field holds, in words and as a check
     hu_levels=("ascending numbers", _levels),
     window_encoder=("the fields of EncoderSizes", _is(dict)),
     scan_encoder=("the fields of EncoderSizes", _is(dict)),
+    scan_pooling=("'mean' or 'max'", _one_pooling),
     text=("a transformers configuration with its model_type", _config),
     text_name=("a hub name, or null", _is(str, type(None))),
     tokenizer=("a fingerprint, or null", _is(str, type(None))),
@@ -90,6 +92,7 @@ class CTVLMConfig(PretrainedConfig):
     hu_levels:list|tuple = ()         # of the window encoder's HU windows, see `hu_ramps`
     window_encoder:dict|None = None   # `EncoderSizes`
     scan_encoder:dict|None = None     # `EncoderSizes`
+    scan_pooling:str = "mean"         # how it makes one vector of many, see `ScanEncoder`
     text:dict|None = None             # a transformers configuration with its `model_type`
     text_name:str|None = "Qwen/Qwen3-Embedding-0.6B" # hub name of text encoder and tokenizer
     tokenizer:str|None = None         # `tokenizer_fingerprint` of the weights' own
@@ -227,7 +230,7 @@ class CTVLMModel(PreTrainedModel):
                           for sizes in (config.window_encoder, config.scan_encoder))
         self.window_encoder = WindowEncoder(windows, spec.window, spec.patch,
                                             tuple(config.hu_levels))
-        self.scan_encoder = ScanEncoder(scans, windows.width)
+        self.scan_encoder = ScanEncoder(scans, windows.width, config.scan_pooling)
         self.text_encoder = TextEncoder(config.text, config.adapter_sizes,
                                         config._attn_implementation)
         image, text = 2 * scans.width, self.text_encoder.width
@@ -434,7 +437,7 @@ def fingerprint(self:CTVLMModel)->str: # 16 hexadecimal digits
     now = [(x.data_ptr(), None if x.is_inference() else x._version) for x in tensors]
     if self._fingerprint is None or self._fingerprint[0] != now:
         fields = ("spacing", "window", "patch", "antialias", "fit", "hu_levels",
-                  "window_encoder", "scan_encoder")
+                  "window_encoder", "scan_encoder", "scan_pooling")
         about = {k: v for k, v in self.config.to_dict().items() if k in fields}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for x in tensors:

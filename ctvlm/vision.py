@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rotary_coordinates', 'rotary_periods', 'rotary_angles', 'rotary_table', 'rotate', 'random_factor', 'EncoderSizes',
            'attend', 'Attention', 'MLP', 'LayerScale', 'Block', 'Encoder', 'hu_ramps', 'cut_patches', 'WindowEncoder',
-           'start_patches', 'start_projections', 'window_bins', 'token_depths', 'ScanEncoder']
+           'start_patches', 'start_projections', 'window_bins', 'ScanEncoder']
 
 # %% ../nbs/05_vision.ipynb #93e4f31c
 import math
@@ -56,12 +56,6 @@ def rotary_table(
     angles = F.pad(rotary_angles(coordinates, periods), (0, 0, 1, 0))
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # (..., 1 + L, h)
-
-@lru_cache(maxsize=64)
-def _grid_axes(grid, bins, head_width, base, device): # coordinates and periods there, sent once
-    with torch.inference_mode(False):
-        both = rotary_coordinates(grid, bins), rotary_periods(head_width, base)
-        return tuple(t.to(device) for t in both)
 
 @lru_cache(maxsize=64)
 def _grid_table(grid, bins, head_width, base, device): # the tables of one grid, computed once
@@ -196,13 +190,14 @@ class Encoder(nn.Module):
         device=None,
     )->tuple: # cosines and sines, `(1 + L, h)` for one grid, `(B, 1, 1 + L, h)` for several
         "Rotary tables of the rows' own grids, padded to the longest."
-        width, base = self.sizes.head_width, self.sizes.rope_base
         if self.training:
             factor = random_factor()
+            periods = rotary_periods(self.sizes.head_width, self.sizes.rope_base)
             def table(grid):
-                there = _grid_axes(grid, bins, width, base, torch.device(device or "cpu"))
-                return rotary_table(factor * there[0], there[1])
+                stretched = factor * rotary_coordinates(grid, bins)
+                return tuple(t.to(device) for t in rotary_table(stretched, periods))
         else:
+            width, base = self.sizes.head_width, self.sizes.rope_base
             def table(grid): return _grid_table(grid, bins, width, base, torch.device(device or "cpu"))
         each = {g: table(g) for g in set(grids)}
         if len(each) == 1: return each[grids[0]]
@@ -328,26 +323,15 @@ def window_bins(
     "Which depths of each window hold any of the scan."
     return patch_mask.flatten(1, -2).any(1) if patch_mask.ndim > 2 else patch_mask.bool()
 
-def token_depths(
-    grids:list, # `(x, y, z)` windows of each scan
-    bins:int,   # depths per window
-    device=None,
-)->Tensor:      # `(B, D, L)` bool
-    "Which tokens of each scan, z fastest, lie at each of its depths."
-    sizes = torch.tensor([(math.prod(g) * bins, g[2] * bins) for g in grids])
-    L, D = sizes.max(0).values.tolist()
-    tokens, depths = sizes.to(device, non_blocking=True)[:, :, None].unbind(1)  # (B, 1) each
-    token = torch.arange(L, device=device)
-    depth = (token % depths).masked_fill(token >= tokens, -1)  # (B, L)
-    return depth[:, None] == torch.arange(D, device=device)[:, None]
-
 class ScanEncoder(Encoder):
     "A vector for the scan and one for each of its depth bins, from the windows' vectors."
     def __init__(self,
         sizes:EncoderSizes=EncoderSizes(depth=4, rope_base=100.),
         features:int|None=None, # width of the window encoder; `sizes.width` if `None`
+        pooling:str="mean",     # or "max": how vectors become one
     ):
         super().__init__(sizes)
+        self.pooling = pooling
         features = features or sizes.width  # width of the windows' vectors
         self.patch_proj = nn.Linear(2 * features, sizes.width)
         self.axis_patch_proj = nn.Linear(features, sizes.width)
@@ -361,20 +345,33 @@ class ScanEncoder(Encoder):
         # (B, L, E), (B, L)
         return tuple(pad_sequence(t.split(counts), batch_first=True) for t in (tokens, mask))
 
+    # vectors along `dim` -> one; of those that are there, 0 where none is; `there` None: all are
+    def _pooled(self, x, there=None, dim=1):
+        if self.pooling == "mean":
+            if there is None: return x.mean(dim)
+            there = there[..., None]
+            return (x * there).sum(dim) / there.sum(dim).clamp(min=1)
+        if there is None: return x.amax(dim)
+        most = x.masked_fill(~there[..., None], -torch.inf).amax(dim)
+        return most.masked_fill(~there.any(dim)[..., None], 0)
+
+    # one token for each window, `(N, E)`
+    def _tokens(self, cls, depth_tokens, held):
+        if self.pooling == "mean":
+            return self.patch_proj(torch.cat([cls, self._pooled(depth_tokens, held)], 1))
+        # the largest of what the projection makes of each depth, not of what it reads
+        own, each = self.patch_proj.weight.split([cls.shape[1], depth_tokens.shape[2]], 1)
+        most = self._pooled(F.linear(depth_tokens, each), held)
+        return F.linear(cls, own, self.patch_proj.bias) + most
+
     def scan(self, cls, depth_tokens, grids, held=None):
         "`(B, 2 E)`: CLS, and the mean over windows."
-        if held is None: mean, mask = depth_tokens.mean(1), None  # (N, E)
-        else:
-            filled = held.sum(1, keepdim=True).clamp(min=1)
-            mean, mask = (depth_tokens * held[..., None]).sum(1) / filled, held.any(1)
+        mask = None if held is None else held.any(1)  # (N,)
         # (B, L, E)
-        x, mask = self._rows(self.patch_proj(torch.cat([cls, mean], 1)), mask,
+        x, mask = self._rows(self._tokens(cls, depth_tokens, held), mask,
             [math.prod(g) for g in grids])
         x = self.encode(x, *self.tables(grids, device=x.device), mask)  # (B, 1 + L, E)
-        if mask is None: return torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)  # (B, 2 E)
-        # (B, 2 E)
-        mean = (x[:, 1:] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return torch.cat([x[:, 0], mean], 1)
+        return torch.cat([x[:, 0], self._pooled(x[:, 1:], mask)], 1)  # (B, 2 E)
 
     def slices(self, depth_tokens, grids, held=None):
         "`(B, D, 2 E)` CLS and the mean over the windows at each depth; `(B, D)` which are valid."
@@ -383,9 +380,15 @@ class ScanEncoder(Encoder):
         mask = None if held is None else held.flatten()  # (N bins,)
         x, mask = self._rows(x, mask, [math.prod(g) * bins for g in grids])  # (B, L, E)
         x = self.encode(x, *self.tables(grids, bins, x.device), mask)  # (B, 1 + L, E)
-        at = token_depths(grids, bins, x.device)  # (B, D, L)
-        if mask is not None: at = at & mask[:, None]
-        count = at.sum(2)  # (B, D)
-        means = at.to(x.dtype) @ x[:, 1:] / count.clamp(min=1)[..., None]  # (B, D, E)
+        means, valid = [], []
+        for row, (H, W, D) in enumerate(grids):
+            L = H * W * D * bins
+            each = x[row, 1:1 + L].view(H * W, D * bins, -1)  # (H W, D bins, E)
+            if mask is None: here = torch.ones(H * W, D * bins, dtype=torch.bool, device=x.device)
+            else: here = mask[row, :L].view(H * W, -1)
+            means.append(self._pooled(each, here, 0))  # (D bins, E)
+            valid.append(here.any(0))  # (D bins,)
+        # (B, D, E), (B, D)
+        means, valid = pad_sequence(means, batch_first=True), pad_sequence(valid, batch_first=True)
         # (B, D, 2 E), (B, D)
-        return torch.cat([x[:, :1].expand(-1, means.shape[1], -1), means], 2), count > 0
+        return torch.cat([x[:, :1].expand(-1, means.shape[1], -1), means], 2), valid

@@ -76,30 +76,54 @@ def test_window_encoder(sizes, window, patch):
         for k in range(grid[2]): assert torch.allclose(depth[n, k], slow[1 + k::grid[2]].mean(0), atol=1e-4)
 
 
+POOLED = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0)}
+
+
+@pytest.mark.parametrize("pooling", POOLED)
 @pytest.mark.parametrize("sizes", SIZES)
 @torch.no_grad()
-def test_scan_encoder_on_unequal_grids_with_padding(sizes):
-    grids, bins, features = [(2, 1, 2), (1, 3, 1)], 3, 10
-    e = encoder(ScanEncoder, sizes=sizes, features=features)
+def test_scan_encoder_on_unequal_grids_with_padding(sizes, pooling):
+    grids, bins, features, pooled = [(2, 1, 2), (1, 3, 1)], 3, 10, POOLED[pooling]
+    e = encoder(ScanEncoder, sizes=sizes, features=features, pooling=pooling)
     cls, depth = torch.randn(7, features), torch.randn(7, bins, features)
-    held = torch.ones(7, bins, dtype=torch.bool); held[[1, 3], 2] = False; held[5] = False       # the top bin of scan 0; a whole window of scan 1
+    held = torch.ones(7, bins, dtype=torch.bool)
+    held[[1, 3], 2] = False                                # the top bin of scan 0
+    held[5] = False                                        # a whole window of scan 1
     scan, (slices, valid) = e.scan(cls, depth, grids, held), e.slices(depth, grids, held)
-    assert slices.shape[:2] == valid.shape == (2, 6) and valid.tolist() == [[True] * 5 + [False], [True] * 3 + [False] * 3]
+    assert slices.shape[:2] == valid.shape == (2, 6)
+    assert valid.tolist() == [[True] * 5 + [False], [True] * 3 + [False] * 3]
     first = 0
     for row, (H, W, D) in enumerate(grids):
         n = H * W * D
-        c, d, m = cls[first:first + n], depth[first:first + n], held[first:first + n]; first += n
+        c, d, m = cls[first:first + n], depth[first:first + n], held[first:first + n]
+        first += n
         where = [(place(i, H), place(j, W), k) for i in range(H) for j in range(W) for k in range(D)]
         keep = [i for i in range(n) if m[i].any()]
-        tokens = torch.stack([torch.cat([c[i], d[i][m[i]].mean(0)]) @ e.patch_proj.weight.T + e.patch_proj.bias for i in keep])
-        out = slow_blocks(e, tokens, [(*where[i][:2], place(where[i][2], D)) for i in keep], sizes)
-        assert torch.allclose(scan[row], torch.cat([out[0], out[1:].mean(0)]), atol=1e-4)
+        # a mean commutes with the projection, a maximum is taken after it
+        own = [c[i] @ e.patch_proj.weight[:, :features].T + e.patch_proj.bias for i in keep]
+        each = [pooled(d[i][m[i]] @ e.patch_proj.weight[:, features:].T) for i in keep]
+        places = [(*where[i][:2], place(where[i][2], D)) for i in keep]
+        out = slow_blocks(e, torch.stack(own) + torch.stack(each), places, sizes)
+        assert torch.allclose(scan[row], torch.cat([out[0], pooled(out[1:])]), atol=1e-4)
         keep = [(i, b) for i in range(n) for b in range(bins) if m[i, b]]
         tokens = torch.stack([d[i, b] @ e.axis_patch_proj.weight.T + e.axis_patch_proj.bias for i, b in keep])
-        out = slow_blocks(e, tokens, [(*where[i][:2], 2 * (where[i][2] * bins + b + 0.5) / D - 1) for i, b in keep], sizes)
+        places = [(*where[i][:2], 2 * (where[i][2] * bins + b + 0.5) / D - 1) for i, b in keep]
+        out = slow_blocks(e, tokens, places, sizes)
         for z in range(D * bins):
             here = [o for o, (i, b) in zip(out[1:], keep) if where[i][2] * bins + b == z]
-            if here: assert torch.allclose(slices[row, z], torch.cat([out[0], torch.stack(here).mean(0)]), atol=1e-4)
+            if here: assert torch.allclose(slices[row, z], torch.cat([out[0], pooled(torch.stack(here))]), atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", POOLED)
+def test_a_window_that_holds_nothing_teaches_nothing(pooling):
+    e = encoder(ScanEncoder, sizes=SIZES[0], pooling=pooling).train()
+    cls, depth = torch.randn(3, 12, requires_grad=True), torch.randn(3, 2, 12, requires_grad=True)
+    held = torch.tensor([[True, True], [False, False], [True, False]])
+    grids = [(1, 1, 3)]
+    (e.scan(cls, depth, grids, held).sum() + e.slices(depth, grids, held)[0].sum()).backward()
+    assert cls.grad.isfinite().all() and depth.grad.isfinite().all()
+    assert not cls.grad[1].any() and not depth.grad[~held].any() and depth.grad[held].any()
+    assert all(p.grad.isfinite().all() for p in e.parameters() if p.grad is not None)
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ Its stages lie below the folder of the run, and a stage whose output is there is
 3. `studies`:  other patients with reports, and sentences about places
 4. `words`:    a tokenizer, and a text encoder that knows which sentences mean the same
 5. `features`: what the window encoder, from here on frozen, says of every scan
-6. `scans` and `places`: scan encoder and text encoder learn from reports, findings, and depths
-7. `model`:    intervals and abstention, learned on patients of their own
-8. `table`:    300 patients that no stage has looked at
+6. `findings`: the scan encoder learns to say of scans, and of parts of them, what stage 2 says of windows
+7. `scans` and `places`: scan encoder and text encoder learn from reports, findings, and depths
+8. `model`:    intervals and abstention, learned on patients of their own
+9. `table`:    300 patients that no stage has looked at
 """
 import argparse, json, math, multiprocessing, os, shutil, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from ctvlm.core import pick_device, progress, seed_everything, stable_rng, write_atomically
@@ -30,7 +32,8 @@ from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor
 from ctvlm.phantoms import AIR, PLANTERS, PhantomCohort, PhantomStudy, Stroke, draw
 from ctvlm.places import PLACES, draw_sentences, dressed, extent_of, place_texts
 from ctvlm.preprocessing import make_windows
-from ctvlm.vision import EncoderSizes, WindowEncoder, start_patches
+from ctvlm.towers import copy_slice_projection
+from ctvlm.vision import EncoderSizes, WindowEncoder, start_patches, start_projections, window_bins
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = CTVLMConfig.tiny(**DEMO_SIZES)
@@ -53,13 +56,14 @@ class Sizes:
     steps:int = 8000      # of stage 2
     windows:int = 48      # a step
     rate:float = 2e-3     # peak learning rate of stage 2
-    train:int = 1200      # patients of stages 3 to 6
-    val:int = 250         # of stage 7
-    test:int = 300        # of stage 8
+    train:int = 1200      # patients of stages 3 to 7
+    val:int = 250         # of stage 8
+    test:int = 300        # of stage 9
     sentences:int = 24    # about places, of each patient
     words:int = 400       # steps of stage 4
-    scans:int = 6         # epochs without localization
-    places:int = 7        # epochs with it
+    findings:int = 1500   # steps of stage 6
+    scans:int = 3         # epochs without localization
+    places:int = 9        # epochs with it
 
 
 def tell(began, text): print(f"train_tiny: {text} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
@@ -233,8 +237,11 @@ def pretrain(folder, patients, sizes, device):
         with write_atomically(state) as t: torch.save(dict(step=step, curve=curve, model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict()), t)
     per_class = {f: round(float(v), 3) for f, v in zip(FINDINGS, areas)}
     with write_atomically(folder/"curve.json") as t: t.write_text(json.dumps(dict(curve=curve, per_class=per_class), indent=1))
+    half = {k: v.to("cpu", torch.float16).contiguous() for k, v in model.state_dict().items()}
+    with write_atomically(folder/"heads.safetensors") as t:
+        save_file({k: v for k, v in half.items() if not k.startswith("encoder.")}, t)
     with write_atomically(folder/"encoder.safetensors") as t:
-        save_file({k: v.to("cpu", torch.float16).contiguous() for k, v in model.encoder.state_dict().items()}, t)
+        save_file({k.removeprefix("encoder."): v for k, v in half.items() if k.startswith("encoder.")}, t)
 
 
 # --- stage 3: studies
@@ -369,14 +376,105 @@ def make_features(model, studies, run, workers):
         store.save(key, s, {k: v for k, v in drawn.header(key).items() if k != "checksum"})
     return store
 
-def look(model, studies, store): # the scan encoder starts from features as they are
+
+# --- stage 6: findings
+
+def suspicion(heads, s): # of the features of a scan -> `(windows, Q, 2)`
+    "What the heads of stage 2 say of each window: by its most suspicious depth, and by its CLS."
+    held = window_bins(s["patch_mask"])
+    def said(name, x): return F.linear(x.float(), heads[f"{name}.weight"][:Q], heads[f"{name}.bias"][:Q])
+    depths = said("depth", s["depth_tokens"]).masked_fill(~held[..., None], -20.).amax(1)
+    windows = said("window", s["cls"]).masked_fill(~held.any(1)[:, None], -20.)
+    return torch.stack([depths, windows], -1)
+
+class Chances:
+    "How likely a scan shows each finding, if half of all scans did: a logistic regression on `suspicion`."
+    def __init__(self, seen, labels): # `(scans, Q, 2)`, `(scans, Q)`
+        known = labels >= 0
+        fits = [LogisticRegression(class_weight="balanced").fit(seen[k, q].numpy(), labels[k, q].numpy())
+                for q, k in enumerate(known.T)]
+        self.weight = torch.tensor(np.stack([m.coef_[0] for m in fits])).float()
+        self.bias = torch.tensor(np.stack([m.intercept_[0] for m in fits])).float()
+    def __call__(self, seen): return ((seen * self.weight).sum(-1) + self.bias).sigmoid()
+
+def read_features(studies, store, heads): # in memory
+    "Of each scan of a table its features, what the heads say of them, and its labels."
     from ctvlm.studies import scan_key
-    from ctvlm.vision import start_projections
-    some = [store.load(scan_key(row)) for row in studies[studies.split == "train"].head(100).itertuples()]
-    start_projections(model.scan_encoder, *(torch.cat([s[name] for s in some]).float() for name in ("cls", "depth_tokens")))
+    rows = []
+    for row in studies.itertuples():
+        s = store.load(scan_key(row))
+        labels = torch.tensor([row.labels.get(f, -1) for f in FINDINGS])
+        rows.append(dict(cls=s["cls"], depth_tokens=s["depth_tokens"], held=window_bins(s["patch_mask"]),
+                         seen=suspicion(heads, s), grid=tuple(s["grid"].tolist()), labels=labels))
+    return rows
+
+@torch.no_grad()
+def look(encoder, rows, heads):
+    """The scan encoder starts from what the heads of stage 2 look for.
+
+    Every number of a token has mean 0 and deviation 1 over windows; the first ones are findings and organs."""
+    cls, tokens, held = (torch.cat([r[k] for r in rows]) for k in ("cls", "depth_tokens", "held"))
+    cls, tokens = cls.float(), tokens.float()
+    start_projections(encoder, cls, tokens)
+    E, n = cls.shape[1], len(NAMES)
+    encoder.patch_proj.weight[:n] = torch.cat([.2 * heads["window.weight"], heads["depth.weight"]], 1)
+    encoder.patch_proj.bias.zero_()
+    x = encoder._tokens(cls, tokens, held)[held.any(1)]
+    encoder.patch_proj.weight /= x.std(0)[:, None]
+    encoder.patch_proj.bias.copy_(-x.mean(0) / x.std(0))
+    copy_slice_projection(encoder)
+
+def part_of(row, rng):
+    "Some of the windows of a scan, side by side; now and then all of them."
+    if rng.random() < .25: return row
+    grid = row["grid"]
+    low = [rng.integers(n) for n in grid]
+    high = [rng.integers(a, n) + 1 for a, n in zip(low, grid)]
+    cut = tuple(slice(a, b) for a, b in zip(low, high))
+    part = {k: row[k].unflatten(0, grid)[cut].flatten(0, 2) for k in ("cls", "depth_tokens", "held", "seen")}
+    if not part["held"].any(): return row
+    return part | dict(grid=tuple(int(b - a) for a, b in zip(low, high)))
+
+def learn_findings(model, rows, chances, steps, device):
+    "Teach the scan encoder and the prompts what the heads of stage 2 say of scans and of parts of them; the losses."
+    from ctvlm.findings import prompts_for
+    phrasings = [getattr(prompts_for(f, "ensemble"), side) for f in FINDINGS for side in ("positive", "negative")]
+    model.to(device).train()
+    parts = model.scan_encoder, model.slice_head, model.text_encoder, model.report_head
+    learned = [p for part in parts for p in part.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=3e-3, betas=(.9, .95), weight_decay=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=.05, cycle_momentum=False)
+    losses = []
+    for step in progress(range(steps), what="findings"):
+        torch.manual_seed(step)
+        rng = stable_rng(SEEDS["studies"], "findings", step)
+        batch = [part_of(rows[i], rng) for i in rng.choice(len(rows), 24, replace=False)]
+        wanted = chances(torch.stack([r["seen"].amax(0) for r in batch])).to(device)   # (24, Q)
+        cls, tokens, held = (torch.cat([r[k] for r in batch]).to(device) for k in ("cls", "depth_tokens", "held"))
+        scans = model.encode_features(cls, tokens, [r["grid"] for r in batch], held, slices=False)
+        texts = [str(p[rng.integers(len(p))]) for p in phrasings]
+        prompts = F.normalize(model.encode_text(**model.processor(text=texts)), dim=-1).unflatten(0, (Q, 2))
+        scores = model.t.detach().exp() * F.normalize(scans.disease, dim=-1) @ (prompts[:, 0] - prompts[:, 1]).T
+        value = F.binary_cross_entropy_with_logits(scores, wanted) - F.binary_cross_entropy(wanted, wanted)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(learned, 1.)
+        optimizer.step()
+        schedule.step()
+        losses.append(round(value.item(), 4))
+    model.scan_head.load_state_dict(model.slice_head.state_dict())       # what comes next starts from it
+    model.snippet_head.load_state_dict(model.report_head.state_dict())
+    copy_slice_projection(model.scan_encoder)
+    return losses
+
+def agreed(studies, rows, chances):
+    "Labels that the features bear out; those that contradict them could only be learned by heart."
+    found = [(chances(r["seen"].amax(0)) > .5).tolist() for r in rows]
+    def kept(labels, seen): return {f: y for f, y in labels.items() if f not in FINDINGS or y == seen[FINDINGS.index(f)]}
+    return studies.assign(labels=[kept(y, seen) for y, seen in zip(studies.labels, found)])
 
 
-# --- stage 6: scans, findings, places
+# --- stage 7: scans, findings, places
 
 TRAINING = dict(
     effective_batch=16, learning_rate=1e-3, final_learning_rate=1e-5, warmup_epochs=.5, weight_decay=5e-2, layer_decay=.5,
@@ -393,7 +491,6 @@ def learn_scans(model, studies, places, store, run, sizes):
     from ctvlm.data import Batches
     from ctvlm.training import TrainingConfig, train
     table = both(studies, places)
-    table = table[table.split == "train"]
     config = TrainingConfig(seed=SEEDS["studies"], **TRAINING)
     data = Batches(table, store, model.processor.tokenizer, config.effective_batch, list(FINDINGS), seed=SEEDS["studies"])
     stages = {"scans": replace(config, localization=0., epochs=sizes.scans), "places": replace(config, start_bias=None, epochs=sizes.places)}
@@ -405,7 +502,7 @@ def learn_scans(model, studies, places, store, run, sizes):
     return pd.concat(logs, ignore_index=True)
 
 
-# --- stages 7 and 8: model and table
+# --- stages 8 and 9: model and table
 
 def ask(model, studies, store, device):
     "What the model says of every snippet of a table."
@@ -516,7 +613,7 @@ def once(path, make): # a stage whose output is there is not done again
     if not path.exists(): make()
     return path
 
-STAGES = "patients", "encoder", "studies", "words", "windows", "table"
+STAGES = "patients", "encoder", "studies", "words", "windows", "findings", "table"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -550,14 +647,24 @@ def main():
         with write_atomically(run/"words.json") as t: t.write_text(json.dumps(losses))
         with write_atomically(run/"words") as t: model.save_pretrained(t)
     if "windows" in a.stages: make_windows_of(studies, run, a.workers)
-    if "table" not in a.stages: return
+    if not set(a.stages) & {"findings", "table"}: return
     model = CTVLMModel.from_pretrained(run/"words").to(device)
     model.window_encoder.load_state_dict(load_file(encoder))
     tell(began, "features")
     store = make_features(model, studies, run, a.workers)
-    look(model, studies, store)
+    heads = {k: v.float() for k, v in load_file(run/"encoder/heads.safetensors").items()}
+    train = studies.split == "train"
+    rows = read_features(studies[train], store, heads)
+    chances = Chances(torch.stack([r["seen"].amax(0) for r in rows]), torch.stack([r["labels"] for r in rows]))
+    if due("findings", run/"findings/config.json"):
+        look(model.scan_encoder, rows[:100], heads)
+        losses = learn_findings(model, rows, chances, sizes.findings, device)
+        with write_atomically(run/"findings.json") as t: t.write_text(json.dumps(losses))
+        with write_atomically(run/"findings") as t: model.save_pretrained(t)
+    model = CTVLMModel.from_pretrained(run/"findings").to(device)
+    if "table" not in a.stages: return
     tell(began, "scans and places")
-    log = learn_scans(model, studies, places, store, run, sizes)
+    log = learn_scans(model, agreed(studies[train], rows, chances), places[train], store, run, sizes)
     tell(began, "model")
     calibrate(model, studies, store, absent, device)
     with write_atomically(run/"model") as t: model.save_pretrained(t)
