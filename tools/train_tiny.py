@@ -61,7 +61,7 @@ class Sizes:
     test:int = 300        # of stage 9
     sentences:int = 24    # about places, of each patient
     words:int = 400       # steps of stage 4
-    findings:int = 1500   # steps of stage 6
+    findings:int = 2000   # steps of stage 6
     scans:int = 3         # epochs without localization
     places:int = 9        # epochs with it
 
@@ -436,15 +436,17 @@ def part_of(row, rng):
     return part | dict(grid=tuple(int(b - a) for a, b in zip(low, high)))
 
 def learn_findings(model, rows, chances, steps, device):
-    "Teach the scan encoder and the prompts what the heads of stage 2 say of scans and of parts of them; the losses."
+    "Teach scan and prompts to agree with what the heads of stage 2 say of scans and of parts of them; the losses."
     from ctvlm.findings import prompts_for
-    phrasings = [getattr(prompts_for(f, "ensemble"), side) for f in FINDINGS for side in ("positive", "negative")]
-    model.to(device).train()
-    parts = model.scan_encoder, model.slice_head, model.text_encoder, model.report_head
-    learned = [p for part in parts for p in part.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=3e-3, betas=(.9, .95), weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=.05, cycle_momentum=False)
+    sides = [(prompts_for(f, "ensemble"), prompts_for(f, "templates")) for f in FINDINGS]
+    phrasings = [[t for p in both for t in getattr(p, side)] for both in sides for side in ("positive", "negative")]
+    image = [*model.scan_encoder.parameters(), *model.slice_head.parameters()]
+    text = [*model.text_encoder.parameters(), *model.report_head.parameters()]
+    groups = [dict(params=image, lr=3e-3), dict(params=text, lr=6e-4)]      # the text has been to school already
+    optimizer = torch.optim.AdamW(groups, betas=(.9, .95), weight_decay=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in groups], total_steps=steps, pct_start=.05, cycle_momentum=False)
     losses = []
+    model.to(device).train()
     for step in progress(range(steps), what="findings"):
         torch.manual_seed(step)
         rng = stable_rng(SEEDS["studies"], "findings", step)
@@ -458,11 +460,11 @@ def learn_findings(model, rows, chances, steps, device):
         value = F.binary_cross_entropy_with_logits(scores, wanted) - F.binary_cross_entropy(wanted, wanted)
         optimizer.zero_grad()
         value.backward()
-        nn.utils.clip_grad_norm_(learned, 1.)
+        nn.utils.clip_grad_norm_([*image, *text], 1.)
         optimizer.step()
         schedule.step()
         losses.append(round(value.item(), 4))
-    model.scan_head.load_state_dict(model.slice_head.state_dict())       # what comes next starts from it
+    model.scan_head.load_state_dict(model.slice_head.state_dict())       # what comes next starts from them
     model.snippet_head.load_state_dict(model.report_head.state_dict())
     copy_slice_projection(model.scan_encoder)
     return losses
@@ -586,9 +588,11 @@ def summary(metrics, place, more):
         r10_among_100=more["r10_among_100"])
 
 def among_100(model, test, store, device):
-    "R@10 both ways among a hundred patients at a time, in %."
+    "R@10 both ways among a hundred patients at a time (or as many as there are), in %."
     from ctvlm.evaluation import evaluate_retrieval
-    parts = [evaluate_retrieval(ask(model, test.iloc[k:k + 100], store, device), resamples=10) for k in range(0, len(test) - 99, 100)]
+    size = min(100, len(test))
+    parts = [evaluate_retrieval(ask(model, test.iloc[k:k + size], store, device), resamples=10)
+             for k in range(0, len(test) - size + 1, size)]
     return {d: round(100 * float(np.mean([p[d]["r10"] for p in parts])), 1) for d in ("text_to_image", "image_to_text")}
 
 def beside(folder, studies, places, absent, run, workers, device):
