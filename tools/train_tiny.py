@@ -61,7 +61,7 @@ class Sizes:
     test:int = 300        # of stage 9
     sentences:int = 24    # about places, of each patient
     words:int = 400       # steps of stage 4
-    findings:int = 2000   # steps of stage 6
+    findings:int = 2500   # steps of stage 6
     scans:int = 3         # epochs without localization
     places:int = 9        # epochs with it
 
@@ -184,7 +184,11 @@ def judge(model, voxels, labels, device):
         for k, w in enumerate(SPEC.window): x = x.unfold(k, w, w)
         scores.append(model(x.flatten(0, 2)[:, None].to(device))[0][..., :Q].flatten(0, 1).topk(3, 0)[0].mean(0).float().cpu().numpy())
     model.train()
-    scores, known = np.stack(scores), ~np.isnan(labels)
+    return areas(np.stack(scores), labels)
+
+def areas(scores, labels): # `(scans, Q)`, both; labels NaN or -1 where unknown
+    "The AUC of every finding."
+    known = labels >= 0
     def area(k):
         truth = labels[known[:, k], k]
         return roc_auc_score(truth, scores[known[:, k], k]) if 0 < truth.mean() < 1 else math.nan
@@ -230,12 +234,12 @@ def pretrain(folder, patients, sizes, device):
         if step % every and step < sizes.steps: continue
         row, sums = dict(step=step, loss=round(float(np.mean(sums)), 3)), []
         if step % (4 * every) == 0 or step == sizes.steps:
-            areas = judge(model, voxels[sizes.patients:], np.stack(labels[sizes.patients:]), device)
-            row |= dict(mean_auroc=round(float(np.nanmean(areas)), 4))
+            found = judge(model, voxels[sizes.patients:], np.stack(labels[sizes.patients:]), device)
+            row |= dict(mean_auroc=round(float(np.nanmean(found)), 4))
         curve.append(row)
         print(json.dumps(row), flush=True)
         with write_atomically(state) as t: torch.save(dict(step=step, curve=curve, model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict()), t)
-    per_class = {f: round(float(v), 3) for f, v in zip(FINDINGS, areas)}
+    per_class = {f: round(float(v), 3) for f, v in zip(FINDINGS, found)}
     with write_atomically(folder/"curve.json") as t: t.write_text(json.dumps(dict(curve=curve, per_class=per_class), indent=1))
     half = {k: v.to("cpu", torch.float16).contiguous() for k, v in model.state_dict().items()}
     with write_atomically(folder/"heads.safetensors") as t:
@@ -388,13 +392,17 @@ def suspicion(heads, s): # of the features of a scan -> `(windows, Q, 2)`
     return torch.stack([depths, windows], -1)
 
 class Chances:
-    "How likely a scan shows each finding, if half of all scans did: a logistic regression on `suspicion`."
+    """How likely a scan shows each finding, if half of all scans did: a logistic regression on `suspicion`.
+
+    All findings are told with equal confidence, or those that are hard to see would not be worth learning."""
     def __init__(self, seen, labels): # `(scans, Q, 2)`, `(scans, Q)`
         known = labels >= 0
         fits = [LogisticRegression(class_weight="balanced").fit(seen[k, q].numpy(), labels[k, q].numpy())
                 for q, k in enumerate(known.T)]
         self.weight = torch.tensor(np.stack([m.coef_[0] for m in fits])).float()
         self.bias = torch.tensor(np.stack([m.intercept_[0] for m in fits])).float()
+        confidence = 3 / ((seen * self.weight).sum(-1) + self.bias).std(0)
+        self.weight, self.bias = self.weight * confidence[:, None], self.bias * confidence
     def __call__(self, seen): return ((seen * self.weight).sum(-1) + self.bias).sigmoid()
 
 def read_features(studies, store, heads): # in memory
@@ -425,8 +433,8 @@ def look(encoder, rows, heads):
     copy_slice_projection(encoder)
 
 def part_of(row, rng):
-    "Some of the windows of a scan, side by side; now and then all of them."
-    if rng.random() < .25: return row
+    "Some of the windows of a scan, side by side; every other time all of them."
+    if rng.random() < .5: return row
     grid = row["grid"]
     low = [rng.integers(n) for n in grid]
     high = [rng.integers(a, n) + 1 for a, n in zip(low, grid)]
@@ -676,7 +684,11 @@ def main():
     metrics, place, more = final_table(model, studies, places, store, absent, device)
     curve = json.loads((run/"encoder/curve.json").read_text()) if (run/"encoder/curve.json").exists() else None
     losses = log.groupby(["stage", "epoch"], sort=False)[["siglip", "disease", "localization"]].mean().round(3).reset_index()
-    result = dict(sizes=vars(sizes), seeds=SEEDS, table=summary(metrics, place, more), encoder=curve, training=losses.to_dict("list"))
+    tested = read_features(studies[studies.split == "test"], store, heads)
+    by_heads = chances(torch.stack([r["seen"].amax(0) for r in tested])).numpy()
+    by_heads = areas(by_heads, torch.stack([r["labels"] for r in tested]).numpy())
+    result = dict(sizes=vars(sizes), seeds=SEEDS, table=summary(metrics, place, more),
+                  heads_auroc=round(float(np.nanmean(by_heads)), 3), encoder=curve, training=losses.to_dict("list"))
     if a.real: result["real"] = ask_real(a.real, run/"model")
     if a.beside:
         result["beside"] = beside(a.beside, studies, places, absent, run, a.workers, device)
