@@ -63,7 +63,7 @@ class Sizes:
     words:int = 400       # steps of stage 4
     findings:int = 2500   # steps of stage 6
     scans:int = 3         # epochs without localization
-    places:int = 9        # epochs with it
+    places:int = 12       # epochs with it
 
 
 def tell(began, text): print(f"train_tiny: {text} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
