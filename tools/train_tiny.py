@@ -182,7 +182,8 @@ def judge(model, voxels, labels, device):
     for v in voxels:
         x = torch.from_numpy(v.astype(np.float32)) / 65535
         for k, w in enumerate(SPEC.window): x = x.unfold(k, w, w)
-        scores.append(model(x.flatten(0, 2)[:, None].to(device))[0][..., :Q].flatten(0, 1).topk(3, 0)[0].mean(0).float().cpu().numpy())
+        patches = model(x.flatten(0, 2)[:, None].to(device))[0][..., :Q].flatten(0, 1)
+        scores.append(patches.topk(3, 0)[0].mean(0).float().cpu().numpy())
     model.train()
     return areas(np.stack(scores), labels)
 
@@ -238,7 +239,9 @@ def pretrain(folder, patients, sizes, device):
             row |= dict(mean_auroc=round(float(np.nanmean(found)), 4))
         curve.append(row)
         print(json.dumps(row), flush=True)
-        with write_atomically(state) as t: torch.save(dict(step=step, curve=curve, model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict()), t)
+        now = dict(step=step, curve=curve, model=model.state_dict(),
+                   optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
+        with write_atomically(state) as t: torch.save(now, t)
     per_class = {f: round(float(v), 3) for f, v in zip(FINDINGS, found)}
     with write_atomically(folder/"curve.json") as t: t.write_text(json.dumps(dict(curve=curve, per_class=per_class), indent=1))
     half = {k: v.to("cpu", torch.float16).contiguous() for k, v in model.state_dict().items()}
@@ -316,7 +319,8 @@ def new_model(studies, words, sizes):
     from ctvlm.data import report_text
     from ctvlm.text import train_tokenizer
     train = studies[studies.split == "train"]
-    texts = [report_text(r.findings, r.impression) for r in train.itertuples()] + [t for texts in (*words[0], *words[1].values()) for t in texts]
+    texts = [report_text(r.findings, r.impression) for r in train.itertuples()]
+    texts += [t for same in (*words[0], *words[1].values()) for t in same]
     tokenizer = train_tokenizer(texts, 2048)
     seed_everything(SEEDS["studies"])
     about = (f"{train.patient.nunique()} drawn patients (phantoms), its window encoder on what fills the scans of {sizes.patients} others,"
@@ -340,7 +344,9 @@ def learn_words(model, words, steps, device):
         chosen, places = rng.choice(len(found) // 2, 32, replace=False), rng.choice(len(where), 64, replace=False)
         groups = [found[k] for f in chosen for k in (2 * f, 2 * f + 1)] + [where[names[k]] for k in places]
         pairs = [rng.choice(g, 2, replace=False) for g in groups]
-        u, v = (F.normalize(model.encode_text(**model.processor(text=[dressed(str(p[side]), "en", rng) if k >= 64 else str(p[side]) for k, p in enumerate(pairs)])), dim=-1) for side in (0, 1))
+        texts = [[dressed(str(p[side]), "en", rng) if k >= 64 else str(p[side]) for k, p in enumerate(pairs)]
+                 for side in (0, 1)]
+        u, v = (F.normalize(model.encode_text(**model.processor(text=t)), dim=-1) for t in texts)
         logits, same = u @ v.T / .1, torch.arange(len(pairs), device=device)
         meaning = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
         high = sum(F.cross_entropy(10 * height(x[64:]), usual[places]) for x in (u, v)) / 2
@@ -447,12 +453,14 @@ def learn_findings(model, rows, chances, steps, device):
     "Teach scan and prompts to agree with what the heads of stage 2 say of scans and of parts of them; the losses."
     from ctvlm.findings import prompts_for
     sides = [(prompts_for(f, "ensemble"), prompts_for(f, "templates")) for f in FINDINGS]
-    phrasings = [[t for p in both for t in getattr(p, side)] for both in sides for side in ("positive", "negative")]
+    phrasings = [[t for p in both for t in getattr(p, side)]
+                 for both in sides for side in ("positive", "negative")]
     image = [*model.scan_encoder.parameters(), *model.slice_head.parameters()]
     text = [*model.text_encoder.parameters(), *model.report_head.parameters()]
     groups = [dict(params=image, lr=3e-3), dict(params=text, lr=6e-4)]      # the text has been to school already
     optimizer = torch.optim.AdamW(groups, betas=(.9, .95), weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in groups], total_steps=steps, pct_start=.05, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in groups], total_steps=steps, pct_start=.05, cycle_momentum=False)
     losses = []
     model.to(device).train()
     for step in progress(range(steps), what="findings"):
@@ -463,9 +471,12 @@ def learn_findings(model, rows, chances, steps, device):
         cls, tokens, held = (torch.cat([r[k] for r in batch]).to(device) for k in ("cls", "depth_tokens", "held"))
         scans = model.encode_features(cls, tokens, [r["grid"] for r in batch], held, slices=False)
         texts = [str(p[rng.integers(len(p))]) for p in phrasings]
-        prompts = F.normalize(model.encode_text(**model.processor(text=texts)), dim=-1).unflatten(0, (Q, 2))
-        scores = model.t.detach().exp() * F.normalize(scans.disease, dim=-1) @ (prompts[:, 0] - prompts[:, 1]).T
-        value = F.binary_cross_entropy_with_logits(scores, wanted) - F.binary_cross_entropy(wanted, wanted)
+        prompts = F.normalize(model.encode_text(**model.processor(text=texts)), dim=-1)
+        asserted, denied = prompts.unflatten(0, (Q, 2)).unbind(1)                      # (Q, P) each
+        cosines = F.normalize(scans.disease, dim=-1) @ (asserted - denied).T           # (24, Q)
+        scores = model.t.detach().exp() * cosines
+        value = F.binary_cross_entropy_with_logits(scores, wanted)
+        value = value - F.binary_cross_entropy(wanted, wanted)                         # 0 where they agree
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_([*image, *text], 1.)
@@ -480,7 +491,9 @@ def learn_findings(model, rows, chances, steps, device):
 def agreed(studies, rows, chances):
     "Labels that the features bear out; those that contradict them could only be learned by heart."
     found = [(chances(r["seen"].amax(0)) > .5).tolist() for r in rows]
-    def kept(labels, seen): return {f: y for f, y in labels.items() if f not in FINDINGS or y == seen[FINDINGS.index(f)]}
+    def kept(labels, seen):
+        seen = dict(zip(FINDINGS, seen))
+        return {f: y for f, y in labels.items() if y == seen[f]}
     return studies.assign(labels=[kept(y, seen) for y, seen in zip(studies.labels, found)])
 
 
@@ -503,7 +516,8 @@ def learn_scans(model, studies, places, store, run, sizes):
     table = both(studies, places)
     config = TrainingConfig(seed=SEEDS["studies"], **TRAINING)
     data = Batches(table, store, model.processor.tokenizer, config.effective_batch, list(FINDINGS), seed=SEEDS["studies"])
-    stages = {"scans": replace(config, localization=0., epochs=sizes.scans), "places": replace(config, start_bias=None, epochs=sizes.places)}
+    stages = {"scans": replace(config, localization=0., epochs=sizes.scans),
+              "places": replace(config, start_bias=None, epochs=sizes.places)}
     logs = []
     for name, stage in stages.items():
         if not stage.epochs: continue
@@ -523,7 +537,9 @@ def ask(model, studies, store, device):
 MISSED = .01, .02, .05, .1   # shares of what is there that may be refused
 
 def calibrate(model, studies, store, absent, device):
-    "Interval and abstention from the reports of patients of their own; as few refusals as refuse seven in ten sentences about what is not there."
+    """Interval and abstention from the reports of patients of their own.
+
+    As few refusals as refuse seven in ten sentences about what is not there."""
     from ctvlm.depth import DepthCalibration
     from ctvlm.evaluation import population_of
     val = studies[studies.split == "val"]
@@ -531,7 +547,9 @@ def calibrate(model, studies, store, absent, device):
     similarity, depths = (torch.from_numpy(x).float() for x in (e.similarity, e.bin_depths_mm))
     truth = torch.tensor(e.snippets.depth_mm.to_numpy(np.float32))
     for missed in MISSED:
-        fitted = DepthCalibration.fit(similarity, depths.isfinite(), depths, truth, list(e.snippets.patient), missed=missed, population=population_of(val))
+        fitted = DepthCalibration.fit(
+            similarity, depths.isfinite(), depths, truth, list(e.snippets.patient),
+            missed=missed, population=population_of(val))
         model.config.interval_calibration = fitted.to_dict()
         silent = silent_share(model, val, store, absent)["unanswered"]
         print(f"refusing {missed:.0%} of what is there refuses {silent:.0%} of what is not", flush=True)
@@ -543,8 +561,10 @@ def depths(model, e): # of an `Embedded`
     error = np.abs(found.pred_mm - found.depth_mm)
     inside = (found.interval_low_mm <= found.depth_mm) & (found.depth_mm <= found.interval_high_mm)
     middle = np.abs((found.low_mm + found.high_mm) / 2 - found.depth_mm)
-    return dict(sentences=len(found), mae_mm=round(float(error.mean()), 1), median_mm=round(float(error.median()), 1), middle_mm=round(float(middle.mean()), 1),
-                interval_coverage=round(float(inside.mean()), 3), unanswered=round(float(found.abstains.mean()), 3))
+    return dict(sentences=len(found), mae_mm=round(float(error.mean()), 1),
+                median_mm=round(float(error.median()), 1), middle_mm=round(float(middle.mean()), 1),
+                interval_coverage=round(float(inside.mean()), 3),
+                unanswered=round(float(found.abstains.mean()), 3))
 
 def silent_share(model, studies, store, absent):
     "Share of the sentences about places outside of the scan that the model does not answer."
@@ -567,7 +587,8 @@ def final_table(model, studies, places, store, absent, device):
     "Patients that no stage has looked at, beside the text-only prior and the organ in the scan."
     from ctvlm.evaluation import evaluate_studies, phantom_extents
     test = studies.split == "test"
-    metrics = evaluate_studies(model, studies, store, list(FINDINGS), tasks=("retrieval", "classification", "localization"), quiet=True,
+    tasks = "retrieval", "classification", "localization"
+    metrics = evaluate_studies(model, studies, store, list(FINDINGS), tasks=tasks, quiet=True,
                                extents=phantom_extents(cohort_of(studies[test])))
     places_too = evaluate_studies(model, places, store, list(FINDINGS), tasks=("localization",), quiet=True)
     return metrics, places_too["localization"], dict(
@@ -586,13 +607,19 @@ def rounded(section, key, scale=1., digits=1): # value and interval of a metric
 def summary(metrics, place, more):
     "The numbers that the front page may quote: value, lower and upper end of the 95 % interval over patients."
     c, l, r = metrics["classification"], metrics["localization"], metrics["retrieval"]
+    errors = "mae_mm", "middle_mm", "organ_mm", "text_prior_mm"
     return dict(
-        patients=metrics["protocol"]["n_studies"], seed=SEEDS["table"],
-        mean_auroc=rounded(c, "mean_auroc", digits=3), per_class={f: round(float(v), 3) for f, v in c["per_class"].items()},
-        mae_mm=rounded(l, "mae_mm"), middle_mm=rounded(l, "middle_mm"), organ_mm=rounded(l, "organ_mm"), text_prior_mm=rounded(l, "text_prior_mm"),
-        vs_middle=rounded(l, "vs_middle", digits=2), vs_text_prior=rounded(l, "vs_text_prior", digits=2),
-        interval_coverage=rounded(l, "interval_coverage", 100), unanswered=rounded(l, "abstained", 100),
-        places={k: rounded(place, k) for k in ("mae_mm", "middle_mm", "organ_mm", "text_prior_mm")} | more["places"], absent=more["absent"],
+        patients=metrics["protocol"]["n_studies"],
+        seed=SEEDS["table"],
+        mean_auroc=rounded(c, "mean_auroc", digits=3),
+        per_class={f: round(float(v), 3) for f, v in c["per_class"].items()},
+        **{k: rounded(l, k) for k in errors},
+        vs_middle=rounded(l, "vs_middle", digits=2),
+        vs_text_prior=rounded(l, "vs_text_prior", digits=2),
+        interval_coverage=rounded(l, "interval_coverage", 100),
+        unanswered=rounded(l, "abstained", 100),
+        places={k: rounded(place, k) for k in errors} | more["places"],
+        absent=more["absent"],
         r10_among_100=more["r10_among_100"])
 
 def among_100(model, test, store, device):
@@ -611,9 +638,15 @@ def beside(folder, studies, places, absent, run, workers, device):
     store = make_features(model, studies[test], run, workers)
     found = evaluate_studies(model, studies[test], store, list(FINDINGS), tasks=("retrieval", "classification", "localization"), quiet=True)
     c, l = found["classification"], found["localization"]
-    return dict(trained_on=model.config.trained_on, mean_auroc=rounded(c, "mean_auroc", digits=3), mae_mm=rounded(l, "mae_mm"), vs_middle=rounded(l, "vs_middle", digits=2),
-                interval_coverage=rounded(l, "interval_coverage", 100), r10_among_100=among_100(model, studies[test], store, device),
-                places=depths(model, ask(model, places[test], store, device)), absent=silent_share(model, studies[test], store, absent))
+    return dict(
+        trained_on=model.config.trained_on,
+        mean_auroc=rounded(c, "mean_auroc", digits=3),
+        mae_mm=rounded(l, "mae_mm"),
+        vs_middle=rounded(l, "vs_middle", digits=2),
+        interval_coverage=rounded(l, "interval_coverage", 100),
+        r10_among_100=among_100(model, studies[test], store, device),
+        places=depths(model, ask(model, places[test], store, device)),
+        absent=silent_share(model, studies[test], store, absent))
 
 def ask_real(folder, model): # what `score_real.py` prints
     command = [sys.executable, str(folder/"score_real.py"), str(model), "--show"]
