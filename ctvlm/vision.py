@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rotary_coordinates', 'rotary_periods', 'rotary_angles', 'rotary_table', 'rotate', 'random_factor', 'EncoderSizes',
            'attend', 'Attention', 'MLP', 'LayerScale', 'Block', 'Encoder', 'hu_ramps', 'cut_patches', 'WindowEncoder',
-           'start_patches', 'start_projections', 'window_bins', 'ScanEncoder']
+           'start_patches', 'start_projections', 'window_bins', 'token_depths', 'ScanEncoder']
 
 # %% ../nbs/05_vision.ipynb #93e4f31c
 import math
@@ -56,6 +56,12 @@ def rotary_table(
     angles = F.pad(rotary_angles(coordinates, periods), (0, 0, 1, 0))
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # (..., 1 + L, h)
+
+@lru_cache(maxsize=64)
+def _grid_axes(grid, bins, head_width, base, device): # coordinates and periods there, sent once
+    with torch.inference_mode(False):
+        both = rotary_coordinates(grid, bins), rotary_periods(head_width, base)
+        return tuple(t.to(device) for t in both)
 
 @lru_cache(maxsize=64)
 def _grid_table(grid, bins, head_width, base, device): # the tables of one grid, computed once
@@ -190,14 +196,13 @@ class Encoder(nn.Module):
         device=None,
     )->tuple: # cosines and sines, `(1 + L, h)` for one grid, `(B, 1, 1 + L, h)` for several
         "Rotary tables of the rows' own grids, padded to the longest."
+        width, base = self.sizes.head_width, self.sizes.rope_base
         if self.training:
             factor = random_factor()
-            periods = rotary_periods(self.sizes.head_width, self.sizes.rope_base)
             def table(grid):
-                stretched = factor * rotary_coordinates(grid, bins)
-                return tuple(t.to(device) for t in rotary_table(stretched, periods))
+                there = _grid_axes(grid, bins, width, base, torch.device(device or "cpu"))
+                return rotary_table(factor * there[0], there[1])
         else:
-            width, base = self.sizes.head_width, self.sizes.rope_base
             def table(grid): return _grid_table(grid, bins, width, base, torch.device(device or "cpu"))
         each = {g: table(g) for g in set(grids)}
         if len(each) == 1: return each[grids[0]]
@@ -323,6 +328,19 @@ def window_bins(
     "Which depths of each window hold any of the scan."
     return patch_mask.flatten(1, -2).any(1) if patch_mask.ndim > 2 else patch_mask.bool()
 
+def token_depths(
+    grids:list, # `(x, y, z)` windows of each scan
+    bins:int,   # depths per window
+    device=None,
+)->Tensor:      # `(B, D, L)` bool
+    "Which tokens of each scan, z fastest, lie at each of its depths."
+    sizes = torch.tensor([(math.prod(g) * bins, g[2] * bins) for g in grids])
+    L, D = sizes.max(0).values.tolist()
+    tokens, depths = sizes.to(device, non_blocking=True)[:, :, None].unbind(1)  # (B, 1) each
+    token = torch.arange(L, device=device)
+    depth = (token % depths).masked_fill(token >= tokens, -1)  # (B, L)
+    return depth[:, None] == torch.arange(D, device=device)[:, None]
+
 class ScanEncoder(Encoder):
     "A vector for the scan and one for each of its depth bins, from the windows' vectors."
     def __init__(self,
@@ -345,15 +363,25 @@ class ScanEncoder(Encoder):
         # (B, L, E), (B, L)
         return tuple(pad_sequence(t.split(counts), batch_first=True) for t in (tokens, mask))
 
-    # vectors along `dim` -> one; of those that are there, 0 where none is; `there` None: all are
-    def _pooled(self, x, there=None, dim=1):
+    # `(n, L, E)` -> `(n, E)`: of those that are `there`, 0 where none is; None: all are
+    def _pooled(self, x, there=None):
         if self.pooling == "mean":
-            if there is None: return x.mean(dim)
+            if there is None: return x.mean(1)
             there = there[..., None]
-            return (x * there).sum(dim) / there.sum(dim).clamp(min=1)
-        if there is None: return x.amax(dim)
-        most = x.masked_fill(~there[..., None], -torch.inf).amax(dim)
-        return most.masked_fill(~there.any(dim)[..., None], 0)
+            return (x * there).sum(1) / there.sum(1).clamp(min=1)
+        if there is None: return x.amax(1)
+        most = x.masked_fill(~there[..., None], -torch.inf).amax(1)
+        return most.masked_fill(~there.any(1)[..., None], 0)
+
+    # tokens `(B, L, E)` -> one for each depth, by where they are, `at (B, D, L)`
+    def _at_depths(self, tokens, at):
+        if self.pooling == "mean":
+            return at.to(tokens.dtype) @ tokens / at.sum(2).clamp(min=1)[..., None]
+        depth = at.int().argmax(1)[..., None].expand_as(tokens)  # (B, L, E)
+        there = tokens.masked_fill(~at.any(1)[..., None], -torch.inf)
+        empty = tokens.new_full((*at.shape[:2], tokens.shape[2]), -torch.inf)
+        most = empty.scatter_reduce(1, depth, there, "amax")  # (B, D, E)
+        return most.masked_fill(~at.any(2)[..., None], 0)
 
     # one token for each window, `(N, E)`
     def _tokens(self, cls, depth_tokens, held):
@@ -365,7 +393,7 @@ class ScanEncoder(Encoder):
         return F.linear(cls, own, self.patch_proj.bias) + most
 
     def scan(self, cls, depth_tokens, grids, held=None):
-        "`(B, 2 E)`: CLS, and the mean over windows."
+        "`(B, 2 E)`: CLS, and the mean (or maximum) over windows."
         mask = None if held is None else held.any(1)  # (N,)
         # (B, L, E)
         x, mask = self._rows(self._tokens(cls, depth_tokens, held), mask,
@@ -374,21 +402,14 @@ class ScanEncoder(Encoder):
         return torch.cat([x[:, 0], self._pooled(x[:, 1:], mask)], 1)  # (B, 2 E)
 
     def slices(self, depth_tokens, grids, held=None):
-        "`(B, D, 2 E)` CLS and the mean over the windows at each depth; `(B, D)` which are valid."
+        "`(B, D, 2 E)` CLS and the windows at each depth, joined; `(B, D)` which are valid."
         bins = depth_tokens.shape[1]
         x = self.axis_patch_proj(depth_tokens).flatten(0, 1)  # (N bins, E)
         mask = None if held is None else held.flatten()  # (N bins,)
         x, mask = self._rows(x, mask, [math.prod(g) * bins for g in grids])  # (B, L, E)
         x = self.encode(x, *self.tables(grids, bins, x.device), mask)  # (B, 1 + L, E)
-        means, valid = [], []
-        for row, (H, W, D) in enumerate(grids):
-            L = H * W * D * bins
-            each = x[row, 1:1 + L].view(H * W, D * bins, -1)  # (H W, D bins, E)
-            if mask is None: here = torch.ones(H * W, D * bins, dtype=torch.bool, device=x.device)
-            else: here = mask[row, :L].view(H * W, -1)
-            means.append(self._pooled(each, here, 0))  # (D bins, E)
-            valid.append(here.any(0))  # (D bins,)
-        # (B, D, E), (B, D)
-        means, valid = pad_sequence(means, batch_first=True), pad_sequence(valid, batch_first=True)
+        at = token_depths(grids, bins, x.device)  # (B, D, L)
+        if mask is not None: at = at & mask[:, None]
+        each, valid = self._at_depths(x[:, 1:], at), at.any(2)  # (B, D, E), (B, D)
         # (B, D, 2 E), (B, D)
-        return torch.cat([x[:, :1].expand(-1, means.shape[1], -1), means], 2), valid
+        return torch.cat([x[:, :1].expand(-1, each.shape[1], -1), each], 2), valid
