@@ -28,6 +28,8 @@ from .depth import DepthCalibration
 from .towers import CTVLMConfig, CTVLMModel
 
 # %% ../nbs/10_answers.ipynb #2cb37354
+def _axes(fit): return fit if isinstance(fit, str) else tuple(fit) # as `make_windows` takes it
+
 class CTVLMProcessor(ProcessorMixin):
     "Volumes and strings to tensors."
     def __init__(self,
@@ -65,8 +67,6 @@ class CTVLMProcessor(ProcessorMixin):
     def to_dict(self): # for `save_pretrained`
         return dict(processor_class=type(self).__name__, window_spec=asdict(self.window_spec),
                     fit=self.fit, max_tokens=self.max_tokens)
-
-def _axes(fit): return fit if isinstance(fit, str) else tuple(fit) # as `make_windows` takes it
 
 # %% ../nbs/10_answers.ipynb #1636e571
 @patch
