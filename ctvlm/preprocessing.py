@@ -234,7 +234,6 @@ def fill_planes(
         planes = planes.reshape(gx, wx, gy, wy, -1).permute(0, 2, 1, 3, 4)
         windows[:, :, k, :, :, z] = planes
 
-
 # %% ../nbs/04b_preprocessing.ipynb #ffca19f0
 # `(patches,)` whether a patch of an axis holds any of its m voxels
 def _held(start, m, windows, size, patch):

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['log', 'SPLITS', 'INTERVAL', 'PAIR', 'STUDY_SCHEMA', 'scan_name', 'plain_words', 'patient_name', 'check_reports',
            'check_studies', 'to_table', 'write_studies', 'read_studies', 'split_patients', 'scan_key', 'scan_content',
-           'this_process', 'alive', 'processes', 'ahead', 'lost_spacing', 'open_scan', 'report_text', 'rules_version',
-           'rule_labels', 'label_matrix', 'phantom_studies']
+           'this_process', 'alive', 'processes', 'ahead', 'one_ahead', 'behind', 'Shared', 'shared_voxels',
+           'lost_spacing', 'open_scan', 'report_text', 'rules_version', 'rule_labels', 'label_matrix',
+           'phantom_studies']
 
 # %% ../nbs/11_studies.ipynb #49288f67
-import ast, contextlib, functools, hashlib, itertools, json, logging, math, os, re, socket, sys
-import threading, warnings
+import ast, contextlib, functools, hashlib, itertools, json, logging, math, mmap, os, re, socket
+import sys, threading, warnings
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from .core import CTVolume, InputError, Notice, progress, write_atomically
@@ -411,6 +413,63 @@ def ahead(
             yield pending.popleft()[0], result
     finally:
         if pool: pool.shutdown(wait=False, cancel_futures=True)
+
+# %% ../nbs/11_studies.ipynb #8e98a650
+def one_ahead(
+    items, # an iterator
+):         # the same
+    "Take each item in another thread while the one before is in use."
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
+
+def behind(
+    items,
+    do,     # with each item
+    most=2, # items that may wait for it
+):          # (item, what `do` gave), in order
+    "Do something with each item in another thread while the next ones come."
+    with ThreadPoolExecutor(1) as thread:
+        due = deque()
+        for item in items:
+            due.append((item, thread.submit(do, item)))
+            while len(due) > most: yield due[0][0], due.popleft()[1].result()
+        while due: yield due[0][0], due.popleft()[1].result()
+
+# %% ../nbs/11_studies.ipynb #377ffd07
+class Shared:
+    "An array that another process maps; what is handed over is where it lies."
+    def __init__(self, shape, dtype, file=None):
+        self.shape, self.dtype, self.file = shape, np.dtype(dtype), file
+        if file is None:
+            self.file = os.memfd_create("ctvlm")            # memory without a name, on Linux
+            os.ftruncate(self.file, math.prod(shape) * self.dtype.itemsize)
+        self.array = np.ndarray(shape, dtype, mmap.mmap(self.file, 0))
+
+    def __reduce__(self):
+        from multiprocessing.reduction import DupFd
+        return _mapped, (self.shape, self.dtype.str, DupFd(self.file))
+
+    def __del__(self): os.close(self.file)
+
+def _mapped(shape, dtype, handle): return Shared(shape, dtype, handle.detach())
+
+def _filled(room, planes): # `room` with clipped planes, `None` if its kind of number cannot hold them
+    for place, plane in zip(room.array, planes):
+        clipped = np.clip(plane, -1000, 1000)
+        place[...] = clipped
+        if (place != clipped).any(): return None
+    return room
+
+def shared_voxels(
+    array:np.ndarray, # `(X, Y, Z)` HU
+)->Shared:            # `(Z, Y, X)` clipped as `make_windows` does, int16 where that loses nothing
+    "Voxels for another process."
+    shape, planes = array.T.shape, array.T
+    return _filled(Shared(shape, np.int16), planes) or _filled(Shared(shape, array.dtype), planes)
 
 # %% ../nbs/11_studies.ipynb #e281d635
 def _phantom(recipe): # "seed=3,index=0,spacing=3.0x3.0x-,language=en"

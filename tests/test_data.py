@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nibabel, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 
-import ctvlm.adaptors, ctvlm.cli, ctvlm.features, ctvlm.data as data, made_up_encoder
+import ctvlm.adaptors, ctvlm.cli, ctvlm.features, ctvlm.studies, ctvlm.data as data, made_up_encoder
 from ctvlm.core import InputError, Notice, write_atomically
 from ctvlm.data import *
 from ctvlm.findings import CT_RATE_CLASSES, FINDINGS
@@ -1088,7 +1088,7 @@ def test_voxels_that_another_process_maps(hu, kind):
     array = np.random.default_rng(0).uniform(*hu, (6, 5, 4)).astype(np.float32)
     if kind is np.int16: array = array.round()
     for given in (array, np.asfortranarray(array), array[::-1, :, ::-1]):
-        found = ctvlm.features.shared_voxels(given)
+        found = ctvlm.studies.shared_voxels(given)
         assert found.array.dtype == kind and np.array_equal(found.array.T, np.clip(given, -1000, 1000))
-    (_, there), = data.ahead(ctvlm.features.shared_voxels, [array], 1, None)      # from a worker that has ended
+    (_, there), = data.ahead(ctvlm.studies.shared_voxels, [array], 1, None)      # from a worker that has ended
     assert np.array_equal(there.array.T, np.clip(array, -1000, 1000))
