@@ -347,8 +347,10 @@ class ScanEncoder(Encoder):
     def __init__(self,
         sizes:EncoderSizes=EncoderSizes(depth=4, rope_base=100.),
         features:int|None=None, # width of the window encoder; `sizes.width` if `None`
+        pooling:str="mean",     # or "max": how vectors become one
     ):
         super().__init__(sizes)
+        self.pooling = pooling
         features = features or sizes.width  # width of the windows' vectors
         self.patch_proj = nn.Linear(2 * features, sizes.width)
         self.axis_patch_proj = nn.Linear(features, sizes.width)
@@ -362,23 +364,46 @@ class ScanEncoder(Encoder):
         # (B, L, E), (B, L)
         return tuple(pad_sequence(t.split(counts), batch_first=True) for t in (tokens, mask))
 
+    # `(n, L, E)` -> `(n, E)`: of those that are `there`, 0 where none is; None: all are
+    def _pooled(self, x, there=None):
+        if self.pooling == "mean":
+            if there is None: return x.mean(1)
+            there = there[..., None]
+            return (x * there).sum(1) / there.sum(1).clamp(min=1)
+        if there is None: return x.amax(1)
+        most = x.masked_fill(~there[..., None], -torch.inf).amax(1)
+        return most.masked_fill(~there.any(1)[..., None], 0)
+
+    # tokens `(B, L, E)` -> one for each depth, by where they are, `at (B, D, L)`
+    def _at_depths(self, tokens, at):
+        if self.pooling == "mean":
+            return at.to(tokens.dtype) @ tokens / at.sum(2).clamp(min=1)[..., None]
+        depth = at.int().argmax(1)[..., None].expand_as(tokens)  # (B, L, E)
+        there = tokens.masked_fill(~at.any(1)[..., None], -torch.inf)
+        empty = tokens.new_full((*at.shape[:2], tokens.shape[2]), -torch.inf)
+        most = empty.scatter_reduce(1, depth, there, "amax")  # (B, D, E)
+        return most.masked_fill(~at.any(2)[..., None], 0)
+
+    # one token for each window, `(N, E)`
+    def _tokens(self, cls, depth_tokens, held):
+        if self.pooling == "mean":
+            return self.patch_proj(torch.cat([cls, self._pooled(depth_tokens, held)], 1))
+        # the largest of what the projection makes of each depth, not of what it reads
+        own, each = self.patch_proj.weight.split([cls.shape[1], depth_tokens.shape[2]], 1)
+        most = self._pooled(F.linear(depth_tokens, each), held)
+        return F.linear(cls, own, self.patch_proj.bias) + most
+
     def scan(self, cls, depth_tokens, grids, held=None):
-        "`(B, 2 E)`: CLS, and the mean over windows."
-        if held is None: mean, mask = depth_tokens.mean(1), None  # (N, E)
-        else:
-            filled = held.sum(1, keepdim=True).clamp(min=1)
-            mean, mask = (depth_tokens * held[..., None]).sum(1) / filled, held.any(1)
+        "`(B, 2 E)`: CLS, and the mean (or maximum) over windows."
+        mask = None if held is None else held.any(1)  # (N,)
         # (B, L, E)
-        x, mask = self._rows(self.patch_proj(torch.cat([cls, mean], 1)), mask,
+        x, mask = self._rows(self._tokens(cls, depth_tokens, held), mask,
             [math.prod(g) for g in grids])
         x = self.encode(x, *self.tables(grids, device=x.device), mask)  # (B, 1 + L, E)
-        if mask is None: return torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)  # (B, 2 E)
-        # (B, 2 E)
-        mean = (x[:, 1:] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return torch.cat([x[:, 0], mean], 1)
+        return torch.cat([x[:, 0], self._pooled(x[:, 1:], mask)], 1)  # (B, 2 E)
 
     def slices(self, depth_tokens, grids, held=None):
-        "`(B, D, 2 E)` CLS and the mean over the windows at each depth; `(B, D)` which are valid."
+        "`(B, D, 2 E)` CLS and the windows at each depth, joined; `(B, D)` which are valid."
         bins = depth_tokens.shape[1]
         x = self.axis_patch_proj(depth_tokens).flatten(0, 1)  # (N bins, E)
         mask = None if held is None else held.flatten()  # (N bins,)
@@ -386,10 +411,9 @@ class ScanEncoder(Encoder):
         x = self.encode(x, *self.tables(grids, bins, x.device), mask)  # (B, 1 + L, E)
         at = token_depths(grids, bins, x.device)  # (B, D, L)
         if mask is not None: at = at & mask[:, None]
-        count = at.sum(2)  # (B, D)
-        means = at.to(x.dtype) @ x[:, 1:] / count.clamp(min=1)[..., None]  # (B, D, E)
+        each, valid = self._at_depths(x[:, 1:], at), at.any(2)  # (B, D, E), (B, D)
         # (B, D, 2 E), (B, D)
-        return torch.cat([x[:, :1].expand(-1, means.shape[1], -1), means], 2), count > 0
+        return torch.cat([x[:, :1].expand(-1, each.shape[1], -1), each], 2), valid
 
 def held_bins(
     grid,       # `(3,)` windows
