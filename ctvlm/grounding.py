@@ -23,18 +23,20 @@ def interval_error(
 ):             # `(n,)` mm to the nearest interval; 0 inside
     "How far depths lie outside of a finding."
     z = np.asarray(z, float)
-    outside = [np.maximum(np.maximum(c["low_mm"] - z, z - c["high_mm"]), 0) for c in intervals]
-    return np.min(outside, 0)
+    beyond = [np.maximum(c["low_mm"] - z, z - c["high_mm"]) for c in intervals]
+    return np.min(np.maximum(beyond, 0), 0)
 
 def centroid_error(
     z,         # `(n,)` depths in mm
     intervals, # `centroid_mm` of each component
 ):             # `(n,)` mm to the nearest centroid
     "How far depths lie from the middle of a finding."
-    return np.min([np.abs(np.asarray(z, float) - c["centroid_mm"]) for c in intervals], 0)
+    z = np.asarray(z, float)
+    return np.min([np.abs(z - c["centroid_mm"]) for c in intervals], 0)
 
 # %% ../nbs/13f_grounding.ipynb #ade86675
-_PAIRS = "study patient scan series pair snippet category intervals depth_mm readers_mm".split()
+_PAIRS = ["study", "patient", "scan", "series", "pair",
+          "snippet", "category", "intervals", "depth_mm", "readers_mm"]
 
 def _why_not(pair): # a pair is not asked; "" where it is
     known = pair.get("intervals")
@@ -54,8 +56,8 @@ def depth_pairs(
             if why := _why_not(p):
                 left_out[why] += 1
                 continue
-            readers = p.get("readers_mm")
-            rows.append((s.study, s.patient, s.scan, s.series, k, p["cleaned"] or p["snippet"],
+            readers, text = p.get("readers_mm"), p["cleaned"] or p["snippet"]
+            rows.append((s.study, s.patient, s.scan, s.series, k, text,
                          p.get("category") or "", list(p["intervals"]), p["depth_mm"],
                          [] if readers is None else list(readers)))
     out = pd.DataFrame(rows, columns=_PAIRS)
@@ -65,7 +67,8 @@ def depth_pairs(
 # %% ../nbs/13f_grounding.ipynb #bb13aa9d
 def _foreign(pairs, own, most, rng): # texts of organs that this study's texts do not name
     here = {organ_of(text) for text in own} - {None}
-    texts = [t for t in sorted(set(pairs.snippet) - set(own)) if organ_of(t) not in here]
+    others = sorted(set(pairs.snippet) - set(own))
+    texts = [t for t in others if organ_of(t) not in here]
     return [texts[i] for i in rng.permutation(len(texts))[:most]]
 
 def ask_depths(
@@ -76,7 +79,8 @@ def ask_depths(
     quiet:bool=False, # no progress bar
 )->tuple:            # `pairs` with what the model says; DataFrame of the texts that are not there
     "Ask a model for every text of every scan."
-    found, foreign, groups = [], [], list(pairs.groupby(["study", "scan", "series"], sort=False))
+    groups = list(pairs.groupby(["study", "scan", "series"], sort=False))
+    found, foreign = [], []
     for (study, scan, series), rows in progress(groups, "asking", quiet=quiet):
         rng = stable_rng(seed, "foreign", study)
         other = _foreign(pairs, rows.snippet, absent, rng)
@@ -144,18 +148,22 @@ def depth_scores(
 )->dict:             # section "depth"
     "Errors of answers, beside those of guesses that need no image."
     inside = _in_scan(asked)
-    left_out = asked.attrs.get("left_out", {}) | {"outside of the scan": len(asked) - sum(inside)}
+    left_out = dict(asked.attrs.get("left_out", {}))
+    left_out["outside of the scan"] = len(asked) - sum(inside)
     asked = asked[inside]
     if not len(asked): raise InputError(
-        f"found 0 findings inside of their scans ({len(inside)} outside): check the depths' frame")
+        f"found 0 findings inside of their scans ({len(inside)} outside):"
+        " check the depths' frame")
     patients, error = list(asked.patient), _errors(asked, asked.pred_mm)
     centroid = _errors(asked, asked.pred_mm, centroid_error)
     guesses, about = _guesses(asked, training)
     columns = {"interval_mae_mm": error, "centroid_mae_mm": centroid, "hit": error == 0}
     columns |= {f"within_{k}mm": error <= k for k in WITHIN_MM[1:]}
-    columns |= {"abstained": asked.abstains, "random_mm": asked.apply(_random_error, axis=1)}
+    columns |= {"abstained": asked.abstains}
+    columns |= {"random_mm": asked.apply(_random_error, axis=1)}
     columns |= {f"{name}_mm": _errors(asked, z) for name, z in guesses.items()}
-    out = _columns(columns | (_promised(asked) if coverage else {}), patients, **bootstrap)
+    if coverage: columns |= _promised(asked)
+    out = _columns(columns, patients, **bootstrap)
     median = bootstrap_ci(error, patients, np.median, **bootstrap)
     out |= {"median_mm": median[0], "median_mm_ci95": list(median[1:])}
     if len(foreign):
@@ -163,15 +171,16 @@ def depth_scores(
         out |= _columns(silent, list(foreign.patient), **bootstrap)
     beside, whose = _beside_readers(asked, centroid)
     if whose: out |= _columns(beside, whose, **bootstrap)
-    items = asked[_ITEMS].assign(error_mm=error, centroid_error_mm=centroid) # no text of anybody
-    protocol = {"unit": "pair", "truth": "nearest component of the mask", "text_prior": about,
-                "left_out": left_out}
+    # no text of anybody
+    items = asked[_ITEMS].assign(error_mm=error, centroid_error_mm=centroid)
+    protocol = {"unit": "pair", "truth": "nearest component of the mask",
+                "text_prior": about, "left_out": left_out}
     return out | {"n_pairs": len(asked), "n_patients": len(set(patients)),
                   "n_absent": len(foreign), "n_readers": len(whose),
                   "items": {k: v.tolist() for k, v in items.items()}, "protocol": protocol}
 
 # %% ../nbs/13f_grounding.ipynb #d79497d3
-def _ends(scan, series): # lowest and highest depth of a scan; of a NIfTI file its header will do
+def _ends(scan, series): # lowest and highest depth; of a NIfTI file its header will do
     import nibabel
     if scan.endswith((".nii", ".nii.gz")) and not series:
         image = nibabel.load(scan)
@@ -207,14 +216,15 @@ def evaluate_depth(
     "The task `depth` on one split of a table of studies."
     pairs = depth_pairs(studies[studies.split == split])
     if not len(pairs): raise InputError(
-        f"found 0 pairs with intervals in split {split!r}: read masks (`ctvlm studies --as`"
-        " rexgrounding, totalsegmentator, dicom-masks or intervals), or choose a split whose masks"
-        " are not withheld")
+        f"found 0 pairs with intervals in split {split!r}: read masks (`ctvlm studies"
+        " --as` rexgrounding, totalsegmentator, dicom-masks or intervals), or choose a"
+        " split whose masks are not withheld")
     asked, foreign = ask_depths(model, pairs, absent, seed, quiet)
     asked.attrs.update(pairs.attrs)
     own = model.config.calibration
     training = _training(studies[(studies.split == "train") & (split != "train")], quiet)
-    section = depth_scores(asked, foreign, training, own is not None and bool(own.calibrated),
+    promises = own is not None and bool(own.calibrated)
+    section = depth_scores(asked, foreign, training, promises,
                            resamples=resamples, seed=seed)
     about = {"source": ", ".join(sorted(set(studies.source))), "split": split,
              "data_version": data_version(pairs), "model": model.config.trained_on,

@@ -24,10 +24,11 @@ _LOWER = "abdomen", "liver", "spleen"
 def _check_radgenome(image): # two equal axes, and then the one of 3 mm
     shape = image.shape
     if len(shape) != 3 or shape[0] != shape[1]: raise InputError(
-        f"the scan has {' x '.join(map(str, shape))} voxels, expected two equal axes in the plane"
-        " and then the one of 3 mm: give the files as they were published")
+        f"the scan has {' x '.join(map(str, shape))} voxels, expected two equal axes in"
+        " the plane and then the one of 3 mm: give the files as they were published")
     if not np.allclose(np.abs(image.affine), np.eye(4), atol=1e-3): raise InputError(
-        "the header has a spacing of its own, the published files have none: give those")
+        "the header has a spacing of its own, the published files have none:"
+        " give those")
 
 def _region_masks(folders, shape): # name -> mask, of those that are not empty
     import nibabel
@@ -44,7 +45,8 @@ def _region_masks(folders, shape): # name -> mask, of those that are not empty
 def _upward(masks): # 1 where the third axis runs to the head, as far as organs tell
     height = {name: np.argwhere(masks[name].any((0, 1))).mean()
               for name in _UPPER + _LOWER if name in masks}
-    upper, lower = ([height[n] for n in names if n in height] for names in (_UPPER, _LOWER))
+    upper, lower = ([height[n] for n in names if n in height]
+                    for names in (_UPPER, _LOWER))
     return -1 if upper and lower and np.mean(upper) < np.mean(lower) else 1
 
 # %% ../nbs/11g_marks.ipynb #9555d2eb
@@ -55,23 +57,25 @@ def _radgenome_pairs(study, masks, affine, sentences):
     pairs = []
     for name, components in extents.items():
         if not components: continue
-        text = stable_rng(0, study, name).choice(TEMPLATES).format(structure_words(name))
+        template = stable_rng(0, study, name).choice(TEMPLATES)
+        text = template.format(structure_words(name))
         pairs.append(mask_pair(text, components, "structure"))
     for region, text in sentences:
         if not region: continue                                # of the whole scan
         pair = mask_pair(text, extents.get(region, []), "region")
-        pairs.append(pair | {"asserts": None})                 # the table asks the rules
+        pairs.append(pair | {"asserts": None}) # the table asks the rules
     return pairs
 
 def _region_sentences(root): # volume -> (region, sentence) of each row
     said = defaultdict(list)
     for table in sorted(root.rglob("*_region_report.csv")):
-        for row in read_rows(table, ("Volumename", "Anatomy", "Sentence")).to_dict("records"):
+        rows = read_rows(table, ("Volumename", "Anatomy", "Sentence"))
+        for row in rows.to_dict("records"):
             region, text = row["Anatomy"].strip(), row["Sentence"].strip()
             if text: said[row["Volumename"]].append((region, text))
     return said
 
-def _one_radgenome(study, scan, folders, sentences): # pairs, and what the table says of the voxels
+def _one_radgenome(study, scan, folders, sentences): # pairs, and the spacing in words
     import nibabel
     image = nibabel.load(scan)
     _check_radgenome(image)
@@ -86,27 +90,30 @@ def read_radgenome(
     quiet:bool=True, # no progress bar
     dry:bool=False,  # as in `Collection`
 )->tuple:            # studies, refused
-    "RadGenome-ChestCT: structures and regions of CT-RATE's scans, and what is said of each region."
+    "RadGenome-ChestCT: structures and regions of CT-RATE's scans, and what is said there."
     root = Path(root)
     found, said = Collection("RadGenome-ChestCT", root, dry=dry), _region_sentences(root)
     scans = {p.name: p for part in ("train", "valid")
              for p in root.rglob(f"{part}_preprocessed/**/{part}_*.nii.gz")}
     if not scans: raise InputError(
-        f"{root} holds neither train_preprocessed nor valid_preprocessed: give the folder above"
-        " them")
+        f"{root} holds neither train_preprocessed nor valid_preprocessed:"
+        " give the folder above them")
     folders = defaultdict(list)
     for folder in sorted(root.rglob("seg_*")):
         if folder.is_dir(): folders[folder.name.removeprefix("seg_")].append(folder)
     for name, scan in progress(sorted(scans.items()), "masks", total=len(scans), quiet=quiet):
         study = name.removesuffix(".nii.gz")
-        patient, split = "_".join(study.split("_")[:2]), study.split("_")[0]
+        patient = "_".join(study.split("_")[:2])
+        split = "train" if patient.startswith("train") else "test"
         try:
-            if study not in folders: raise InputError(f"seg_{study} is missing: unpack the masks")
-            pairs, series = [], ""
-            if not dry: pairs, series = _one_radgenome(study, scan, folders[study], said[name])
+            if study not in folders:
+                raise InputError(f"seg_{study} is missing: unpack the masks")
+            if dry: pairs, series = [], ""
+            else: pairs, series = _one_radgenome(study, scan, folders[study], said[name])
         except InputError as e: found.refuse(study, scan, f"{name}: {e}")
-        else: found.add(study, patient, scan, "\n".join(text for _, text in said[name]),
-                        pairs=pairs, series=series, split="train" if split == "train" else "test")
+        else:
+            report = "\n".join(text for _, text in said[name])
+            found.add(study, patient, scan, report, pairs=pairs, series=series, split=split)
     return found.tables(quiet=quiet)
 
 # %% ../nbs/11g_marks.ipynb #f5349a50
@@ -115,8 +122,10 @@ LEAST_READERS = 2 # who outlined a nodule
 def _number(node, tag): return float(node.findtext(f"{{*}}{tag}"))
 
 def _outline(roi): # z, UID of the image, `(n, 2)` pixels
-    points = [(_number(p, "xCoord"), _number(p, "yCoord")) for p in roi.iterfind("{*}edgeMap")]
-    return _number(roi, "imageZposition"), roi.findtext("{*}imageSOP_UID").strip(), np.array(points)
+    points = [(_number(p, "xCoord"), _number(p, "yCoord"))
+              for p in roi.iterfind("{*}edgeMap")]
+    uid = roi.findtext("{*}imageSOP_UID").strip()
+    return _number(roi, "imageZposition"), uid, np.array(points)
 
 def _sessions(path): # UID of the series, and (reader, texture, outlines) of each nodule
     try: root = ET.parse(path).getroot()
@@ -129,7 +138,8 @@ def _sessions(path): # UID of the series, and (reader, texture, outlines) of eac
             texture = nodule.findtext("{*}characteristics/{*}texture")
             rois = [r for r in nodule.iterfind("{*}roi")
                     if r.findtext("{*}inclusion").strip().upper() == "TRUE"]
-            if texture and rois: nodules.append((reader, float(texture), list(map(_outline, rois))))
+            outlines = list(map(_outline, rois))
+            if texture and rois: nodules.append((reader, float(texture), outlines))
     return uid and uid.strip(), nodules
 
 # %% ../nbs/11g_marks.ipynb #8be52836
@@ -138,11 +148,12 @@ def _in_mm(outlines, images): # rings `(n, 3)` in LPS mm
     for z, uid, points in outlines:
         image = by_uid.get(uid, images[0])
         if uid in by_uid and abs(image.depth_mm - z) > 0.1: raise InputError(
-            f"an outline lies at z {z:g} mm, its image at {image.depth_mm:g} mm: the XML belongs"
-            " to another scan")
+            f"an outline lies at z {z:g} mm, its image at {image.depth_mm:g} mm:"
+            " the XML belongs to another scan")
         down, across = image.pixel_spacing
         along, aside = np.array(image.orientation[:3]), np.array(image.orientation[3:])
-        ring = image.position + points[:, :1] * across * along + points[:, 1:] * down * aside
+        columns, rows = points[:, :1] * across, points[:, 1:] * down # mm
+        ring = image.position + columns * along + rows * aside
         ring[:, 2] = z
         rings.append(ring)
     return rings
@@ -154,9 +165,10 @@ def _mark(reader, texture, rings, step): # one reader's nodule; `None` without a
     middle = float(np.average([p["centroid_mm"] for p in pieces], weights=volumes))
     across = np.concatenate(rings)[:, :2].mean(0)
     widths = [np.linalg.norm(r[:, None] - r[None], axis=-1).max() for r in rings]
+    low, high = min(p["low_mm"] for p in pieces), max(p["high_mm"] for p in pieces)
     return dict(reader=reader, texture=texture, width=float(max(widths)),
                 centre=np.array([*across, middle]), centroid_mm=middle,
-                low_mm=min(p["low_mm"] for p in pieces), high_mm=max(p["high_mm"] for p in pieces),
+                low_mm=low, high_mm=high,
                 largest_mm=pieces[0]["largest_mm"], volume_ml=float(sum(volumes)))
 
 def same_nodule(
@@ -167,14 +179,16 @@ def same_nodule(
     for m in sorted(marks, key=lambda m: -m["volume_ml"]):
         def near(group):
             apart = np.linalg.norm(group[0]["centre"] - m["centre"])
-            return apart < group[0]["width"] / 2 and m["reader"] not in [g["reader"] for g in group]
+            new = m["reader"] not in [g["reader"] for g in group]
+            return new and apart < group[0]["width"] / 2
         home = next(filter(near, groups), None)
         if home is None: groups.append([m])
         else: home.append(m)
     return groups
 
 # %% ../nbs/11g_marks.ipynb #46e96209
-_TEXTURES = ((2.5, "Ground-glass"), (4, "Part-solid"), (math.inf, "Solid")) # rated from 1 to 5
+# rated from 1 to 5; below the number
+_TEXTURES = ((2.5, "Ground-glass"), (4, "Part-solid"), (math.inf, "Solid"))
 
 def consensus(
     marks,          # of one nodule, as of `same_nodule`
@@ -189,18 +203,24 @@ def consensus(
     pair = mask_pair(text, [{name: median(name) for name in ends}], "nodule")
     return pair | {"readers_mm": [m["centroid_mm"] for m in marks]}
 
-def _lidc_pairs(nodules, images): # pairs, and how many nodules one reader outlined alone
-    depths = [i.depth_mm for i in images]
-    drawn = [np.diff(np.unique([z for z, _, _ in outlines])) for _, _, outlines in nodules]
-    gaps = np.concatenate([np.diff(np.unique(np.round(depths, 2))), *drawn])
-    step, i = float(gaps.min()), images[0]      # of a thinned series the outlines know it better
-    middle_x = i.position[0] + (i.shape[1] - 1) / 2 * i.pixel_spacing[1] * i.orientation[0]
+def _step(nodules, images): # mm between slices; of a thinned series the outlines know it better
+    heights = [np.round([i.depth_mm for i in images], 2)]
+    heights += [[z for z, _, _ in outlines] for _, _, outlines in nodules]
+    return float(np.concatenate([np.diff(np.unique(z)) for z in heights]).min())
+
+def _middle_x(image): # LPS mm
+    half = (image.shape[1] - 1) / 2
+    return image.position[0] + half * image.pixel_spacing[1] * image.orientation[0]
+
+def _lidc_pairs(nodules, images): # pairs, and how many nodules one reader alone outlined
+    step, middle_x = _step(nodules, images), _middle_x(images[0])
     marks = [_mark(reader, texture, _in_mm(outlines, images), step)
              for reader, texture, outlines in nodules]
     groups = same_nodule(filter(None, marks))
     agreed = [g for g in groups if len(g) >= LEAST_READERS]
     return [consensus(g, middle_x) for g in agreed], len(groups) - len(agreed)
 
+# %% ../nbs/11g_marks.ipynb #6a2e3901
 def read_lidc(
     root:str|Path,   # DICOM series with their XML files anywhere below it
     quiet:bool=True, # no progress bar
@@ -217,7 +237,8 @@ def read_lidc(
             uid, nodules = _sessions(path)
             if uid is None: continue                           # of a radiograph
             if uid not in series: raise InputError(
-                f"{path.name} was written for a series that is not here: put it beside its series")
+                f"{path.name} was written for a series that is not here:"
+                " put it beside its series")
             pairs, one = ([], 0) if dry else _lidc_pairs(nodules, series[uid])
         except InputError as e: found.refuse(path.stem, path, str(e))
         else:
@@ -229,24 +250,26 @@ def read_lidc(
     return found.tables(quiet=quiet)
 
 # %% ../nbs/11g_marks.ipynb #714c553f
-_LESIONS = dict(zip("12345678", ("bone", "abdomen", "mediastinum", "liver", "lung", "kidney",
-                                 "soft tissue", "pelvis")))
+_LESIONS = {
+    "1": "bone", "2": "abdomen", "3": "mediastinum", "4": "liver",
+    "5": "lung", "6": "kidney", "7": "soft tissue", "8": "pelvis"}
 _PARTS = {"1": "train", "2": "val", "3": "test"}
-_INFO = ("File_name", "Patient_index", "Key_slice_index", "Coarse_lesion_type", "Spacing_mm_px_",
-         "Train_Val_Test")
+_INFO = ("File_name", "Patient_index", "Key_slice_index", "Coarse_lesion_type",
+         "Spacing_mm_px_", "Train_Val_Test")
 _VOLUME = re.compile(r"(\d+_\d+_\d+)_(\d+)-(\d+)\.nii\.gz")
 
 def _key_slice(path, row): # its interval in the sub-volume
     import nibabel
     image, (_, first, last) = nibabel.load(path), _VOLUME.fullmatch(path.name).groups()
-    slices, thick = int(last) - int(first) + 1, float(row["Spacing_mm_px_"].split(",")[2])
+    slices = int(last) - int(first) + 1
+    thick = float(row["Spacing_mm_px_"].split(",")[2])
     if image.shape[2] != slices: raise InputError(
-        f"{path.name} has {image.shape[2]} slices along its third axis, its name says {slices}:"
-        " convert it again")
+        f"{path.name} has {image.shape[2]} slices along its third axis, its name says"
+        f" {slices}: convert it again")
     step = float(image.affine[2, 2])
     if not np.isclose(abs(step), thick, atol=0.01): raise InputError(
-        f"{path.name} has slices of {abs(step):g} mm, DL_info.csv says {thick:g} mm: convert it"
-        " again")
+        f"{path.name} has slices of {abs(step):g} mm, DL_info.csv says {thick:g} mm:"
+        " convert it again")
     z = float(image.affine[2, 3]) + step * (int(row["Key_slice_index"]) - int(first))
     return dict(low_mm=z - thick / 2, high_mm=z + thick / 2, centroid_mm=z, largest_mm=z,
                 volume_ml=None)
@@ -254,7 +277,8 @@ def _key_slice(path, row): # its interval in the sub-volume
 def _sub_volumes(root): # series -> (first slice, last slice, path)
     found = defaultdict(list)
     for path in sorted(root.rglob("*.nii.gz")):
-        if m := _VOLUME.fullmatch(path.name): found[m[1]].append((int(m[2]), int(m[3]), path))
+        m = _VOLUME.fullmatch(path.name)
+        if m: found[m[1]].append((int(m[2]), int(m[3]), path))
     return found
 
 def _lesion(row, volumes, sentences): # the sub-volume, the texts, the organ
@@ -262,8 +286,10 @@ def _lesion(row, volumes, sentences): # the sub-volume, the texts, the organ
     here = [p for a, b, p in volumes[name.rpartition("_")[0]] if a <= key <= b]
     organ = _LESIONS.get(row["Coarse_lesion_type"].strip(), "")
     texts = sentences[name] or ([f"Lesion of the {organ}"] if organ else [])
-    if not here: raise InputError(f"no sub-volume holds {name}: convert the images to NIfTI")
-    if not texts: raise InputError(f"{name} has neither a sentence nor a type: give it a sentence")
+    if not here:
+        raise InputError(f"no sub-volume holds {name}: convert the images to NIfTI")
+    if not texts:
+        raise InputError(f"{name} has neither a sentence nor a type: give it a sentence")
     return here[0], texts, organ
 
 # %% ../nbs/11g_marks.ipynb #b5511140
@@ -277,7 +303,8 @@ def read_deeplesion(
     found, sentences = Collection("DeepLesion", root, dry=dry), defaultdict(list)
     volumes, pairs, of = _sub_volumes(root), defaultdict(list), {}
     if (root/"sentences.csv").exists():
-        for row in read_rows(root/"sentences.csv", ("File_name", "sentence")).to_dict("records"):
+        table = read_rows(root/"sentences.csv", ("File_name", "sentence"))
+        for row in table.to_dict("records"):
             sentences[row["File_name"].strip()].append(row["sentence"].strip())
     rows = read_rows(root/"DL_info.csv", _INFO).to_dict("records")
     for row in progress(rows, "lesions", total=len(rows), quiet=quiet):
@@ -291,8 +318,10 @@ def read_deeplesion(
             of[path] = row
             pairs[path] += [p for p in new if p not in pairs[path]]  # two lesions of one kind
     for path, row in of.items():
-        found.add(path.name.removesuffix(".nii.gz"), row["Patient_index"], path, pairs=pairs[path],
-                  labels={}, label_version="none", split=_PARTS[row["Train_Val_Test"].strip()])
+        study, part = path.name.removesuffix(".nii.gz"), row["Train_Val_Test"].strip()
+        found.add(study, row["Patient_index"], path, pairs=pairs[path], split=_PARTS[part],
+                  labels={}, label_version="none")
     return found.tables(quiet=quiet)
 
-READERS.update({"radgenome": read_radgenome, "lidc": read_lidc, "deeplesion": read_deeplesion})
+READERS.update({"radgenome": read_radgenome, "lidc": read_lidc,
+                "deeplesion": read_deeplesion})

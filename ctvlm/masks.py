@@ -61,8 +61,9 @@ def mask_pair(
     "A pair of a text and its depths."
     depth = components[0]["largest_mm"] if components else None
     if not components and status == "ok": status = "empty mask"
-    return dict(snippet=text, cleaned=text, depth_mm=depth, prior=False, asserts=True, rule="",
-                status=status, source="mask", category=category, intervals=list(components))
+    said = dict(snippet=text, cleaned=text, prior=False, asserts=True, rule="")
+    return said | dict(depth_mm=depth, status=status, source="mask", category=category,
+                       intervals=list(components))
 
 # %% ../nbs/11f_masks.ipynb #e4f7cd7c
 _NEEDED = ("study", "scan", "text", "z_low", "z_high")
@@ -71,12 +72,14 @@ def _interval(row, where):
     try: low, high = float(row["z_low"]), float(row["z_high"])
     except ValueError: low = high = math.nan
     if not low < high: raise InputError(
-        f"{where}: z_low is {row['z_low']!r:.20} and z_high {row['z_high']!r:.20}, expected two"
-        " numbers in mm, the lower one first: correct it")
+        f"{where}: z_low is {row['z_low']!r:.20} and z_high {row['z_high']!r:.20},"
+        " expected two numbers in mm, the lower one first: correct it")
     middle = (low + high) / 2
-    return dict(low_mm=low, high_mm=high, centroid_mm=middle, largest_mm=middle, volume_ml=None)
+    return dict(low_mm=low, high_mm=high,
+                centroid_mm=middle, largest_mm=middle, volume_ml=None)
 
-def _by_length(intervals): return sorted(intervals, key=lambda c: c["low_mm"] - c["high_mm"])
+def _by_length(intervals): # the longest first
+    return sorted(intervals, key=lambda c: c["low_mm"] - c["high_mm"])
 
 def read_intervals(
     root:str|Path,   # folder of the scans and of `intervals.csv`, or the table itself
@@ -102,8 +105,9 @@ def read_intervals(
     for study, row in scans.items():
         pairs = [mask_pair(text, _by_length(each), category)
                  for (text, category), each in texts[study].items()]
-        found.add(study, row.get("patient") or study, path.parent/row["scan"], pairs=pairs,
-                  labels={}, label_version="none", split=row.get("split") or "train")
+        patient, split = row.get("patient") or study, row.get("split") or "train"
+        found.add(study, patient, path.parent/row["scan"], pairs=pairs, split=split,
+                  labels={}, label_version="none")
     return found.tables(quiet=quiet)
 
 # %% ../nbs/11f_masks.ipynb #7507c53a
@@ -132,8 +136,8 @@ def _rex_masks(path, scan, n): # `(F, X, Y, Z)` and the scan's affine
     import nibabel
     masks, ct = nibabel.load(path), nibabel.load(scan)
     if len(masks.shape) != 4 or masks.shape[1:] != ct.shape[:3]: raise InputError(
-        f"{path.name} has the shape {masks.shape}, the scan {ct.shape[:3]}; expected the finding"
-        " axis first and then the scan's: check the file")
+        f"{path.name} has the shape {masks.shape}, the scan {ct.shape[:3]}; expected"
+        " the finding axis first and then the scan's: check the file")
     if masks.shape[0] != n: raise InputError(
         f"{path.name} holds {masks.shape[0]} masks for {n} findings: download it again")
     if not np.allclose(masks.affine, ct.affine, atol=1e-3): raise InputError(
@@ -143,14 +147,18 @@ def _rex_masks(path, scan, n): # `(F, X, Y, Z)` and the scan's affine
 def _rex_pairs(path, scan, entry, withheld):
     texts, categories = sorted(_rex_texts(entry).items()), entry.get("categories", {})
     category = lambda k: str(categories.get(str(k), ""))
-    if withheld: return [mask_pair(text, [], category(k), "mask withheld") for k, text in texts]
-    if not path.exists(): raise InputError(f"{path.name} is missing in segmentations: download it")
-    if [k for k, _ in texts] != list(range(len(texts))): raise InputError(
-        f"the findings of {scan.name} are numbered {[k for k, _ in texts]}, expected 0, 1, ...:"
+    if withheld:
+        return [mask_pair(text, [], category(k), "mask withheld") for k, text in texts]
+    if not path.exists():
+        raise InputError(f"{path.name} is missing in segmentations: download it")
+    numbers = [k for k, _ in texts]
+    if numbers != list(range(len(texts))): raise InputError(
+        f"the findings of {scan.name} are numbered {numbers}, expected 0, 1, ...:"
         " check the JSON")
     masks, affine = _rex_masks(path, scan, len(texts))
     masks = np.asanyarray(masks)
-    return [mask_pair(text, mask_components(masks[k], affine)[0], category(k)) for k, text in texts]
+    pieces = [mask_components(masks[k], affine)[0] for k in numbers]
+    return [mask_pair(text, pieces[k], category(k)) for k, text in texts]
 
 # %% ../nbs/11f_masks.ipynb #3941bcd0
 def read_rexgrounding(
@@ -163,23 +171,28 @@ def read_rexgrounding(
     root = Path(root)
     entries, masks = _rex_entries(root), root/"segmentations"
     found = Collection("ReXGroundingCT", root, allow_outside=scans is not None, dry=dry)
-    volumes = [p for folder in filter(None, (root, scans)) for p in Path(folder).rglob("*.nii.gz")]
+    folders = [root] if scans is None else [root, Path(scans)]
+    volumes = [p for folder in folders for p in folder.rglob("*.nii.gz")]
     places = {p.name: p for p in sorted(volumes) if masks not in p.parents}
-    splits = {split: {_rex_patient(e["name"]) for e in each} for split, each in entries.items()}
+    splits = {split: {_rex_patient(e["name"]) for e in each}
+              for split, each in entries.items()}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         if both := splits[a] & splits[b]: warnings.warn(Notice(
             f"ReXGroundingCT: {len(both)} patients of {a} are in {b}, too: left out of {a}"))
     rows = [(split, e) for split, each in entries.items() for e in each]
     for split, entry in progress(rows, "masks", total=len(rows), quiet=quiet):
         name, patient = entry["name"], _rex_patient(entry["name"])
-        study, later = name.removesuffix(".nii.gz"), _HELD_OUT[_HELD_OUT.index(split) + 1:]
-        scan, held = places.get(name), [s for s in later if patient in splits[s]]
+        study, scan = name.removesuffix(".nii.gz"), places.get(name)
+        later = _HELD_OUT[_HELD_OUT.index(split) + 1:]
+        held = [s for s in later if patient in splits[s]]
         if held:
-            found.refuse(study, name, f"its patient is in {held[-1]}, too: only that row is used")
+            also = f"its patient is in {held[-1]}, too: only that row is used"
+            found.refuse(study, name, also)
         elif scan is None:
             found.refuse(study, name, f"{name} is missing: download it with CT-RATE")
         else:
-            try: pairs = [] if dry else _rex_pairs(masks/name, scan, entry, split == "test")
+            withheld = split == "test"
+            try: pairs = [] if dry else _rex_pairs(masks/name, scan, entry, withheld)
             except InputError as e: found.refuse(study, scan, str(e))
             else:
                 text = "\n".join(_rex_texts(entry).values())
@@ -194,9 +207,11 @@ _CATEGORY = dict.fromkeys(_DIFFUSE, "1") | {"Lung nodule": "2d", "Pleural effusi
 def _as_rex(study, name, root, withheld): # writes a phantom's files; its entry
     import nibabel
     volume = study.volume
-    cited = {r.finding: r.snippet for r in study.report.references if r.finding and not r.prior}
+    cited = {r.finding: r.snippet for r in study.report.references
+             if r.finding and not r.prior}
     def write(folder, array, kind):
-        nibabel.save(nibabel.Nifti1Image(array.astype(kind), volume.affine), root/folder/name)
+        image = nibabel.Nifti1Image(array.astype(kind), volume.affine)
+        nibabel.save(image, root/folder/name)
     write("scans", volume.array, np.int16)
     if cited and not withheld:
         write("segmentations", np.stack([study.mask(f) > 0.5 for f in cited]), np.uint8)
@@ -218,10 +233,13 @@ def write_as_rexgrounding(
         " give one split to each")
     if root.exists() and any(root.iterdir()): raise InputError(
         f"{root} is not empty: give a new folder")
-    for folder in ("scans", "segmentations"): (root/folder).mkdir(parents=True, exist_ok=True)
-    for i, (split, study) in enumerate(zip(progress(order, "scans", quiet=quiet), cohort), 1):
-        part = "valid" if split == "test" else "train"
-        told[split].append(_as_rex(study, f"{part}_{i}_a_1.nii.gz", root, split == "test"))
+    for folder in ("scans", "segmentations"):
+        (root/folder).mkdir(parents=True, exist_ok=True)
+    numbered = enumerate(zip(progress(order, "scans", quiet=quiet), cohort), 1)
+    for i, (split, study) in numbered:
+        withheld = split == "test"
+        name = f"{'valid' if withheld else 'train'}_{i}_a_1.nii.gz"
+        told[split].append(_as_rex(study, name, root, withheld))
     (root/_REX[0]).write_text(json.dumps(told))
     return root
 
@@ -230,7 +248,8 @@ def structure_words(
     name:str, # "lung_upper_lobe_left", "vertebrae_L1", "Kidney_R"
 )->str:       # "left upper lobe of the lung", "vertebra L1", "right kidney"
     "The name of a structure as one says it."
-    words = [w if re.fullmatch(r"[A-Z]\d+", w) else w.lower() for w in re.split(r"[_\s]+", name)]
+    words = [w if re.fullmatch(r"[A-Z]\d+", w) else w.lower() # T12 stays as it is
+             for w in re.split(r"[_\s]+", name)]
     words = [dict(l="left", r="right").get(w, w) for w in words]
     side = [w for w in words if w in ("left", "right")]
     rest = [w for w in words if w not in ("left", "right")]
@@ -267,6 +286,7 @@ def _organ_pairs(study, ct, names):
              for name, mask in _organ_masks(study, ct, names))
     return [mask_pair(structure_words(name), pieces) for name, pieces in found if pieces]
 
+# %% ../nbs/11f_masks.ipynb #92d72469
 def read_totalsegmentator(
     root:str|Path,   # folders with `ct.nii.gz` and masks; perhaps `meta.csv`, `labels.csv`
     quiet:bool=True, # no progress bar
@@ -284,7 +304,8 @@ def read_totalsegmentator(
         names = dict(zip(rows["label"].str.strip(), rows["name"].str.strip()))
     folders = sorted(p.parent for p in root.glob("*/ct.nii.gz"))
     if not folders:
-        raise InputError(f"{root} holds no STUDY/ct.nii.gz: give the folder above the studies")
+        raise InputError(f"{root} holds no STUDY/ct.nii.gz: give the folder above the"
+                         " studies")
     for folder in progress(folders, "masks", total=len(folders), quiet=quiet):
         scan = folder/"ct.nii.gz"
         try:
@@ -317,8 +338,8 @@ def contour_components(
         area = np.array([areas[v] for v in run])
         if not area.sum(): continue                                  # points and lines
         centroid, largest = _largest(run, area)
-        found.append(dict(low_mm=float(run[0] - step_mm / 2), high_mm=float(run[-1] + step_mm / 2),
-                          centroid_mm=centroid, largest_mm=largest,
+        low, high = float(run[0] - step_mm / 2), float(run[-1] + step_mm / 2)
+        found.append(dict(low_mm=low, high_mm=high, centroid_mm=centroid, largest_mm=largest,
                           volume_ml=float(area.sum() * step_mm / 1000)))
     return sorted(found, key=lambda c: -c["volume_ml"])
 
@@ -329,7 +350,8 @@ def _drawn_on(ds): # UIDs of the series that an RTSTRUCT or SEG refers to
     frames = [s for f in ds.get("ReferencedFrameOfReferenceSequence", ())
               for study in f.get("RTReferencedStudySequence", ())
               for s in study.get("RTReferencedSeriesSequence", ())]
-    return {str(s.SeriesInstanceUID) for s in [*frames, *ds.get("ReferencedSeriesSequence", ())]}
+    named = [*frames, *ds.get("ReferencedSeriesSequence", ())]
+    return {str(s.SeriesInstanceUID) for s in named}
 
 def _contour_pairs(ds, step_mm):
     names = {r.ROINumber: str(r.ROIName) for r in ds.StructureSetROISequence}
@@ -346,8 +368,10 @@ def _segment_pairs(path):
     seg, pairs = highdicom.seg.segread(path), []
     for number in seg.segment_numbers:
         volume = seg.get_volume(segment_numbers=[number], combine_segments=True, relabel=True)
-        components, _ = mask_components(volume.array > 0, volume.affine) # LPS and RAS agree in z
-        words = structure_words(str(seg.get_segment_description(number).segment_label).strip())
+        # LPS and RAS agree in z
+        components, _ = mask_components(volume.array > 0, volume.affine)
+        label = str(seg.get_segment_description(number).segment_label)
+        words = structure_words(label.strip())
         pairs.append(mask_pair(words, components))
     return pairs
 
