@@ -1,4 +1,4 @@
-"The documentation site without Quarto: links, pictures, documented names, and pages in a real browser."
+"The site without Quarto: links, pictures, documented names, and pages in a real browser."
 import importlib, inspect, json, re, subprocess, sys
 from collections import Counter
 from pathlib import Path
@@ -9,26 +9,30 @@ from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [p.stem.split("_", 1)[1] for p in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))]
-SEEN = ["index.html", "localization.html", "api/model.html"]           # looked at closely: front page, a chapter, the reference
-PICTURES = ROOT / "runs" / "site"                                      # screenshots, to be looked at by people
+# looked at closely: front page, a chapter, the reference
+SEEN = ["index.html", "localization.html", "api/model.html"]
+PICTURES = ROOT / "runs" / "site" # screenshots, to be looked at by people
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     "The folder of the built site."
     out = tmp_path_factory.mktemp("site") / "docs"
-    subprocess.run([sys.executable, "tools/build_docs.py", "--plain", "--out", str(out)], cwd=ROOT, check=True, capture_output=True, text=True)
+    command = [sys.executable, "tools/build_docs.py", "--plain", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return out
 
 
 @pytest.fixture(scope="session")
 def pages(site):
     "Path in the site -> parsed page."
-    return {p.relative_to(site).as_posix(): BeautifulSoup(p.read_text(), "html.parser") for p in sorted(site.rglob("*.html"))}
+    paths = sorted(site.rglob("*.html"))
+    def parsed(p): return BeautifulSoup(p.read_text(), "html.parser")
+    return {p.relative_to(site).as_posix(): parsed(p) for p in paths}
 
 
 def own(module):
-    "Exported names that the module defines itself; chapters that were split hand on those of earlier ones."
+    "Exported names that the module defines itself; some hand on those of earlier chapters."
     sys.path.insert(0, str(ROOT / "tools"))
     from api_pages import own_names
     known = own_names(Path(module.__file__).read_text())
@@ -46,22 +50,30 @@ def target(site, name, link):
 def test_every_page_has_the_same_navigation(site, pages):
     sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
     contents = [page.select_one(".menu nav") for page in pages.values()]
-    assert [s.text for s in contents[0].find_all("strong")] == [e["section"] for e in sidebar if isinstance(e, dict)]
-    lists = {tuple((a.text, target(site, name, a["href"])[0]) for a in nav.select("a:not(.here a)")) for name, nav in zip(pages, contents)}
-    assert len(lists) == 1 and {path for _, path in next(iter(lists))} == {site / name for name in pages}
+    sections = [e["section"] for e in sidebar if isinstance(e, dict)]
+    assert [s.text for s in contents[0].find_all("strong")] == sections
+    def entries(name, nav):
+        links = nav.select("a:not(.here a)")
+        return tuple((a.text, target(site, name, a["href"])[0]) for a in links)
+    lists = {entries(name, nav) for name, nav in zip(pages, contents)}
+    assert len(lists) == 1
+    assert {path for _, path in next(iter(lists))} == {site / name for name in pages}
     for name, nav in zip(pages, contents):
         [here] = nav.select("[aria-current]")
         assert target(site, name, here["href"])[0] == site / name
 
 
 def test_internal_links_and_pictures_resolve(site, pages):
-    anchors = {site / name: {t["id"] for t in page.find_all(id=True)} for name, page in pages.items()}
+    anchors = {site / name: {t["id"] for t in p.find_all(id=True)} for name, p in pages.items()}
     broken = []
     for name, page in pages.items():
         for tag in page.find_all(["a", "img", "link", "script"]):
             link = tag.get("href") or tag.get("src")
             found = target(site, name, link) if link else None
-            if found and not (found[0].is_file() and (not found[1] or found[1] in anchors.get(found[0], ()))): broken.append((name, link))
+            if not found: continue
+            file, fragment = found
+            there = file.is_file() and (not fragment or fragment in anchors.get(file, ()))
+            if not there: broken.append((name, link))
     assert not broken, broken
     assert sum(bool(page.find_all("img")) for page in pages.values()) > 20
 
@@ -70,16 +82,20 @@ def test_anchors_lead_to_one_place(pages):
     for name, page in pages.items():
         ids = Counter(t["id"] for t in page.find_all(id=True))
         assert not [i for i, n in ids.items() if n > 1], name
-    assert pages["api/reports.html"].find(id="PHRASES") and pages["api/language.html"].find(id="WORDS")
+    assert pages["api/reports.html"].find(id="PHRASES")
+    assert pages["api/language.html"].find(id="WORDS")
 
 
 def test_names_in_prose_lead_to_the_name(site, pages):
-    links = [(a.text.removesuffix("()"), urlsplit(a["href"]).fragment) for name, page in pages.items() for a in page.select("a:has(> code)") if "api/" in a["href"]]
+    names = [a for page in pages.values() for a in page.select("a:has(> code)")]
+    links = [(a.text.removesuffix("()"), urlsplit(a["href"]).fragment)
+             for a in names if "api/" in a["href"]]
     assert len(links) > 100 and all(text.endswith(fragment) for text, fragment in links)
 
 
 def test_pictures_have_alternative_texts(pages):
-    without = [(name, img["src"]) for name, page in pages.items() for img in page.find_all("img") if len(img.get("alt", "").split()) < 3]
+    images = [(name, img) for name, page in pages.items() for img in page.find_all("img")]
+    without = [(name, i["src"]) for name, i in images if len(i.get("alt", "").split()) < 3]
     assert not without, without
 
 
@@ -89,19 +105,23 @@ def test_every_exported_name_has_a_documented_signature(pages, name):
     for n in own(module):
         obj, place = getattr(module, n), page.find(id=n)
         assert place, f"{name}.{n} is not on the page"
-        if not (inspect.isclass(obj) or inspect.isfunction(inspect.unwrap(obj) if callable(obj) else obj)):
+        inner = inspect.unwrap(obj) if callable(obj) else obj
+        if not (inspect.isclass(obj) or inspect.isfunction(inner)):
             assert place.find_parent("tr").find_all("td")[1].text.strip(), n
             continue
         sentence = place.find_next_sibling()
-        assert sentence.name == "p" and len(sentence.text.split()) > 1, f"{name}.{n} has no docstring"
+        said = sentence.name == "p" and len(sentence.text.split()) > 1
+        assert said, f"{name}.{n} has no docstring"
         assert place.find_next("pre").text.startswith(f"{n}("), n
-        assert re.search(rf"ctvlm/{name}\.py#L\d+$", place.find_next("a", string="source")["href"]), n
+        source = place.find_next("a", string="source")["href"]
+        assert re.search(rf"ctvlm/{name}\.py#L\d+$", source), n
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_chapters_show_the_code_that_they_export(pages, name):
     shown = "\n".join(pre.text for pre in pages[f"{name}.html"].select("details.exported pre"))
-    missing = [n for n in own(importlib.import_module(f"ctvlm.{name}")) if not re.search(rf"\b{n}\b", shown)]
+    names = own(importlib.import_module(f"ctvlm.{name}"))
+    missing = [n for n in names if not re.search(rf"\b{n}\b", shown)]
     assert not missing, missing
 
 
@@ -133,7 +153,8 @@ def open_page(browser, site):
     "Open a page of the site at a width; its errors are collected in `.errors`."
     contexts = []
     def open_(name, width=1280, scheme="light"):
-        contexts.append(browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme))
+        viewport = dict(width=width, height=900)
+        contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme))
         page = contexts[-1].new_page()
         page.errors = []
         page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
@@ -144,8 +165,10 @@ def open_page(browser, site):
     for c in contexts: c.close()
 
 
-WIDER = """() => [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 &&
-  !e.closest('pre, table, math, .skip') && e.offsetParent).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 40)).slice(0, 5)"""
+WIDER = """() => [...document.querySelectorAll('body *')]
+  .filter(e => e.getBoundingClientRect().right > innerWidth + 1
+               && !e.closest('pre, table, math, .skip') && e.offsetParent)
+  .map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 40)).slice(0, 5)"""
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -153,25 +176,30 @@ WIDER = """() => [...document.querySelectorAll('body *')].filter(e => e.getBound
 def test_pages_in_a_browser(open_page, name, width):
     page = open_page(name, width)
     assert page.locator("h1").first.is_visible() and not page.errors
-    assert page.evaluate("document.documentElement.scrollWidth") <= width and not page.evaluate(WIDER)
-    assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0 && i.alt)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert not page.evaluate(WIDER)
+    seen = "[...document.images].every(i => i.complete && i.naturalWidth > 0 && i.alt)"
+    assert page.evaluate(seen)
     PICTURES.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=PICTURES / f"{name.replace('/', '-').removesuffix('.html')}-{width}.png")
 
 
 CHARACTERS = """() => [...document.querySelectorAll('details.code pre')].map(pre => {
-  const ruler = pre.appendChild(Object.assign(document.createElement('span'), {textContent: '0'.repeat(100)}));
+  const hundred = {textContent: '0'.repeat(100)};
+  const ruler = pre.appendChild(Object.assign(document.createElement('span'), hundred));
   ruler.style.cssText = 'position: absolute; white-space: pre';
   const character = ruler.getBoundingClientRect().width / 100, style = getComputedStyle(pre);
   ruler.remove();
-  return Math.floor((pre.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight)) / character);
+  const padding = parseFloat(style.paddingLeft) + parseFloat(style.paddingRight);
+  return Math.floor((pre.clientWidth - padding) / character);
 })"""
-SCROLLS = "() => [...document.querySelectorAll('pre')].filter(p => p.scrollWidth > p.clientWidth + 1).map(p => p.textContent.slice(0, 60))"
+SCROLLS = """() => [...document.querySelectorAll('pre')]
+  .filter(p => p.scrollWidth > p.clientWidth + 1).map(p => p.textContent.slice(0, 60))"""
 
 
 @pytest.mark.parametrize("name", ["index.html", "core.html", "siglip.html"])
 def test_a_line_of_code_fits_the_page(open_page, name):
-    page = open_page(name, 1280 - 15)                                      # a window of 1280 px, less its scroll bar
+    page = open_page(name, 1280 - 15) # a window of 1280 px, less its scroll bar
     found = page.evaluate(CHARACTERS)
     assert found and min(found) >= 100, f"{name} shows {min(found)} characters of code"
     assert page.locator(".menu [aria-current]").is_visible()
@@ -189,8 +217,9 @@ def test_no_page_runs_off_a_phone(open_page, site, pages):
     page = open_page("index.html", 390)
     for name in pages:
         page.goto((site / name).as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390 and not page.evaluate(WIDER), name
-        assert not page.evaluate(SCROLLS), name                             # code and what it prints wrap
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+        assert not page.evaluate(WIDER), name
+        assert not page.evaluate(SCROLLS), name # code and what it prints wrap
     assert not page.errors
 
 
@@ -238,7 +267,8 @@ def test_the_front_page_says_how_to_install_and_which_version(site, pages):
     from nbdev.config import get_config
     page = pages["index.html"]
     headings = [h.text.removesuffix("#").strip() for h in page.find_all("h2")]
-    assert headings[1] == "Install" and "download.pytorch.org/whl/cpu" in (site / "index.html").read_text()
+    assert headings[1] == "Install"
+    assert "download.pytorch.org/whl/cpu" in (site / "index.html").read_text()
     assert all(get_config().version in p.select_one("header").text for p in pages.values())
     assert "\\|" not in pages["api/manual.html"].text
 
@@ -254,4 +284,4 @@ def test_code_can_be_copied_and_phrases_found(open_page):
     page.keyboard.type('"intervals keep their promise"')
     first = page.locator("#site-found a").first
     first.wait_for()
-    assert page.locator("#site-found a").count() <= 5                            # a phrase, not its words anywhere
+    assert page.locator("#site-found a").count() <= 5 # a phrase, not its words anywhere
