@@ -61,9 +61,9 @@ class Sizes:
     test:int = 300        # of stage 9
     sentences:int = 24    # about places, of each patient
     words:int = 400       # steps of stage 4
-    findings:int = 2500   # steps of stage 6
+    findings:int = 2000   # steps of stage 6
     scans:int = 3         # epochs without localization
-    places:int = 12       # epochs with it
+    places:int = 9        # epochs with it
 
 
 def tell(began, text): print(f"train_tiny: {text} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
@@ -398,17 +398,13 @@ def suspicion(heads, s): # of the features of a scan -> `(windows, Q, 2)`
     return torch.stack([depths, windows], -1)
 
 class Chances:
-    """How likely a scan shows each finding, if half of all scans did: a logistic regression on `suspicion`.
-
-    All findings are told with equal confidence, or those that are hard to see would not be worth learning."""
+    "How likely a scan shows each finding, if half of all did: a logistic regression on `suspicion`."
     def __init__(self, seen, labels): # `(scans, Q, 2)`, `(scans, Q)`
         known = labels >= 0
         fits = [LogisticRegression(class_weight="balanced").fit(seen[k, q].numpy(), labels[k, q].numpy())
                 for q, k in enumerate(known.T)]
         self.weight = torch.tensor(np.stack([m.coef_[0] for m in fits])).float()
         self.bias = torch.tensor(np.stack([m.intercept_[0] for m in fits])).float()
-        confidence = 3 / ((seen * self.weight).sum(-1) + self.bias).std(0)
-        self.weight, self.bias = self.weight * confidence[:, None], self.bias * confidence
     def __call__(self, seen): return ((seen * self.weight).sum(-1) + self.bias).sigmoid()
 
 def read_features(studies, store, heads): # in memory
@@ -439,8 +435,8 @@ def look(encoder, rows, heads):
     copy_slice_projection(encoder)
 
 def part_of(row, rng):
-    "Some of the windows of a scan, side by side; every other time all of them."
-    if rng.random() < .5: return row
+    "Some of the windows of a scan, side by side; now and then all of them."
+    if rng.random() < .25: return row
     grid = row["grid"]
     low = [rng.integers(n) for n in grid]
     high = [rng.integers(a, n) + 1 for a, n in zip(low, grid)]
