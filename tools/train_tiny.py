@@ -309,8 +309,9 @@ BANDS = np.arange(-360, 361, 24)   # mm from the thoracolumbar junction, from th
 def usual_heights(names): # `(places, bands)`
     "How likely each place lies in each band of the usual body, from drawn patients."
     cohort = PhantomCohort(30, SEEDS["studies"], spacing=SPEC.spacing)
-    def middle(name, study): return sum(extent_of(PLACES[name], study.organ_heights)) / 2 - study.scan.shift[2]
-    z = np.array([np.mean([middle(name, study) for study in cohort]) for name in names])
+    seen = [(study.organ_heights, study.scan.shift[2]) for study in cohort]
+    def middle(name, heights, shift): return sum(extent_of(PLACES[name], heights)) / 2 - shift
+    z = np.array([np.mean([middle(name, *patient) for patient in seen]) for name in names])
     weight = np.exp(-((z[:, None] - BANDS) / 30)**2 / 2)
     return torch.from_numpy(weight / weight.sum(1, keepdims=True)).float()
 
