@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(patients=24, judged=8, steps=40, windows=16, train=24, val=16, test=20, sentences=6, words=20, findings=20, scans=1, places=1)
+SMALL = dict(patients=24, judged=8, steps=40, windows=16, train=24, val=16, test=20, sentences=6, words=20, findings=40, scans=1, places=1)
 slow = pytest.mark.skipif("CTVLM_SLOW" not in os.environ, reason="takes minutes: CTVLM_SLOW=1 runs it")
 
 
