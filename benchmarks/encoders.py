@@ -6,10 +6,11 @@
 
 With --results the lines go to benchmarks/results/encoders_cpu.jsonl, or encoders_cuda.jsonl, for chapter 10.
 """
-import argparse, datetime, json, os, platform, resource, time
+import argparse, contextlib, datetime, json, os, platform, resource, time
 from pathlib import Path
 
 import torch, transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctvlm.core import pick_device, seed_everything, write_atomically
 from ctvlm.model import CTVLMConfig, CTVLMModel, CTVLMProcessor, fast_dtype
@@ -18,6 +19,8 @@ from ctvlm.text import train_tokenizer
 from ctvlm.vision import EncoderSizes, WindowEncoder
 
 
+FORMS = ("compiled", "prepared", "prepared and compiled",
+         "prepared and compiled, attention by cuDNN", "prepared and tuned") # the last two are not used by the package: do they help?
 lines = []
 def report(what, **more):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -54,18 +57,22 @@ def flop_per_window(encoder): # multiply and add count as two
 
 
 def window_encoder(device, dtype, batches, form="plain"):
-    "`form`: plain, compiled, prepared, or prepared and compiled (chapter 05a)."
+    "`form`: plain, compiled, prepared, or prepared and more (chapter 05a)."
     compiled = "compiled" in form
-    encoder = WindowEncoder(EncoderSizes()).eval().requires_grad_(False).to(device)
+    with device: encoder = WindowEncoder(EncoderSizes()).eval().requires_grad_(False)
     if "prepared" in form: encoder = PreparedEncoder(encoder, dtype, compiled)
     else:
         encoder = encoder.to(dtype)
         for block in encoder.blocks if compiled else (): block.compile()
+    for block in encoder.blocks if "tuned" in form else ():
+        block.compile(dynamic=False, mode="max-autotune-no-cudagraphs")
+    attention = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if "cuDNN" in form else contextlib.nullcontext()
     flop = flop_per_window(WindowEncoder(EncoderSizes()))
     for n in batches:
         if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         windows = torch.rand(n, 1, *encoder.window, device=device).half()
-        with torch.inference_mode(): took = seconds(lambda: encoder.features(windows), device, 10 if device.type == "cuda" else 2)
+        with torch.inference_mode(), attention:
+            took = seconds(lambda: encoder.features(windows), device, 10 if device.type == "cuda" else 2)
         peak, rate = matmul_peak(device, dtype), n * flop / took
         more = {"gpu_mib": round(torch.cuda.max_memory_allocated() / 2**20)} if device.type == "cuda" else {}
         report("window encoder, large", dtype=str(dtype)[6:], windows=n, form=form, windows_per_s=round(n / took, 3), tflops=round(rate / 1e12, 3), matmul_peak_tflops=round(peak / 1e12, 3), share_of_peak=round(rate / peak, 3), **more)
@@ -106,7 +113,7 @@ def main():
            torch=torch.__version__, transformers=transformers.__version__)
     if device.type == "cuda":
         window_encoder(device, dtype, (1, 16, 64, 128))
-        for form in ("compiled", "prepared", "prepared and compiled"): window_encoder(device, dtype, (16, 64), form)
+        for form in FORMS: window_encoder(device, dtype, (16, 64), form)
     else:
         window_encoder(device, dtype, (4,))
         for kind in sorted({torch.float32, dtype}, key=str): tiny_training(device, kind)

@@ -1,4 +1,4 @@
-"""From files to features: how many scans a second, and how long the encoder waits for them.
+"""From files to features: how many scans a second, and which share of the time, from its first window on, the encoder computes.
 
     python benchmarks/gpu_features.py                  32 scans of 512 x 512 x 300 (hard links of one file), `large`, random weights
     python benchmarks/gpu_features.py --size tiny --scans 3 --side 96 --slices 60      on a CPU, to see that it runs
@@ -12,6 +12,7 @@ import nibabel, numpy as np, pandas as pd, torch
 
 from ctvlm.core import pick_device, seed_everything, write_atomically
 from ctvlm.data import embed_studies
+from ctvlm.features import busy
 from ctvlm.model import CTVLMConfig, CTVLMModel
 
 
@@ -35,10 +36,10 @@ def measure(model, studies, workers):
     with tempfile.TemporaryDirectory() as output:
         made = embed_studies(studies, model, output, workers=workers, quiet=True)
     if made["failed"]: raise SystemExit(f"{made['failed']} scans failed: {made['reasons']}")
-    keys = ("reading", "waiting", "encoding", "writing")
+    keys = ("reading", "copying", "cutting", "encoding", "writing", "waiting")
     return dict(workers=workers, scans=len(studies), seconds=round(made["seconds"], 2),
                 scans_per_s=round(len(studies) / made["seconds"], 2),
-                computing=round(made["encoding"] / made["seconds"], 3), **{k: round(made[k], 2) for k in keys})
+                computing=round(busy(made["profile"]), 3), **{k: round(made[k], 2) for k in keys})
 
 
 def main():

@@ -3,6 +3,7 @@
     cached    ours: gradient caching, prompts once per step, localization in the second pass, texts grouped by length,
               windows and texts in pieces that stay in the processor's cache
     plain     the same with one graph over the whole effective batch (small sizes only)
+    compiled  ours with compiled text layers (on a card only)
     separate  three passes, each with forward passes of its own, as the published trainer works: contrast (gradient caching,
               reports padded per micro-batch), disease prompts (re-encoded for every sixteenth of the effective batch, as for
               every 256 of 4,096), localization
@@ -12,14 +13,15 @@ Proportions are those of the published run, a sixteenth of it: 28 questions and 
     python benchmarks/training_step.py                     windows are trained end to end
     python benchmarks/training_step.py --features          frozen windows, cached features
     python benchmarks/training_step.py --results           both, into benchmarks/results/training_step.jsonl for chapter 12
-    python benchmarks/training_step.py --device cuda --size large --effective 4096 --micro 64 --repeats 1 --results
-                                                           the published step: frozen windows, 36 a scan, 442 questions
+    python benchmarks/training_step.py --device cuda --size large --effective 1024 --micro 64 --repeats 1 --results
+                                                           a quarter of the published step: frozen windows, 36 a scan, 442 questions
 
 Prints one JSON line per way: seconds, CPU seconds, MiB held for backward at once (on a card: MiB at most), largest
-difference of a gradient, seconds (CPU: CPU seconds) as a multiple of ours, and with `large` the hours that the published
+difference of a gradient, seconds (CPU: CPU seconds) as a multiple of ours, on a card how often a micro-batch waits for it and which share of
+the measured peak of matrix products the text encoder's products make alone, and with `large` the hours that the published
 schedule would take at that pace: 159,000 pairs, 10 epochs, 4,096 a step.
 """
-import argparse, json, time
+import argparse, json, time, warnings
 from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
@@ -34,6 +36,10 @@ from ctvlm.training import TrainingConfig, effective_batch_backward
 VOCAB = 2048
 QUESTIONS = dict(tiny=28, large=442)
 PUBLISHED_STEPS = 10 * 159_000 / 4096
+
+
+def fast(device): # the precision of a card's products
+    return torch.autocast(device.type, fast_dtype(device), enabled=device.type == "cuda")
 
 
 def made_up_text(n, middle, most, rng, g): # ids, mask `(n, longest)`
@@ -114,8 +120,7 @@ def separate(model, batches, asked, config, group, device):
     batches = [{k: v.to(device) for k, v in b.items()} for b in batches]
     asked = {k: v if v is None else v.to(device) for k, v in asked.items()}
     model.zero_grad()
-    dtype = fast_dtype(device)
-    with torch.autocast(device.type, dtype, enabled=device.type == "cuda"):
+    with fast(device):
         contrast(model, batches, config)
         asked_prompts(model, batches, asked, config, group)
         places(model, batches, config)
@@ -145,6 +150,29 @@ def memory_and_gradients(model, way, device):
     return round(mib), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def compile_text(model):
+    "Layers of the text encoder, for any length."
+    for layer in model.text_encoder.model.layers: layer.compile(dynamic=True)
+
+
+def text_share(model, device, side=8192): # of the peak of matrix products, forward and backward
+    ids, a = torch.randint(1, VOCAB, (51, 160)), torch.randn(side, side, device=device, dtype=fast_dtype(device))
+    weights = [p.numel() for name, p in model.text_encoder.named_parameters() if p.ndim == 2 and "embed" not in name and "lora" not in name]
+    def step():
+        with fast(device): model.encode_text(ids, torch.ones_like(ids)).float().square().sum().backward()
+    def rate(flop, f): return flop / min(timed(f, device)[0] for _ in range(6))
+    return round(rate(4 * sum(weights) * ids.numel(), step) / rate(2 * side**3, lambda: a @ a), 3) # frozen weights have no gradient
+
+
+def waits(way): # how often the processor waited for the card to end what it had
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        way()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in said)
+
+
 def timed(way, device): # seconds, and seconds of the CPU
     began, used = time.perf_counter(), time.process_time()
     way()
@@ -157,23 +185,29 @@ def measure(args, features, device):
     torch.manual_seed(0)
     text = dict(getattr(CTVLMConfig, args.size)().text, vocab_size=VOCAB)
     config = getattr(CTVLMConfig, args.size)(text=text)
-    model = CTVLMModel(config).eval().to(device)     # eval: the same function in all, so that gradients can be compared
+    with device: model = CTVLMModel(config).eval()   # eval: the same function in all, so that gradients can be compared
     model.window_encoder.requires_grad_(not features)
     training = TrainingConfig(localization=0.3, text_tokens=4096)
     width = config.window_encoder["width"]
     batches = [made_up(args.micro, seed, args.size, width, features) for seed in range(args.effective // args.micro)]
     asked, group = prompts(QUESTIONS[args.size]), max(args.micro, args.effective // 16)
-    ways = {"cached": lambda: effective_batch_backward(model, batches, asked, training, 0, device, keep=1),
-            "plain": lambda: effective_batch_backward(model, batches, asked, training, 0, device, keep=1000),
+    def ours(keep): return effective_batch_backward(model, batches, asked, training, 0, device, lambda: fast(device), keep)
+    ways = {"cached": lambda: ours(1), "plain": lambda: ours(1000),
             "separate": lambda: separate(model, batches, asked, training, group, device)}
     if args.size == "large": del ways["plain"]       # its graph would fill any card
+    if device.type == "cuda": ways["compiled"] = ways["cached"]
     rows, seconds, first = {}, {name: [] for name in ways}, None
     for name, way in ways.items():
+        if name == "compiled": compile_text(model)
         mib, gradients = memory_and_gradients(model, way, device)
         first = gradients if first is None else first
         off = float((gradients - first).abs().max() / first.abs().max())
         rows[name] = {"held_mib": mib, "largest_difference": float(f"{off:.2g}")}
-    for _ in range(args.repeats):                    # in turn, so that all see the same machine
+        if device.type == "cuda":                    # one after the other: what is compiled stays so
+            rows[name]["waits_per_micro_batch"] = round(waits(way) / len(batches), 1)
+            rows[name]["text_share_of_peak"] = text_share(model, device)
+            seconds[name] += [timed(way, device) for _ in range(args.repeats)]
+    for _ in range(args.repeats if device.type == "cpu" else 0): # in turn, so that all see the same machine
         for name, way in ways.items():
             model.zero_grad()
             seconds[name].append(timed(way, device))

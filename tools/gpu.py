@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "runs" / "gpu"
-STEP = "--device cuda --size large --effective 4096 --micro 64 --repeats 1 --results"
+STEP = "--device cuda --size large --effective 1024 --micro 64 --repeats 1 --results"
 
 
 def cuda_notebooks():
