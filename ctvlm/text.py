@@ -160,13 +160,13 @@ def pool_last(
     last = (mask * places).argmax(1)                                        # (B,)
     return hidden[torch.arange(len(hidden), device=hidden.device), last]    # (B, E)
 
-# %% ../nbs/06_text.ipynb #9aa02f82
 def padded_last(
     mask:Tensor, # `(B, L)`, as for `pool_last`
 )->bool:         # `False` where it lies on a card, which would have to be waited for
     "Whether all padding follows the tokens."
     return mask.device.type == "cpu" and not bool((mask[:, 1:] > mask[:, :-1]).any())
 
+# %% ../nbs/06_text.ipynb #9aa02f82
 @dataclass(frozen=True)
 class AdapterSizes:
     "Low-rank adapters; the defaults are the released model's."

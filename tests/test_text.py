@@ -147,3 +147,21 @@ def test_a_wrong_path_is_no_hub_name(name):
 
 def test_a_vocabulary_needs_its_bytes():
     with pytest.raises(InputError, match="258"): train_tokenizer(["a"], 200)
+
+
+@pytest.mark.parametrize("kind, causal", [("qwen3", True), ("bert", False)])
+def test_padding_behind_the_tokens_needs_no_mask(kind, causal):
+    "In a causal encoder only: others would look at it."
+    from ctvlm.text import TextEncoder, padded_last
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    if causal: sizes |= dict(num_key_value_heads=1, head_dim=12)
+    encoder = TextEncoder(dict(model_type=kind, **sizes)).eval()
+    ids, mask = torch.randint(1, 50, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[0, 5:] = mask[1, 8:] = 0
+    assert encoder.causal == causal and padded_last(mask) and not padded_last(mask.flip(1))
+    with torch.no_grad(): torch.testing.assert_close(encoder(ids, mask, True), encoder(ids, mask))
+    sees = []
+    encoder.model.register_forward_pre_hook(lambda m, args, kwargs: sees.append(kwargs["attention_mask"]), with_kwargs=True)
+    with torch.no_grad(): encoder(ids, mask, True)
+    assert (sees[0] is None) == causal
