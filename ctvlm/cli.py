@@ -276,7 +276,7 @@ def embed(
              "folder of the feature store.")]=None,
     workers:Annotated[Optional[int], typer.Option(
         min=0,
-        help="A table: processes that read scans ahead of the encoder; 2 if left out.")]=None,
+        help="A table: processes that read ahead; if left out 2, with a card most cores.")]=None,
     device:Device=None,
     devices:Annotated[Optional[str], typer.Option(
         help="A table: several devices of this machine, a process each, "
@@ -302,7 +302,7 @@ def embed(
         # of several processes each moves its copy to its own device
         several = names or int(os.environ.get("WORLD_SIZE", 1)) > 1
         loaded = load_model(model, "cpu" if several else device)
-        summary = embed_studies(table, loaded, output, workers=2 if workers is None else workers,
+        summary = embed_studies(table, loaded, output, workers=workers,
                                 devices=names, quiet=quiet)
         # a process of several; the first one speaks for all
         if not summary: return
