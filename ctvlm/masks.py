@@ -147,6 +147,7 @@ def _rex_masks(path, scan, n): # `(F, X, Y, Z)` and the scan's affine
 def _rex_pairs(path, scan, entry, withheld):
     texts, categories = sorted(_rex_texts(entry).items()), entry.get("categories", {})
     category = lambda k: str(categories.get(str(k), ""))
+    if not texts: return [] # a scan without findings has no masks
     if withheld:
         return [mask_pair(text, [], category(k), "mask withheld") for k, text in texts]
     if not path.exists():

@@ -37,7 +37,8 @@ def phantoms(
     format:Annotated[Literal["nifti", "dicom"], typer.Option(
         help="What scans are written as.")]="nifti",
     layout:Annotated[Optional[Literal["rexgrounding"]], typer.Option(
-        "--as", help="Lay them out as ReXGroundingCT, with masks: a fifth val, a tenth test.")]=None,
+        "--as", help="Lay them out as ReXGroundingCT, with masks: a fifth val, a tenth "
+        "test.")]=None,
     as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Write synthetic CT studies with reports and their truth."
@@ -219,7 +220,8 @@ def studies(
         min=0, max=1, help="Share of the training patients to hold out for testing.")]=0.,
     study_column:StudyColumn=None, report_column:ReportColumn=None, encoding:Encoding=None,
     allow_outside:Annotated[bool, typer.Option(
-        "--allow-outside", help="csv, dicom, intervals: take scans that lie outside of the root.")]=False,
+        "--allow-outside", help="csv, dicom, intervals: take scans that lie outside of the "
+        "root.")]=False,
     allow_missing:AllowMissing=False, as_json:AsJson=False, quiet:Quiet=False,
 ):
     "Read a data set into a table of studies. Status 1 if OUTPUT.refused.csv says what was refused."

@@ -141,6 +141,15 @@ def test_an_empty_mask_and_texts_in_dictionaries(rex):
     assert studies.pairs[0][0]["cleaned"] == data["train"][0]["findings"]["0"]["text"]
 
 
+def test_a_scan_without_findings_needs_no_masks(rex):
+    data = told(rex)
+    data["train"][0] |= {"findings": {}, "categories": {}}
+    tell(rex, data)
+    first(rex).unlink()
+    studies, refused = read_rexgrounding(rex)
+    assert studies.pairs[0] == [] and len(studies) == 5 and not len(refused)
+
+
 def test_no_patient_is_in_two_splits(rex):
     data = told(rex)
     name = data["train"][0]["name"]                                         # train_1_a_1: its patient is in val, too
