@@ -114,9 +114,19 @@ def _beside(path): # a temporary name in the same folder
     host = os.uname().nodename[:20] if hasattr(os, "uname") else ""
     return path.with_name(f".{path.name[:40]}.{host}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
+def _set_modes(temporary, private):
+    "Files for whom the umask says, or for the owner alone; libraries write either."
+    probe, mode = temporary.with_name(f"{temporary.name}m"), 0o600
+    if not private:
+        with open(probe, "x") as f: mode = os.fstat(f.fileno()).st_mode & 0o777
+        probe.unlink()
+    for f in [temporary, *temporary.rglob("*")]:
+        if f.is_file() and not f.is_symlink() and f.stat().st_mode & 0o777 != mode: f.chmod(mode)
+
 @contextlib.contextmanager
 def write_atomically(
     path:str|Path, # where the file, or the folder, shall stand in the end
+    private:bool=False, # nobody but its owner may read it
 ):
     "Give a temporary path, renamed to `path` at the end of the block, removed on any error."
     path, through = Path(path), _written_through(Path(path))
@@ -127,6 +137,7 @@ def write_atomically(
         yield temporary
         if temporary.is_file():
             with open(temporary, "rb") as f: os.fsync(f.fileno())
+        if not through: _set_modes(temporary, private)
         if through:
             with open(temporary, "rb") as source, open(path, "wb") as f:
                 shutil.copyfileobj(source, f)
@@ -137,7 +148,7 @@ def write_atomically(
             os.rename(temporary, path)
             _remove(old)
         else:
-            if path.is_file(): shutil.copymode(path, temporary)
+            if path.is_file() and not private: shutil.copymode(path, temporary)
             os.replace(temporary, path)
     except Exception as e:
         if (why := _why_full(e)) is None: raise
@@ -179,10 +190,11 @@ def write_output(
     path:str|Path,        # that somebody named for a result
     inputs=(),            # as in `check_output`
     overwrite:bool=False, # also what is not ours
+    private:bool=False,   # nobody but its owner may read it
 ):
     "`write_atomically` for a name that somebody typed: nothing is lost that is not ours."
     check_output(path, inputs, overwrite)
-    with write_atomically(path) as temporary: yield temporary
+    with write_atomically(path, private) as temporary: yield temporary
     if _written_through(Path(path)): return
     with contextlib.suppress(OSError, AttributeError):
         os.setxattr(path, "user.ctvlm", _mark(path))

@@ -153,7 +153,7 @@ def fetch_series(
     wanted = {i["00080018"]["Value"][0] for i in listed}
     if not wanted:
         raise InputError(f"{address.base} has no image of series {series}: check both UIDs")
-    with write_atomically(folder) as temporary, _told(address.base):
+    with write_atomically(folder, private=True) as temporary, _told(address.base):
         temporary.mkdir(mode=0o700)
         _bring(client, address.study, series, wanted, temporary)
     return folder
@@ -164,9 +164,7 @@ def _bring(client, study, series, wanted, folder):
     def keep(images):
         for ds in images:
             if ds.SOPInstanceUID not in missing: continue
-            path = folder/f"{ds.SOPInstanceUID}.dcm"
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as f:
-                ds.save_as(f, enforce_file_format=True)
+            ds.save_as(folder/f"{ds.SOPInstanceUID}.dcm", enforce_file_format=True)
             missing.discard(ds.SOPInstanceUID)
     try: keep(client.iter_series(study, series, media_types=_AS_STORED))
     # the stream broke off: the rest one by one

@@ -7,7 +7,7 @@ __all__ = ['REQUIRED', 'SCHEME', 'NOT_FOR_DIAGNOSIS', 'MINED', 'MARKUPS', 'Sourc
            'to_slicer', 'write_dicom']
 
 # %% ../nbs/14a_structured_reports.ipynb #78c1eb65
-import json, os, warnings
+import json, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +269,6 @@ def write_dicom(
     overwrite:bool=False, # also a file that is not ours
 )->Path:
     "Write a DICOM object that names a patient, with mode 600."
-    with write_output(path, overwrite=overwrite) as temporary:
+    with write_output(path, overwrite=overwrite, private=True) as temporary:
         dataset.save_as(temporary, enforce_file_format=True)
-        os.chmod(temporary, 0o600)
     return Path(path)

@@ -105,6 +105,8 @@ def test_patient_and_study_are_the_source_s(phantom, tmp_path):
         assert ds.SeriesInstanceUID != first.SeriesInstanceUID
         path = write_dicom(tmp_path / f"{ds.Modality}.dcm", ds)
         assert path.stat().st_mode & 0o777 == 0o600
+        path.chmod(0o644)
+        assert write_dicom(path, ds, overwrite=True).stat().st_mode & 0o777 == 0o600
     assert str(first.PatientName) not in json.dumps(to_slicer(answers_at(volume)[:3], volume))
 
 
