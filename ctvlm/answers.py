@@ -281,7 +281,7 @@ def window_features(self:CTVLMModel,
 @contextlib.contextmanager
 def _ask(self:CTVLMModel): # what answers run in
     before = {m: m.training for m in self.modules()}
-    half = self.dtype == torch.float32 and self._fast() == torch.bfloat16
+    half = self._fast() != self.dtype
     self.eval()
     try:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
