@@ -515,6 +515,8 @@ def test_disease_extreme_scores_are_finite():
 def test_positive_weights():
     labels = torch.tensor([[1, 0, 1, -1], [0, 0, 1, -1], [0, 0, 1, -1], [0, -1, 1, -1]])
     assert positive_weights(labels).tolist() == [3, 20, 0, 1]
+    rare = (torch.arange(31) == 0).long()[:, None]                   # one patient of 31: 30 to 1, at most 20
+    assert positive_weights(rare).tolist() == [20] and positive_weights(rare, most=40.).tolist() == [30]
     assert draw_phrasings(torch.arange(12).view(4, 3)).shape == (4,)
 
 
