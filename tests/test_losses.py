@@ -248,6 +248,7 @@ def test_quantiles_invert_the_cumulative(bins, seed, q):
     assert abs(share - q) < 1e-4
     low, high = posterior_interval_mm(p, z, 0.8)[0]
     assert low <= posterior_median_mm(p, z)[0] <= high
+    for end, tail in ((low, 0.1), (high, 0.9)): assert float(end) == pytest.approx(float(posterior_quantile_mm(p, z, tail)), abs=1e-3)
 
 
 def test_median_has_the_least_expected_error():
