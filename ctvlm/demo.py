@@ -22,14 +22,17 @@ def demo_cohort(
     "Phantoms at a resolution that two cores can train on, with a split by patient."
     from ctvlm.data import phantom_studies
     from ctvlm.phantoms import PhantomCohort
-    cohort = PhantomCohort(sum(patients.values()), seed, spacing=(6., 6., 3.), languages=("en",))
+    many, spacing = sum(patients.values()), (6., 6., 3.)
+    cohort = PhantomCohort(many, seed, spacing=spacing, languages=("en",))
     studies = phantom_studies(cohort, workers=workers, quiet=quiet)
     studies["split"] = [split for split, n in patients.items() for _ in range(n)]
-    studies["labels"] = [_known(study.labels, read) for study, read in zip(cohort, studies.labels)]
+    both = zip(cohort, studies.labels)
+    studies["labels"] = [_known(study.labels, read) for study, read in both]
     studies["label_version"] = "rules, not mentioned is absent where the organ was scanned"
     return cohort, studies
 
-def _known(truth, read): # what the rules read, 0 where they read nothing; only what was scanned
+# what the rules read, 0 where they read nothing; only what was scanned
+def _known(truth, read):
     return {f: int(read.get(f) == 1) for f, value in truth.items() if value is not None}
 
 # %% ../nbs/14e_demo.ipynb #20dadcd7
@@ -55,7 +58,8 @@ def mining_score(
     out = {"n_references": sum(true), "n_reports": len(true)}
     right, patients = np.array(hits, float), list(studies.patient)
     for name, of in (("precision", found), ("recall", true)):
-        out[name], *out[f"{name}_ci95"] = ratio_ci(right, np.array(of, float), patients, **bootstrap)
+        found = ratio_ci(right, np.array(of, float), patients, **bootstrap)
+        out[name], *out[f"{name}_ci95"] = found
     return out
 
 # %% ../nbs/14e_demo.ipynb #3627b7c0
@@ -78,7 +82,7 @@ def demo_model(
     return ready if shipped else _fresh(studies[studies.split == "train"], seed, ready)
 
 def _fresh(train, seed, ready):
-    "A tokenizer from these reports, the window encoder of `ready`, and random weights elsewhere."
+    "A tokenizer from these reports, the window encoder of `ready`, else random weights."
     import torch
     from ctvlm.core import seed_everything
     from ctvlm.data import report_text
@@ -100,7 +104,8 @@ def _statements(): # of each finding those that assert it, then those that deny 
     from ctvlm.findings import FINDINGS, prompts_for
     for f in FINDINGS:
         for side in ("positive", "negative"):
-            yield [s for style in ("ensemble", "templates") for s in getattr(prompts_for(f, style), side)]
+            styles = [prompts_for(f, style) for style in ("ensemble", "templates")]
+            yield [s for style in styles for s in getattr(style, side)]
 
 def demo_text(
     model,           # of `demo_model`, is changed
@@ -115,12 +120,15 @@ def demo_text(
     optimizer = torch.optim.AdamW(learned, lr=2e-3, betas=(0.9, 0.95), weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps,
                                                    pct_start=0.15, cycle_momentum=False)
-    def vectors(texts): return F.normalize(model.encode_text(**model.processor(text=texts)), dim=-1)
+    def vectors(texts):
+        return F.normalize(model.encode_text(**model.processor(text=texts)), dim=-1)
     for _ in progress(range(steps), "learning words", quiet=quiet):
-        chosen = rng.choice(len(sentences) // 2, 48, replace=False)   # each asserted and denied
+        # each asserted and denied
+        chosen = rng.choice(len(sentences) // 2, 48, replace=False)
         groups = [sentences[k] for f in chosen for k in (2 * f, 2 * f + 1)]
         pairs = [rng.choice(group, 2, replace=False) for group in groups]
-        u, v = (vectors([str(pair[side]) for pair in pairs]) for side in (0, 1))    # (96, P)
+        # (96, P) each
+        u, v = (vectors([str(pair[side]) for pair in pairs]) for side in (0, 1))
         logits, same = u @ v.T / 0.1, torch.arange(len(pairs))
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
         optimizer.zero_grad()
@@ -129,7 +137,8 @@ def demo_text(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    model.snippet_head.load_state_dict(model.report_head.state_dict())   # it starts as a copy
+    # it starts as a copy
+    model.snippet_head.load_state_dict(model.report_head.state_dict())
     return losses
 
 # %% ../nbs/14e_demo.ipynb #b1d07c12
@@ -179,7 +188,8 @@ def _trained(model, batches, training, first, seed, output, about, quiet):
             for name, stage in stages.items()]
     without = {loss: np.nan for loss, weight in first.items() if weight == 0}
     later = dict(step=logs[1].step + len(logs[0]), epoch=logs[1].epoch + first["epochs"])
-    return pd.concat([logs[0].assign(**without), logs[1].assign(**later)], ignore_index=True)
+    both = [logs[0].assign(**without), logs[1].assign(**later)]
+    return pd.concat(both, ignore_index=True)
 
 def own_answers(
     model, # a `CTVLMModel`
@@ -206,8 +216,9 @@ def run_demo(
     "Phantoms, mining, labels, features, training, evaluation, answers."
     import time
     from ctvlm.data import Batches, write_studies
-    from ctvlm.evaluation import (calibrate_depth, embed_batches, evaluate_studies, phantom_extents,
-                                  population_of, write_result)
+    from ctvlm.evaluation import (
+        calibrate_depth, embed_batches, evaluate_studies, phantom_extents, population_of,
+        write_result)
     from ctvlm.findings import FINDINGS
     from ctvlm.training import peak_memory_mib
     from ctvlm.viewer import pick_examples, write_report
@@ -223,7 +234,8 @@ def run_demo(
     tell("rendering scans, keeping the features of their windows")
     store = demo_features(model, studies, output/"features", quiet=quiet)
     split = dict(list(studies.groupby("split")))
-    findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in split["train"].labels)]
+    learned = split["train"].labels
+    findings = [f for f in FINDINGS if any(labels.get(f) == 1 for labels in learned)]
     def batches(name, **options):
         return Batches(split[name], store, model.processor.tokenizer, training["effective_batch"],
                        findings, seed=seed, **options)
@@ -249,7 +261,8 @@ def run_demo(
     return metrics
 
 # %% ../nbs/14e_demo.ipynb #0b1821c7
-def _row(what, section, key, beside="", scale=1., form="{:.1f}"): # a number and its interval
+# a number and its interval
+def _row(what, section, key, beside="", scale=1., form="{:.1f}"):
     low, high = section[f"{key}_ci95"]
     return {"measured": what, "value": form.format(scale * section[key]),
             "95 % interval": f"{form.format(scale * low)} to {form.format(scale * high)}",
@@ -261,7 +274,8 @@ def _depth_rows(l): # of the section "localization"
     for name, key in (("random slice", "random_mm"), ("middle slice", "middle_mm"),
                       ("text-only prior", "text_prior_mm")):
         yield _row(f"  {name}, mm", l, key)
-    yield _row("localization MAE / middle slice", l, "vs_middle", "goal at most 0.20", form="{:.2f}")
+    yield _row("localization MAE / middle slice", l, "vs_middle", "goal at most 0.20",
+               form="{:.2f}")
     yield _row("localization MAE / text-only prior", l, "vs_text_prior", "goal at most 0.70",
                form="{:.2f}")
     length = f"mean length {l['interval_length_mm']:.0f} mm"
@@ -271,7 +285,8 @@ def _finding_rows(c): # of the section "classification"
     classes = f"{len(c['per_class'])} findings, chance 0.50"
     yield _row("zero-shot mean AUC", c, "mean_auroc", classes, form="{:.3f}")
     if "extent" in c:
-        yield _row("  extent of the scan alone", c["extent"], "mean_auroc", "no image", form="{:.3f}")
+        yield _row("  extent of the scan alone", c["extent"], "mean_auroc", "no image",
+                   form="{:.3f}")
     for name, auc in c["per_class"].items():
         one = {"a": auc, "a_ci95": c["per_class_ci95"][name]}
         many = f"{c['detail'][f'{name}_n_positive']} of {c['protocol']['n']} scans"
@@ -282,10 +297,12 @@ def demo_table(
 )->list:          # rows of the printed table
     "The numbers that the demo promises."
     rows, m = list(_depth_rows(metrics["localization"])), metrics["mining"]
-    for name, direction in (("report to scan", "text_to_image"), ("scan to report", "image_to_text")):
+    both = ("report to scan", "text_to_image"), ("scan to report", "image_to_text")
+    for name, direction in both:
         d = metrics["retrieval"][direction]
         rows += [_row(f"{name} R@{k}, %", d, f"r{k}", f"chance {100 * k / d['n']:.0f}", 100)
                  for k in (1, 5, 10)]
     rows += _finding_rows(metrics["classification"])
     references = f"{m['n_references']} references in {m['n_reports']} reports"
-    return rows + [_row(f"mining {k}, %", m, k, references, 100) for k in ("precision", "recall")]
+    mined = [_row(f"mining {k}, %", m, k, references, 100) for k in ("precision", "recall")]
+    return rows + mined

@@ -20,9 +20,10 @@ class Place:
     "A place that reports name, and how its height follows from an organ's."
     name:str
     organ:str       # an organ of `organ_heights`
-    low:float       # its lower end, as a share of the organ's height: 0 is the organ's lower end
+    low:float       # its lower end, as a share of the organ's height from below
     high:float      # its upper end
-    wordings:dict   # language -> how reports say it after a finding: "in the apex of the left lung"
+    # language -> how reports say it after a finding: "in the apex of the left lung"
+    wordings:dict
     signs:dict      # language -> what is found there: "scarring"
     catalogue:tuple # organs of `organs.csv` whose findings lie here
 
@@ -39,7 +40,8 @@ def _read_places():
         name, ends = row["place"], (float(row["low"]), float(row["high"]))
         before = places[name].wordings if name in places else {"en": (), "de": ()}
         wordings = {"en": _once(*before["en"], *row["english"]),
-                    "de": _once(*before["de"], *row["german"])}   # of both sides, if only words have one
+                    # of both sides, if only words have one
+                    "de": _once(*before["de"], *row["german"])}
         places[name] = Place(name, row["organ"], *ends, wordings, signs[row["signs"]],
                              _split(row["catalogue"]))
     return places, signs["qualifier"]
@@ -75,9 +77,11 @@ def unseen(
     return low > study.scan.high + margin or high < study.scan.low - margin
 
 # %% ../nbs/03f_places.ipynb #c8e4004c
-PARTS = {"train": range(0, 7), "val": range(7, 8), "test": range(8, 10)} # tenths of the sentences
+# tenths of the sentences
+PARTS = {"train": range(0, 7), "val": range(7, 8), "test": range(8, 10)}
 
-HELD_BACK = { # composed sentences that real scans are asked with: no model learns them here
+# composed sentences that real scans are asked with: no model learns them here
+HELD_BACK = {
     "scarring in the apex of the left lung", "atherosclerotic calcification of the aortic arch",
     "small pericardial effusion", "cyst in the left kidney", "stone in the right kidney",
     "bibasilar atelectasis", "solid nodule in the right lung", "pleural effusion on the right",
@@ -127,7 +131,8 @@ def dressed(
     "A sentence as it stands, with a qualifier, or as a full sentence."
     kind = rng.random()
     if kind < .3: text = f"{rng.choice(QUALIFIERS[language])} {text}"
-    elif kind < .4: text = f"there is {text}" if language == "en" else f"es zeigt sich {text}"
+    elif kind < .4:
+        text = f"there is {text}" if language == "en" else f"es zeigt sich {text}"
     text = text[0].upper() + text[1:]
     return text + "." if rng.random() < .2 else text
 

@@ -27,17 +27,19 @@ def pad_halves(
 
 # %% ../nbs/05a_prepared.ipynb #f80be756
 def _grown(x, *shape): # `x` in the first corner of zeros
-    return F.pad(x, [n for have, want in zip(x.shape[::-1], shape[::-1]) for n in (0, want - have)])
+    last_first = zip(x.shape[::-1], shape[::-1])
+    return F.pad(x, [n for have, want in last_first for n in (0, want - have)])
 
 def _copy(x, dtype=torch.float32): return x.detach().to(dtype, copy=True)
 
-def _norm(x, weight, bias, eps): # LayerNorm over the first channels, as many as it has weights
+def _norm(x, weight, bias, eps): # over the first channels, as many as it has weights
     own = len(weight)
-    return F.pad(F.layer_norm(x[..., :own], (own,), weight, bias, eps), (0, x.shape[-1] - own))
+    normed = F.layer_norm(x[..., :own], (own,), weight, bias, eps)
+    return F.pad(normed, (0, x.shape[-1] - own))
 
 # %% ../nbs/05a_prepared.ipynb #8c8445eb
 class PreparedBlock(nn.Module):
-    "One block: a product for queries, keys and values, aligned heads, LayerScale in the weights."
+    "A block: one product for q, k and v, aligned heads, LayerScale in the weights."
     def __init__(self,
         block,               # a `Block` of chapter 05
         sizes,               # its `EncoderSizes`
@@ -59,7 +61,8 @@ class PreparedBlock(nn.Module):
         both = [torch.cat(p) for p in ((attention.q.weight, attention.kv.weight),
                                        (attention.q.bias, attention.kv.bias))]
         keep("qkv", *map(spread, both), 3 * inner, wide)
-        hidden, (one, two) = round_up(mlp.fc1.out_features, 64), (block.ls1.gamma, block.ls2.gamma)
+        hidden = round_up(mlp.fc1.out_features, 64)
+        one, two = block.ls1.gamma, block.ls2.gamma
         out = spread((one[:, None] * attention.proj.weight).T).T         # (E, heads head)
         keep("proj", out, one * attention.proj.bias, wide, inner)
         keep("fc1", mlp.fc1.weight, mlp.fc1.bias, hidden, wide)
@@ -72,7 +75,7 @@ class PreparedBlock(nn.Module):
     def attend(self, x, cos, sin): # `(N, L, E)` in `dtype`
         N, L, _ = x.shape
         qkv = F.linear(x, self.qkv, self.qkv_bias).view(N, L, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # (N, heads, L, head) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                # (N, heads, L, head) each
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return F.linear(y.transpose(1, 2).flatten(2), self.proj, self.proj_bias)
@@ -81,7 +84,8 @@ class PreparedBlock(nn.Module):
         y = _norm(x, self.norm1, self.norm1_bias, self.eps).to(self.qkv.dtype)
         x = x + self.attend(y, cos, sin)
         y = _norm(x, self.norm2, self.norm2_bias, self.eps).to(self.qkv.dtype)
-        return x + F.linear(F.gelu(F.linear(y, self.fc1, self.fc1_bias)), self.fc2, self.fc2_bias)
+        y = F.gelu(F.linear(y, self.fc1, self.fc1_bias))
+        return x + F.linear(y, self.fc2, self.fc2_bias)
 
 # %% ../nbs/05a_prepared.ipynb #7b575a34
 class PreparedEncoder(nn.Module):

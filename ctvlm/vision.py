@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rotary_coordinates', 'rotary_periods', 'rotary_angles', 'rotary_table', 'rotate', 'random_factor', 'EncoderSizes',
            'attend', 'Attention', 'MLP', 'LayerScale', 'Block', 'Encoder', 'hu_ramps', 'cut_patches', 'WindowEncoder',
-           'start_patches', 'start_projections', 'token_depths', 'window_bins', 'ScanEncoder', 'held_bins']
+           'start_patches', 'start_projections', 'token_depths', 'window_bins', 'held_bins', 'ScanEncoder']
 
 # %% ../nbs/05_vision.ipynb #93e4f31c
 import math
@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.utils.rnn import pad_sequence
+from fastcore.basics import patch
 from .core import InputError
 
 # %% ../nbs/05_vision.ipynb #24060c93
@@ -203,7 +204,9 @@ class Encoder(nn.Module):
                 there = _grid_axes(grid, bins, width, base, torch.device(device or "cpu"))
                 return rotary_table(factor * there[0], there[1])
         else:
-            def table(grid): return _grid_table(grid, bins, width, base, torch.device(device or "cpu"))
+            def table(grid):
+                there = torch.device(device or "cpu")
+                return _grid_table(grid, bins, width, base, there)
         each = {g: table(g) for g in set(grids)}
         if len(each) == 1: return each[grids[0]]
         padded = [pad_sequence([each[g][i] for g in grids], batch_first=True) for i in range(2)]
@@ -342,6 +345,14 @@ def window_bins(
     "Which depths of each window hold any of the scan."
     return patch_mask.flatten(1, -2).any(1) if patch_mask.ndim > 2 else patch_mask.bool()
 
+def held_bins(
+    grid,       # `(3,)` windows
+    patch_mask, # `(N, bins of a window)` which depths of each window hold some of the scan
+):              # `(D,)` bool
+    "Which depth bins of a scan hold voxels, and not padding alone."
+    return patch_mask.reshape(*map(int, grid), -1).any(0).any(0).reshape(-1)
+
+# %% ../nbs/05_vision.ipynb #0d39c03f
 class ScanEncoder(Encoder):
     "A vector for the scan and one for each of its depth bins, from the windows' vectors."
     def __init__(self,
@@ -393,31 +404,27 @@ class ScanEncoder(Encoder):
         most = self._pooled(F.linear(depth_tokens, each), held)
         return F.linear(cls, own, self.patch_proj.bias) + most
 
-    def scan(self, cls, depth_tokens, grids, held=None):
-        "`(B, 2 E)`: CLS, and the mean (or maximum) over windows."
-        mask = None if held is None else held.any(1)  # (N,)
-        # (B, L, E)
-        x, mask = self._rows(self._tokens(cls, depth_tokens, held), mask,
-            [math.prod(g) for g in grids])
-        x = self.encode(x, *self.tables(grids, device=x.device), mask)  # (B, 1 + L, E)
-        return torch.cat([x[:, 0], self._pooled(x[:, 1:], mask)], 1)  # (B, 2 E)
+# %% ../nbs/05_vision.ipynb #60bfb8ca
+@patch
+def scan(self:ScanEncoder, cls, depth_tokens, grids, held=None):
+    "`(B, 2 E)`: CLS, and the mean (or maximum) over windows."
+    mask = None if held is None else held.any(1)  # (N,)
+    # (B, L, E)
+    x, mask = self._rows(self._tokens(cls, depth_tokens, held), mask,
+        [math.prod(g) for g in grids])
+    x = self.encode(x, *self.tables(grids, device=x.device), mask)  # (B, 1 + L, E)
+    return torch.cat([x[:, 0], self._pooled(x[:, 1:], mask)], 1)  # (B, 2 E)
 
-    def slices(self, depth_tokens, grids, held=None):
-        "`(B, D, 2 E)` CLS and the windows at each depth, joined; `(B, D)` which are valid."
-        bins = depth_tokens.shape[1]
-        x = self.axis_patch_proj(depth_tokens).flatten(0, 1)  # (N bins, E)
-        mask = None if held is None else held.flatten()  # (N bins,)
-        x, mask = self._rows(x, mask, [math.prod(g) * bins for g in grids])  # (B, L, E)
-        x = self.encode(x, *self.tables(grids, bins, x.device), mask)  # (B, 1 + L, E)
-        at = token_depths(grids, bins, x.device)  # (B, D, L)
-        if mask is not None: at = at & mask[:, None]
-        each, valid = self._at_depths(x[:, 1:], at), at.any(2)  # (B, D, E), (B, D)
-        # (B, D, 2 E), (B, D)
-        return torch.cat([x[:, :1].expand(-1, each.shape[1], -1), each], 2), valid
-
-def held_bins(
-    grid,       # `(3,)` windows
-    patch_mask, # `(N, bins of a window)` which depths of each window hold some of the scan
-):              # `(D,)` bool
-    "Which depth bins of a scan hold voxels, and not padding alone."
-    return patch_mask.reshape(*map(int, grid), -1).any(0).any(0).reshape(-1)
+@patch
+def slices(self:ScanEncoder, depth_tokens, grids, held=None):
+    "`(B, D, 2 E)` CLS and the windows at each depth, joined; `(B, D)` which are valid."
+    bins = depth_tokens.shape[1]
+    x = self.axis_patch_proj(depth_tokens).flatten(0, 1)  # (N bins, E)
+    mask = None if held is None else held.flatten()  # (N bins,)
+    x, mask = self._rows(x, mask, [math.prod(g) * bins for g in grids])  # (B, L, E)
+    x = self.encode(x, *self.tables(grids, bins, x.device), mask)  # (B, 1 + L, E)
+    at = token_depths(grids, bins, x.device)  # (B, D, L)
+    if mask is not None: at = at & mask[:, None]
+    each, valid = self._at_depths(x[:, 1:], at), at.any(2)  # (B, D, E), (B, D)
+    # (B, D, 2 E), (B, D)
+    return torch.cat([x[:, :1].expand(-1, each.shape[1], -1), each], 2), valid
