@@ -82,7 +82,7 @@ def localize(
                 notes=f"{volume.name}; model {about['model']}, trained on {about['trained_on']}")
             kind = "jpg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png"
             with write_output(picture, scans, overwrite) as t:
-                figure.savefig(t, format=kind)
+                figure.savefig(t, format=kind, bbox_inches="tight")
         for a in answers:
             low, high = a.interval_mm or (None, None)
             said = {

@@ -49,7 +49,8 @@ def _image(fig, text, caption=""): # figure -> HTML with the PNG inside
     fig, png = getattr(fig, "figure", fig), io.BytesIO()
     # a wide one scrolls in its own box on a telephone
     wide = ' class="wide"' if fig.get_size_inches()[0] > 7 else ""
-    fig.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    fig.savefig(png, format="png", dpi=110, bbox_inches="tight",
+                metadata={"Software": None})
     plt.close(fig)
     data = base64.b64encode(png.getvalue()).decode()
     said = html.escape(text, quote=True)

@@ -19,7 +19,7 @@ IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
 
 def draw(volume, answer, trained_on):
     notes = f"LIDC-IDRI-0314 (LIDC-IDRI, CC BY 3.0); the model that ships, trained on {trained_on}"
-    localization_figure(answer, volume, notes=notes).savefig(IMAGES / "answer.png", dpi=80)
+    localization_figure(answer, volume, notes=notes).savefig(IMAGES / "answer.png", dpi=80, bbox_inches="tight")
     X, Y, _ = volume.array.shape
     k = volume.slice_at(float(answer.depth_mm))
     (IMAGES / "reader.png").write_bytes(Planes(volume).draw(X // 2, Y // 2, k, answer=answer))
