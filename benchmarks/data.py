@@ -74,7 +74,7 @@ def profile(workers=(0, 1, 2), scans=12):
     torch.set_num_threads(1); torch.manual_seed(0)
     model, runs = CTVLMModel(CTVLMConfig.tiny(300)), {}
     with tempfile.TemporaryDirectory() as folder:
-        write_cohort(PhantomCohort(scans, spacing=(1.5, 1.5, 3.)), folder, quiet=True)
+        write_cohort(PhantomCohort(scans), folder, quiet=True)
         studies, _ = read_phantoms(folder)
         for w in workers:
             found = embed_studies(studies, model, Path(folder) / f"features {w}", workers=w, quiet=True)
