@@ -457,7 +457,7 @@ class Shared:
 
 def _mapped(shape, dtype, handle): return Shared(shape, dtype, handle.detach())
 
-def _filled(room, planes): # `room` with clipped planes, `None` if its kind of number cannot hold them
+def _filled(room, planes): # with clipped planes; `None` if its kind of number cannot hold them
     for place, plane in zip(room.array, planes):
         clipped = np.clip(plane, -1000, 1000)
         place[...] = clipped
