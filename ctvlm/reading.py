@@ -543,12 +543,15 @@ KINDS = {                      # ends of names -> reader
     (".npz",): read_npz,
 }
 
-def _read(path, series, workers, **more): # `more` of `read_dicom`
+def _existing(path): # as a `Path`
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise InputError(f"{path!r} is no path to a scan: give a file, "
             "or the folder that holds the DICOM series")
     path = Path(path)
     if not path.exists(): raise InputError(f"{path} does not exist: check the path")
+    return path
+
+def _read(path, series, workers, **more): # `more` of `read_dicom`
     reader = next((r for ends, r in KINDS.items() if path.name.lower().endswith(ends)),
                   None)
     if series is not None and reader:
@@ -595,7 +598,7 @@ def load_volume(
     "Read a CT scan, or refuse it with the reason."
     more = dict(acquisition=acquisition, fill_gaps=fill_gaps,
                 allow_partial=allow_partial)
-    path = Path(path)
+    path = _existing(path)
     if spacing is None: r = _read(path, series, workers, **more)
     else: r = read_nifti(path, spacing)
     array, affine, numbers, of = r.array, r.affine, r.image_numbers, r.image
