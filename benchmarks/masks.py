@@ -23,7 +23,7 @@ from ctvlm.grounding import centroid_error, interval_error
 from ctvlm.localization import depth_similarity
 from ctvlm.masks import mask_components
 from ctvlm.model import CTVLMModel
-from ctvlm.phantoms import PhantomStudy
+from ctvlm.studies import phantom_study
 from ctvlm.vision import start_projections
 from improvements import TAU, train
 from runs import kept, write_json
@@ -53,9 +53,7 @@ def cross_entropy(b, sigma=SIGMA):
 
 def masked(scan):
     "What a phantom's report cites, and the components of its masks."
-    said = dict(part.split("=") for part in scan.removeprefix("phantom:").split(","))
-    spacing = tuple(float(v) if v != "-" else None for v in said["spacing"].split("x"))
-    study = PhantomStudy(int(said["seed"]), int(said["index"]), spacing, said["language"])
+    study = phantom_study(scan)
     cited = {r.snippet: r.finding for r in study.report.references if r.finding and not r.prior}
     found = {text: mask_components(study.mask(f) > 0.5, study.volume.affine)[0] for text, f in cited.items()}
     return {text: components for text, components in found.items() if components}

@@ -58,8 +58,8 @@ def mining_score(
     out = {"n_references": sum(true), "n_reports": len(true)}
     right, patients = np.array(hits, float), list(studies.patient)
     for name, of in (("precision", found), ("recall", true)):
-        found = ratio_ci(right, np.array(of, float), patients, **bootstrap)
-        out[name], *out[f"{name}_ci95"] = found
+        score = ratio_ci(right, np.array(of, float), patients, **bootstrap)
+        out[name], *out[f"{name}_ci95"] = score
     return out
 
 # %% ../nbs/14e_demo.ipynb #3627b7c0

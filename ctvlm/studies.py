@@ -6,7 +6,7 @@
 __all__ = ['log', 'SPLITS', 'INTERVAL', 'PAIR', 'STUDY_SCHEMA', 'scan_name', 'plain_words', 'patient_name', 'check_reports',
            'check_studies', 'to_table', 'write_studies', 'read_studies', 'split_patients', 'scan_key', 'scan_content',
            'this_process', 'alive', 'processes', 'ahead', 'one_ahead', 'behind', 'Shared', 'shared_voxels',
-           'lost_spacing', 'open_scan', 'report_text', 'rules_version', 'rule_labels', 'label_matrix',
+           'phantom_study', 'lost_spacing', 'open_scan', 'report_text', 'rules_version', 'rule_labels', 'label_matrix',
            'phantom_studies']
 
 # %% ../nbs/11_studies.ipynb #49288f67
@@ -472,9 +472,12 @@ def shared_voxels(
     return _filled(Shared(shape, np.int16), planes) or _filled(Shared(shape, array.dtype), planes)
 
 # %% ../nbs/11_studies.ipynb #e281d635
-def _phantom(recipe): # "seed=3,index=0,spacing=3.0x3.0x-,language=en"
+def phantom_study(
+    scan:str, # "phantom:seed=3,index=0,spacing=3.0x3.0x-,language=en"
+):            # `PhantomStudy`
+    "The phantom of a recipe."
     from ctvlm.phantoms import PhantomStudy
-    said = dict(part.split("=") for part in recipe.split(","))
+    said = dict(part.split("=") for part in scan.removeprefix("phantom:").split(","))
     spacing = tuple(float(v) if v != "-" else None for v in said["spacing"].split("x"))
     return PhantomStudy(int(said["seed"]), int(said["index"]), spacing, said["language"])
 
@@ -493,7 +496,7 @@ def open_scan(
     "The volume of a study."
     if is_address(scan):
         with fetched(scan, series or None) as folder: return open_scan(str(folder), series, workers)
-    if scan.startswith("phantom:"): return _phantom(scan.removeprefix("phantom:")).volume
+    if scan.startswith("phantom:"): return phantom_study(scan).volume
     if spacing := lost_spacing(series): return load_volume(scan, spacing=spacing)
     return load_volume(scan, int(series) if series.isdigit() else series or None, workers=workers)
 
