@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest, torch
 
 import made_up
+from ctvlm.core import InputError
+from ctvlm.data import FeatureStore, embed_studies, phantom_studies, scan_key
 from ctvlm.disease import disease_prompt_loss
 from ctvlm.localization import localization_loss
 from ctvlm.model import CTVLMConfig, CTVLMModel, ready_model
@@ -128,6 +130,29 @@ def test_resampling():
     found, true = make_windows(volume, device=DEVICE), make_windows(volume)
     torch.testing.assert_close(found.windows.cpu(), true.windows, atol=2e-3, rtol=0)
     assert torch.equal(found.patch_mask.cpu(), true.patch_mask)
+
+
+def test_features_of_an_archive(tmp_path):
+    "Read by others, cut and encoded there, windows of several scans together: what a CPU makes of them one by one."
+    studies = phantom_studies(PhantomCohort(3, 7, spacing=(3., 3., 3.)), quiet=True)
+    stores = []
+    for name, device in (("here", CPU), ("there", DEVICE)):
+        made = embed_studies(studies, ready_model(device), tmp_path / name, workers=1, quiet=True)
+        assert made["computed"] == 3
+        stores.append(FeatureStore(tmp_path / name))
+    for row in studies.itertuples():
+        true, found = (store.load(scan_key(row)) for store in stores)
+        for name in ("grid", "patch_mask", "bin_depths_mm"): assert torch.equal(found[name], true[name])
+        for name in ("cls", "depth_tokens"): close(found[name], true[name], 2e-2)
+
+
+def test_a_scan_without_bins_is_no_number():
+    "A card is not asked before the loss is computed; a CPU refuses."
+    S = torch.nn.functional.one_hot(torch.tensor([0, 1]), 4).float().to(DEVICE)
+    given = S[:, None].expand(2, 3, 4), S, torch.zeros(2, device=DEVICE), torch.tensor([[True] * 3, [False] * 3], device=DEVICE)
+    if DEVICE.type == "cpu":
+        with pytest.raises(InputError, match="no valid depth bin"): localization_loss(*given)
+    else: assert localization_loss(*given).isnan()
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])

@@ -1082,6 +1082,22 @@ def test_a_card_reads_checks_and_shares_memory(hospital, filled, tmp_path, monke
             for name, x in exact.items(): torch.testing.assert_close(found[name], x, rtol=0, atol=4e-3)
 
 
+def test_what_a_card_cannot_take_is_a_row(hospital, tmp_path, monkeypatch):
+    "One scan does not fit: its reason is kept, the others are encoded, and a second run tries it again."
+    monkeypatch.setattr(ctvlm.features, "_has_card", lambda model: True)
+    real, calls = ctvlm.features.make_windows, []
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 2: raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+    monkeypatch.setattr(ctvlm.features, "make_windows", full)
+    some = hospital.iloc[:3]
+    found = embed_studies(some, tiny(), tmp_path, workers=0, quiet=True)
+    assert (found["computed"], found["failed"]) == (2, 1) and "out of memory" in FeatureStore(tmp_path).table(some).reason[1]
+    assert embed_studies(some, tiny(), tmp_path, workers=0, quiet=True)["computed"] == 1
+    assert not list(tmp_path.rglob("*.claim"))
+
+
 @pytest.mark.parametrize("hu, kind", [((-2000, 3000), np.int16), ((0.25, 7.5), np.float32)])
 def test_voxels_that_another_process_maps(hu, kind):
     "int16 where that loses nothing, clipped as the windows are, of any memory order."

@@ -131,6 +131,20 @@ def test_segmentation_is_no_ct():
     refused(SHARED / "data/thorax_abdomen/example_seg.nii.gz", "no CT")
 
 
+@pytest.mark.parametrize("fit", ["pad", "crop", ("crop", "crop", "pad")])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_planes_are_tiles(fit, antialias):
+    "What a card computes in three large products, here on a CPU; voxels in any memory order and kind."
+    hu = np.random.default_rng(0).integers(-1500, 1500, (70, 60, 90))
+    for spec in (WindowSpec((2., 2., 4.), (32, 32, 8), (8, 8, 2), antialias), WindowSpec((0.9, 1.1, 1.), (32, 32, 32), (8, 8, 4), antialias)):
+        for array in (hu.astype(np.float32), np.asfortranarray(hu.astype(np.int16)), hu.astype(np.float32)[::-1, :, ::-1]):
+            volume = CTVolume(array, np.diag([1.5, 1.4, 2.5, 1.]))
+            tiles = make_windows(volume, fit, spec)
+            planes = make_windows(volume, fit, spec, voxels=preprocessing.to_card(array, "cpu"))
+            torch.testing.assert_close(planes.windows, tiles.windows, rtol=0, atol=5e-4)   # float16 of [0, 1]
+            assert torch.equal(planes.patch_mask, tiles.patch_mask) and tiles.windows.float().std() > 0.1
+
+
 @pytest.mark.parametrize("shape,spacing", [((150, 140, 40), (0.9, 0.85, 2.0)), ((70, 75, 60), (3.0, 2.5, 5.0)), ((160, 130, 33), (0.75, 0.75, 3.0)), ((140, 131, 150), (0.7, 0.8, 0.8))])
 def test_windows_agree_with_monai(shape, spacing):
     pytest.importorskip("monai")
