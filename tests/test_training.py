@@ -1,5 +1,5 @@
 "Training: gradients that do not depend on how a batch is cut, and runs that survive anything."
-import contextlib, errno, json, math, multiprocessing, os, re, resource, signal, time
+import contextlib, errno, json, math, multiprocessing, os, random, re, resource, signal, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 
 import made_up
-from ctvlm.core import InputError, stable_rng
+from ctvlm.core import InputError, seed_everything, stable_rng
 from ctvlm.text import AdapterSizes
 from ctvlm.training import (TrainingConfig, TrainingStopped, effective_batch_backward, fitted_bias, learning_rate_at, length_groups,
                             load_checkpoint, parameter_groups, save_checkpoint, train)
@@ -411,6 +411,29 @@ def test_sigterm_saves_and_leaves(processes, uninterrupted, tmp_path):
     step = int(said.split("after step ")[1].split()[0])
     assert load_checkpoint(folder/"checkpoints")[0] == step == pd.read_csv(log)["step"].max() < 9
     kill_and_resume(processes, folder, [], uninterrupted)
+
+
+class Drawing(made_up.Data):
+    "Scans are made noisier from the generators of the process, which a checkpoint takes along; step `end` is never reached."
+    def __init__(self, end=None): super().__init__(); self.end = end
+    def one(self, i):
+        b = super().one(i)
+        return b | dict(cls=b["cls"] + torch.randn(1).half() + np.random.rand() + random.random())
+    def steps(self, k):
+        for n, batches in enumerate(super().steps(k)):
+            if (self.epoch, n) == self.end: raise KeyboardInterrupt
+            yield batches
+
+
+def test_draws_of_the_data_go_on_where_they_were(tmp_path):
+    whole, model = made_up.model(), made_up.model()
+    seed_everything(0)
+    train(whole, Drawing(), CONFIG, tmp_path/"whole")
+    seed_everything(0)
+    with pytest.raises(KeyboardInterrupt): train(model, Drawing(end=(1, 2)), CONFIG, tmp_path/"run")   # after step 5
+    again = made_up.model()
+    train(again, Drawing(), CONFIG, tmp_path/"run")
+    assert equal(weights(again), weights(whole))
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):

@@ -155,13 +155,14 @@ class Sampler:
     def __init__(self, voxels, fills, anywhere=.35):
         self.voxels, self.fills, self.anywhere = voxels, fills, anywhere
         self.size = np.array([w // p for w, p in zip(SPEC.window, SPEC.patch)])
-        self.places = [[(i, p) for i, f in enumerate(fills) if len(p := np.argwhere(f[..., k]).astype(np.uint8))] for k in range(Q)]
+        where = [[(i, p) for i, f in enumerate(fills) if len(p := np.argwhere(f[..., k]).astype(np.uint8))] for k in range(Q)]
+        self.places = [here for here in where if here]                   # of findings that somebody has
     def one(self, rng):
         if rng.random() < self.anywhere:
             i = rng.integers(len(self.voxels))
             p = rng.integers(self.fills[i].shape[:3])
         else:
-            here = self.places[rng.integers(Q)]
+            here = self.places[rng.integers(len(self.places))]
             i, p = here[rng.integers(len(here))]
             p = p[rng.integers(len(p))].astype(int)
         low = np.clip(p - rng.integers(self.size), 0, self.fills[i].shape[:3] - self.size)
