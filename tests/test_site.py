@@ -91,6 +91,19 @@ def test_names_in_prose_lead_to_the_name(site, pages):
     links = [(a.text.removesuffix("()"), urlsplit(a["href"]).fragment)
              for a in names if "api/" in a["href"]]
     assert len(links) > 100 and all(text.endswith(fragment) for text, fragment in links)
+    assert {a.text for a in names if a["href"].endswith("#train")} == {"train()"}   # the bare word is a split, or a verb
+
+
+def test_chapters_named_by_number_lead_there(site, pages):
+    said = "As chapters 02a, 02b and 03 say ([chapter 14](14_pictures.ipynb), `chapter 04`); chapter 13f too."
+    sys.path.insert(0, str(ROOT / "tools"))
+    from build_docs import chapter_links
+    assert chapter_links(said, "../") == (
+        "As chapters [02a](../02a_evidence.ipynb), [02b](../02b_grammar.ipynb) and [03](../03_catalogue.ipynb) say "
+        "([chapter 14](14_pictures.ipynb), `chapter 04`); chapter [13f](../13f_grounding.ipynb) too.")
+    known = {p.name.split("_")[0] for p in (ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb")}
+    named = [a.text for page in pages.values() for a in page.find_all("a") if a.text in known]
+    assert len(named) > 80
 
 
 def test_pictures_have_alternative_texts(pages):

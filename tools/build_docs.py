@@ -25,6 +25,7 @@ from api_pages import api_page, definitions
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PROC, SITE = ROOT / "nbs", ROOT / "_proc", Path(__file__).resolve().parent / "site"
+WORDS = {"train"}   # also a split and a verb: the function is meant where its parentheses are written
 LEFT_OUT = {"add_show_docs", "exec_show_docs", "insert_warning", "rm_export", "mv_exports", "add_fold"}   # code stays in the chapters, signatures have pages
 
 
@@ -53,8 +54,20 @@ def relative_links(markdown, up, home):
     config = get_config()
     markdown = re.sub(rf"\[(`[^`]*`)\]\({re.escape(home)}[^)]*#(?:[^)]*\.)?_[^)]*\)", r"\1", markdown)
     here = rf"\[`([^`]*?)(\(\))?`\]\({re.escape(home)}([\w/]+\.html)#([^)]*)\)"           # in small letters, which are not enough to tell names apart
-    markdown = re.sub(here, lambda m: f"[`{m[1]}{m[2] or ''}`]({up}api/{m[3]}#{m[1][-len(m[4]):]})", markdown)
+    def lead(m):
+        if m[1] in WORDS and not m[2]: return f"`{m[1]}`"
+        return f"[`{m[1]}{m[2] or ''}`]({up}api/{m[3]}#{m[1][-len(m[4]):]})"
+    markdown = re.sub(here, lead, markdown)
     return re.sub(r"\]\(" + re.escape(up) + r"\.\./([^)#]+)", rf"]({config.git_url}/blob/{config.branch}/\1", markdown)
+
+
+def chapter_links(markdown, up):
+    "Where the prose names a chapter by its number it leads there; code, formulas and links stay as they are."
+    notebooks = {name.split("_")[0]: name for name in chapter_of().values()}
+    def lead(m): return re.sub(r"\d\d[a-z]?", lambda n: f"[{n[0]}]({up}{notebooks[n[0]]})", m[0])
+    kept = r"```.*?```|`[^`]*`|\$\$.*?\$\$|!?\[[^\]]*\]\([^)]*\)"
+    named = r"\b[Cc]hapters? \d\d[a-z]?\b(?:(?:, | and | to )\d\d[a-z]?\b)*"
+    return re.sub(f"{kept}|({named})", lambda m: lead(m) if m[1] else m[0], markdown, flags=re.S)
 
 
 def process_chapter(path):
@@ -67,7 +80,9 @@ def process_chapter(path):
     for c in nb.cells:
         directives = c.get("directives_", {})
         if "default_exp" in directives or not c.source.strip(): continue
-        if c.cell_type == "markdown": c.source = relative_links(c.source, up, home); before = last_sentence(c.source) or before
+        if c.cell_type == "markdown":
+            c.source = chapter_links(relative_links(c.source, up, home), up)
+            before = last_sentence(c.source) or before
         if c.cell_type == "code":
             options = []
             if any("image/png" in o.get("data", {}) for o in c.outputs): options.append(f"#| fig-alt: {json.dumps(before, ensure_ascii=False)}")
