@@ -101,12 +101,12 @@ _PREPARED = pa.schema([
 _ROWS = 256 # studies per record batch
 
 def _snippets(study, left_out): # words and depth in mm of what can be located
-    located = [
-        p for p in study.pairs
-        if p["depth_mm"] is not None and not p["prior"] and (p["cleaned"] or p["snippet"])]
-    pairs = [p for p in located if p.get("asserts") is not False]
+    located = [p for p in study.pairs if p["depth_mm"] is not None and (p["cleaned"] or p["snippet"])]
+    current = [p for p in located if not p["prior"]]
+    pairs = [p for p in current if p.get("asserts") is not False]
     lost = {"no depth": len(study.pairs) - len(located),
-            "nothing asserted": len(located) - len(pairs)}
+            "prior exam": len(located) - len(current),
+            "nothing asserted": len(current) - len(pairs)}
     for what, n in lost.items():
         if n: left_out[f"snippets: {what}"] += [study.study] * n
     return [p["cleaned"] or p["snippet"] for p in pairs], [p["depth_mm"] for p in pairs]
@@ -298,7 +298,7 @@ def prompt_tokens(
 
 # %% ../nbs/11e_data.ipynb #54e40ec6
 # said when the table was made, too
-_SAID_BEFORE = ("snippets: no depth", "snippets: nothing asserted")
+_SAID_BEFORE = tuple(f"snippets: {why}" for why in ("no depth", "prior exam", "nothing asserted"))
 
 def _say(left_out): # what a table asked for and does not get
     for what, names in left_out.items():

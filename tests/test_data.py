@@ -962,6 +962,15 @@ def test_a_snippet_in_the_padding_is_left_out(hospital, tmp_path, tokenizer):
     assert w.patch_mask.flatten(0, -2).any(0).tolist().count(False) and FeatureStore(tmp_path).table(study).low_mm[0] > lowest
 
 
+def test_only_what_this_scan_shows_is_located(hospital, filled, tokenizer):
+    def pair(text, depth=-290., **more): return dict(snippet=text, cleaned=text, depth_mm=depth, status="ok") | dict(prior=False) | more
+    pairs = [pair("a cyst"), pair("a former cyst", prior=True), pair("no cyst", asserts=False), pair("nowhere", depth=None)]
+    b = Batches(hospital.iloc[:1].assign(pairs=[pairs]), filled[0], tokenizer)
+    batch, = b
+    assert tokenizer.decode(batch["snippet_ids"][0], skip_special_tokens=True).strip() == "a cyst" and len(batch["snippet_ids"]) == 1
+    assert b.left_out == {f"snippets: {why}": 1 for why in ("prior exam", "nothing asserted", "no depth")}
+
+
 def test_scans_of_one_study_share_a_report(hospital, filled, tokenizer):
     two = hospital.iloc[[0, 1]].assign(study="a", patient="a")
     for change, says in ((dict(), "other findings"), (dict(findings="x", labels=[{}, {"Emphysema": 1}]), "other labels"), (dict(findings="x"), "other pairs")):
