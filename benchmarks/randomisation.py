@@ -8,7 +8,7 @@ shifted kind that no lesson saw, and on real scans.
 Prints one JSON line per run and writes benchmarks/results/randomisation.json, which the tutorial "From drawn patients to real scans"
 shows. Runs are kept in RUN: the same command goes on where it was interrupted.
 """
-import argparse, importlib.util, json, sys, time
+import argparse, functools, importlib.util, json, sys, time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +88,16 @@ def shifted(volume, rng):
     hu = uniform_filter1d(hu, 3, axis=2)
     hu = hu * rng.choice([.93, 1.07]) + 25 * rng.standard_normal(hu.shape, dtype=np.float32) + 15
     return replace(volume, array=np.clip(hu, -1024, 3071).astype(np.float32))
+
+@functools.cache
+def questions(n): # patients drawn like the model's, and the same ones shifted: their truth is the same
+    studies = list(PhantomCohort(n, TEST, spacing=SPEC.spacing))
+    truth = []
+    for labels, heights, made in map(truth_of, studies):
+        truth.append((labels, {o: median(m, depths_of(made)) for o, m in zip(ORGANS, heights.T) if m.sum() >= 5}))
+    volumes = {"drawn": [s.volume for s in studies]}
+    volumes["shifted"] = [shifted(v, stable_rng(TEST, "shifted", k)) for k, v in enumerate(volumes["drawn"])]
+    return {kind: [(v, *t) for v, t in zip(of_kind, truth)] for kind, of_kind in volumes.items()}
 
 def lesson(cohort): # of a cohort: `(voxels, fills)` as the recipe's sampler takes them
     voxels, fills = [], []
@@ -169,11 +179,7 @@ def one(job): # (kinds held still, seed, the arguments) -> a row
             drawing = time.perf_counter() - began
             model = trained(sampler, a.steps, a.windows, seed)
         learning = time.perf_counter() - began - drawing
-        studies = [(s, *truth_of(s)) for s in PhantomCohort(a.test, TEST, spacing=SPEC.spacing)]
-        truth = [(labels, {o: median(m, depths_of(made)) for o, m in zip(ORGANS, mass.T) if m.sum() >= 5}) for _, labels, mass, made in studies]
-        drawn = [s.volume for s, *_ in studies]
-        other = [shifted(v, stable_rng(TEST, "shifted", k)) for k, v in enumerate(drawn)]
-        found = {kind: score(model, [(v, *t) for v, t in zip(volumes, truth)]) for kind, volumes in (("drawn", drawn), ("shifted", other))}
+        found = {kind: score(model, scans) for kind, scans in questions(a.test).items()}
         if a.real: found["real"] = score(model, real_scans(a.real))
         return {"still": name, "seed": seed, **found, "seconds": [round(drawing), round(learning), round(time.perf_counter() - began - drawing - learning)]}
     return kept(a.run/f"{name.replace(' ', '-')}-{seed}.json", settings, measured)

@@ -70,3 +70,26 @@ def test_the_target_is_flat_inside_of_every_interval():
     import masks
     wide = masks.target(torch.tensor([[[1., 3.], [6., 6.]]]), torch.ones(1, 10, dtype=torch.bool), 2.)[0]
     assert wide[[1, 2, 3, 6]].tolist() == pytest.approx([wide.max().item()] * 4) and wide[4] == wide[5] < wide[3] and wide.sum() == pytest.approx(1)
+
+
+def test_what_is_held_still_is_the_same_for_all_and_nothing_else_is():
+    import randomisation as r
+    from ctvlm.phantoms import PhantomCohort
+    def seen(study):
+        a, scan = study.anatomy, study.scan
+        return {"body": a.scale.tolist(), "contrast": (a.traits.timing, a.hu((0, 100, 100), "liver")),
+                "table and circle": (scan.pixel, scan.outside, *scan.shift[:2])}
+    patients = PhantomCohort(12, 3)
+    def kinds_alike(kinds):
+        with r.still(kinds): found = [seen(patients[i]) for i in range(4)]
+        return {kind for kind in found[0] if all(f[kind] == found[0][kind] for f in found)}
+    for kind in (*seen(patients[0]), "range", "noise"): assert kinds_alike((kind,)) == {kind} & set(seen(patients[0]))
+    assert kinds_alike(r.KINDS) == set(seen(patients[0])) and kinds_alike(()) == set()   # and all is undone
+
+
+def test_the_shifted_kind_keeps_its_depths():
+    import randomisation as r
+    (volume, labels, middles), (other, same, too) = (r.questions(1)[kind][0] for kind in ("drawn", "shifted"))
+    assert (labels, middles) == (same, too) and np.array_equal(volume.affine, other.affine) and len(middles) > 10
+    def soft(v): return ((v.array > -200) & (v.array < 300)).mean((0, 1))   # how much of a body each slice shows
+    assert np.corrcoef(soft(volume), soft(other))[0, 1] > .9 and not np.allclose(volume.array, other.array, atol=100)
