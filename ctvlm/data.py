@@ -101,7 +101,8 @@ _PREPARED = pa.schema([
 _ROWS = 256 # studies per record batch
 
 def _snippets(study, left_out): # words and depth in mm of what can be located
-    located = [p for p in study.pairs if p["depth_mm"] is not None and (p["cleaned"] or p["snippet"])]
+    located = [
+        p for p in study.pairs if p["depth_mm"] is not None and (p["cleaned"] or p["snippet"])]
     current = [p for p in located if not p["prior"]]
     pairs = [p for p in current if p.get("asserts") is not False]
     lost = {"no depth": len(study.pairs) - len(located),
