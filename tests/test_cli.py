@@ -199,6 +199,33 @@ def test_statuses(monkeypatch, capsys, tmp_path):
     assert ended(capsys, "--version")[0] == 0
 
 
+def test_what_a_terminal_would_obey_is_not_printed(capsys, tmp_path):
+    from ctvlm.core import legible
+    assert legible("two\nlines\tand a tab, Lungenödem, \x1b[2Jgone \x07\r\u202e") == "two\nlines\tand a tab, Lungenödem, \ufffd[2Jgone \ufffd \ufffd"
+    code, out, err = ended(capsys, "check", str(tmp_path / "scan\x1b[2J.nii"))
+    assert code and "scan" in out + err and "\x1b" not in out + err
+
+
+@pytest.mark.parametrize("verb", ["mine", "label"])
+def test_the_name_of_a_file_is_no_report(capsys, tmp_path, verb):
+    for name in ("report.txt", "./sub/report", "~/reports/a.md", r"C:\reports\a.txt"):
+        code, _, err = ended(capsys, verb, name, "--explain")
+        assert code == 2 and err.count("\n") == 1 and "does not exist: check the path" in err, (verb, name)
+    assert ended(capsys, verb, "No nodule. Cyst in the liver (series 2, image 4).", "--explain")[0] == 0
+
+
+def test_refused_studies_end_with_status_1(capsys, tmp_path):
+    root = tmp_path / "root"
+    (root / "scans").mkdir(parents=True)
+    write_cohort(PhantomCohort(1, spacing=(6., 6., 6.)), tmp_path / "cohort", quiet=True)
+    scan, = (tmp_path / "cohort" / "scans").rglob("*.nii.gz")
+    shutil.copy(scan, root / "scans" / "a.nii.gz")
+    (root / "reports.csv").write_text("study,patient,scan,report\na,1,scans/a.nii.gz,Emphysema.\nb,2,scans/b.nii.gz,Emphysema.\n")
+    words = "studies", str(root), "--as", "csv", "-o", str(tmp_path / "t.parquet"), "--json"
+    assert ended(capsys, *words)[0] == 1 and "b.nii.gz" in (tmp_path / "t.refused.csv").read_text()
+    assert ended(capsys, *words, "--allow-missing")[0] == 0
+
+
 def test_version_says_what_computes():
     import torch, ctvlm
     status, out, _ = shell("--version")

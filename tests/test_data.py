@@ -857,6 +857,16 @@ def test_a_batch_is_what_the_contract_says(hospital, filled, tokenizer):
     assert sorted(seen) == [f"s{i}" for i in range(10) if i != 3] and batches.prompts["ids"].shape[:3] == (2, 3, 2)
 
 
+def test_padding_is_no_text(hospital, filled, tokenizer):
+    words = ["Nodule.", "Nodule number 1, unchanged, and a good many more words than the other report has."]
+    two = hospital.iloc[:2].assign(findings=words, impression=["", ""])
+    batch, = Batches(two, filled[0], tokenizer, training=False)
+    for ids, mask in ((batch["report_ids"], batch["report_mask"]), (batch["snippet_ids"], batch["snippet_mask"])):
+        assert ((ids == tokenizer.pad_token_id) == (mask == 0)).all()
+    lengths = batch["report_mask"].sum(1).tolist()
+    assert lengths[0] < lengths[1] == batch["report_ids"].shape[1]
+
+
 def order(batches): return [b["study"] for b in batches]
 
 

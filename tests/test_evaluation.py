@@ -123,6 +123,14 @@ def test_unknown_labels_and_rare_classes():
     with pytest.raises(InputError, match="not finite"): classification_metrics(scores * np.nan, labels, "abc")
 
 
+def test_a_class_of_findings_is_present_where_one_is():
+    labels = np.array([[1, 0], [0, 1], [0, 0], [0, -1], [-1, -1], [1, -1]])
+    assert combine_findings(labels, ["a", "b"], {"either": ["a", "b"], "a": ["a"]}, labels=True).tolist() == [[1, 1], [1, 0], [0, 0], [-1, 0], [-1, -1], [1, 1]]
+    scores = np.array([[.2, .7], [.9, -.1]])
+    assert combine_findings(scores, ["a", "b"], {"either": ["a", "b"]}).tolist() == [[.7], [.9]]
+    with pytest.raises(InputError, match="findings c are not among the 2"): combine_findings(scores, ["a", "b"], {"x": ["c"]})
+
+
 def test_average_precision_agrees_with_scikit_learn():
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(90, 6)), rng.random((90, 4)) < 0.3

@@ -223,6 +223,15 @@ def test_frozen_parts_stay(tmp_path):
         assert torch.equal(p, before[name]) == name.startswith(("window_encoder.", "scan_encoder.blocks.")), name
 
 
+def test_frozen_parts_are_in_use_while_others_train(tmp_path):
+    model, modes = made_up.model(), []
+    def looked(part, name): part.register_forward_pre_hook(lambda m, _: modes.append((name, m.training)))
+    looked(model.scan_encoder.blocks[0], "frozen")
+    looked(model.report_head, "trained")
+    train(model, made_up.Data(), replace(CONFIG, epochs=1, frozen=("scan_encoder",)), tmp_path)
+    assert set(modes) == {("frozen", False), ("trained", True)}
+
+
 def test_training_learns(tmp_path):
     class Same(made_up.Data):
         def one(self, i): return made_up.batch(1, seed=i % 3)

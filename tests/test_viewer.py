@@ -77,6 +77,15 @@ def test_planes_lie_as_radiologists_see_them(scan):
     assert at("sagittal", 0.15, 0.5) == 255 and at("sagittal", 0.97, 0.5) < 20   # front is left
 
 
+def test_a_window_goes_from_black_to_white():
+    from ctvlm.core import HU_WINDOWS
+    from ctvlm.pictures import _gray
+    for name, (centre, width) in HU_WINDOWS.items():
+        low, high = centre - width / 2, centre + width / 2
+        gray = _gray(np.array([low - 50., low, centre, high, high + 50.]), name).astype(int)
+        assert np.abs(gray - (0, 0, 127.5, 255, 255)).max() <= 1, name   # what is cut to a byte may lose one
+
+
 def test_lines_stand_at_their_depth(scan):
     planes, answer = Planes(scan), answer_at(1200, scan)
     x, _, w, h = planes.boxes["coronal"]
