@@ -9,7 +9,7 @@ Prints one JSON line per run and writes benchmarks/results/randomisation.json, w
 shows. Runs are kept in RUN: the same command goes on where it was interrupted.
 """
 import argparse, functools, importlib.util, json, sys, time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -18,7 +18,7 @@ import numpy as np, torch
 from scipy.ndimage import affine_transform, uniform_filter1d
 
 import ctvlm.anatomy, ctvlm.phantoms, ctvlm.scanner
-from ctvlm.core import stable_rng, write_atomically
+from ctvlm.core import stable_rng
 from ctvlm.phantoms import PhantomCohort
 from ctvlm.preprocessing import load_volume, make_windows
 from runs import kept, side_by_side, write_json
@@ -68,11 +68,9 @@ def still(kinds):
         (ctvlm.scanner, "stable_rng"): generator}
     if "noise" in kinds: patches |= {(ctvlm.scanner, "_noise"): quiet, (recipe, "roughened"): lambda windows, rng: windows}
     if "range" in kinds: patches |= {(ctvlm.scanner, "_cropped"): whole, (ctvlm.scanner, "_coverage"): coverage}
-    for (module, name), new in patches.items(): patches[module, name] = mock.patch.object(module, name, new)
-    for p in patches.values(): p.start()
-    try: yield
-    finally:
-        for p in patches.values(): p.stop()
+    with ExitStack() as stack:
+        for (module, name), new in patches.items(): stack.enter_context(mock.patch.object(module, name, new))
+        yield
 
 
 # --- patients
