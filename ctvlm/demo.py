@@ -20,41 +20,49 @@ def demo_cohort(
     quiet:bool=True, # no progress bar
 )->tuple:          # the `PhantomCohort`, and its table of studies as mined and labelled
     "Phantoms at a resolution that two cores can train on, with a split by patient."
-    from ctvlm.data import phantom_studies
+    import pandas as pd
     from ctvlm.phantoms import PhantomCohort
+    from ctvlm.studies import ahead
     many, spacing = sum(patients.values()), (6., 6., 3.)
     cohort = PhantomCohort(many, seed, spacing=spacing, languages=("en",))
-    studies = phantom_studies(cohort, workers=workers, quiet=quiet)
+    done = ahead(_read_and_known, [(cohort, i) for i in range(many)], workers, None)
+    studies = pd.DataFrame([
+        row for _, row in progress(done, "phantoms", total=many, quiet=quiet)])
     studies["split"] = [split for split, n in patients.items() for _ in range(n)]
-    both = zip(cohort, studies.labels)
-    studies["labels"] = [_known(study.labels, read) for study, read in both]
     studies["label_version"] = "rules, not mentioned is absent where the organ was scanned"
     return cohort, studies
 
-# what the rules read, 0 where they read nothing; only what was scanned
-def _known(truth, read):
-    return {f: int(read.get(f) == 1) for f, value in truth.items() if value is not None}
+def _read_and_known(job): # a row; labels of what was scanned, 0 where the rules read nothing
+    from ctvlm.data import phantom_studies
+    cohort, i = job
+    study = cohort[i]
+    row = phantom_studies([study]).iloc[0].to_dict()
+    examined = [f for f, value in study.labels.items() if value is not None]
+    return row | {"labels": {f: int(row["labels"].get(f) == 1) for f in examined}}
 
 # %% ../nbs/14e_demo.ipynb #20dadcd7
 def _place_of(r): # series, first and last image of a reference; `None` where it has none
     values = (r["series"], r["image"], r["image_end"])
     return tuple(None if v is None or v != v else int(v) for v in values)
 
+def _hits(job): # of a study and what was mined of it: right ones, mined ones, true ones
+    from collections import Counter
+    cohort, i, pairs = job
+    truth = Counter(_place_of(vars(r)) for r in cohort[i].report.references if not r.prior)
+    mined = Counter(_place_of(p) for p in pairs if not p["prior"])
+    return (truth & mined).total(), mined.total(), truth.total()
+
 def mining_score(
     cohort,   # `PhantomCohort`, which knows what its reports refer to
     studies,  # the table made from it
+    workers:int=0, # processes
     **bootstrap, # of `bootstrap_ci`
 )->dict:      # precision, recall with intervals over patients, counts
     "Precision and recall of the mined references of the current exam."
-    from collections import Counter
     from ctvlm.evaluation import ratio_ci
-    hits, found, true = [], [], []
-    for study, row in zip(cohort, studies.itertuples()):
-        truth = Counter(_place_of(vars(r)) for r in study.report.references if not r.prior)
-        mined = Counter(_place_of(p) for p in row.pairs if not p["prior"])
-        hits.append((truth & mined).total())
-        found.append(mined.total())
-        true.append(truth.total())
+    from ctvlm.studies import ahead
+    jobs = [(cohort, i, list(pairs)) for i, pairs in enumerate(studies.pairs)]
+    hits, found, true = zip(*[counts for _, counts in ahead(_hits, jobs, workers, None)])
     out = {"n_references": sum(true), "n_reports": len(true)}
     right, patients = np.array(hits, float), list(studies.patient)
     for name, of in (("precision", found), ("recall", true)):
@@ -249,7 +257,7 @@ def run_demo(
     extents = phantom_extents(cohort[i] for i in np.flatnonzero(studies.split == "test"))
     metrics = evaluate_studies(model, studies, store, findings, extents=extents, quiet=quiet,
                                tasks=("retrieval", "classification", "localization"))
-    metrics["mining"] = mining_score(cohort, studies)
+    metrics["mining"] = mining_score(cohort, studies, workers=2)
     model.save_pretrained(output/"model")
     metrics |= {"seconds": time.perf_counter() - began,
                 "peak_memory_mb": peak_memory_mib(model.device)}
