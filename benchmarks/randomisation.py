@@ -8,7 +8,7 @@ shifted kind that no lesson saw, and on real scans.
 Prints one JSON line per run and writes benchmarks/results/randomisation.json, which the tutorial "From drawn patients to real scans"
 shows. Runs are kept in RUN: the same command goes on where it was interrupted.
 """
-import argparse, functools, importlib.util, json, sys, time
+import argparse, functools, json, sys, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,9 @@ from ctvlm.phantoms import PhantomCohort
 from ctvlm.preprocessing import load_volume, make_windows
 from runs import kept, side_by_side, write_json
 
-_spec = importlib.util.spec_from_file_location("train_tiny", Path(__file__).parent.parent/"tools"/"train_tiny.py")
-recipe = sys.modules["train_tiny"] = importlib.util.module_from_spec(_spec)   # its dataclass looks itself up
-_spec.loader.exec_module(recipe)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"tools"))
+import train_tiny as recipe
+
 SPEC, FIT, ORGANS, Q = recipe.SPEC, recipe.FIT, recipe.ORGANS, recipe.Q
 TRAIN, TEST = 5000, 6000   # seeds of patients: TRAIN + the run's seed, and of those that are asked about
 
@@ -49,7 +49,7 @@ def whole(a, low, high): return low, high
 
 @contextmanager
 def still(kinds):
-    "In here all patients have the same of these `kinds` of chance, that of one ordinary patient."
+    "In here all patients have the same of these `kinds` of chance, that of one patient."
     names = {name for kind in kinds for name in DRAWS.get(kind, ())}
     traits = (BODY if "body" in kinds else {}) | (CONTRAST if "contrast" in kinds else {})
     drawn, planned, covered = ctvlm.phantoms.draw_traits, ctvlm.phantoms.plan_scan, ctvlm.scanner._coverage

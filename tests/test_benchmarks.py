@@ -85,6 +85,15 @@ def test_what_is_held_still_is_the_same_for_all_and_nothing_else_is():
         return {kind for kind in found[0] if all(f[kind] == found[0][kind] for f in found)}
     for kind in (*seen(patients[0]), "range", "noise"): assert kinds_alike((kind,)) == {kind} & set(seen(patients[0]))
     assert kinds_alike(r.KINDS) == set(seen(patients[0])) and kinds_alike(()) == set()   # and all is undone
+    def ends(kinds): # how much of the same body is scanned
+        with r.still(kinds): return {(s.region, round(s.anatomy.low), round(s.anatomy.high)) for s in patients}
+    regions = {s.region for s in patients}
+    assert len(ends(("body", "range"))) == len(regions) < len(ends(("body",)))
+    windows = torch.rand(2, 1, 4, 4, 4)
+    def noisy(kinds): # windows, and the voxels of a scan
+        with r.still(kinds): return r.recipe.roughened(windows, np.random.default_rng(0)), PhantomCohort(1, 5, (6., 6., 6.))[0].volume.array
+    assert torch.equal(noisy(("noise",))[0], windows) and not torch.equal(noisy(())[0], windows)
+    assert not np.array_equal(noisy(("noise",))[1], noisy(())[1])
 
 
 def test_the_shifted_kind_keeps_its_depths():
